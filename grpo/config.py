@@ -1,0 +1,491 @@
+"""Frozen dataclasses, one per room. YAML files and the typed command line both come from these fields.
+
+Imports nothing of ours. `load` reads YAML, `save` writes it, `parse_command` is the command line of
+train.py. An unknown key is an error that names the nearest one; the docstring under a field is its
+line in `--help`. A field that is None takes its value from somewhere stated in its docstring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import yaml
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""
+    """Hub id or local folder of a causal language model. Empty: the small embedded model, built and trained on the spot (see `base`)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Forward precision. auto: bf16 on CUDA, fp32 on CPU. Masters, gradients and reductions are always fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = ""
+    """Where the task's problems are: a folder with train/test files, one JSONL, JSON or Parquet file, or a hub id. Empty: the task's own default."""
+    prompt_column: str = "prompt"
+    """Column that holds the question (task `jsonl`)."""
+    answer_column: str = "answer"
+    """Column that holds the reference answer (task `jsonl`)."""
+    validation_fraction: float = 0.1
+    """Share of the training file held out for validation, drawn with `split_seed`."""
+    split_seed: int = 0
+    """Seed of the train/validation split. Apart from `seed`, so that runs with different seeds share one split."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    style: Literal["plain", "chat"] = "plain"
+    """plain: text with few-shot exemplars, for base models. chat: the tokenizer's chat template, for instruct models."""
+    shots: int = 8
+    """Worked exemplars before the question, 0 to 8."""
+    exemplars: Literal["builtin", "train"] = "builtin"
+    """builtin: eight short ones written for this project. train: drawn from the training split with `exemplar_seed`, never the problem itself."""
+    exemplar_seed: int = 0
+    """Seed of the exemplars drawn from the training split."""
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    format_weight: float = 0.5
+    """Weight of the `format` component."""
+    correctness_weight: float = 1.0
+    """Weight of the `correctness` component."""
+    require_finish: bool = True
+    """Pay nothing to a completion that ran into the length limit. Without it, text that never ends can earn (seen: length goes to the limit, accuracy to 0)."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    prompts_per_step: int = 16
+    """Prompts per training step, over all ranks (P)."""
+    group_size: int = 8
+    """Completions of each prompt (G)."""
+    max_new_tokens: int = 40
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Divides the logits, while sampling and in the loss alike. 0 is greedy (evaluation only)."""
+    top_p: float = 1.0
+    """Nucleus sampling. Training wants 1: the loss must see the distribution that was sampled."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all. Training wants 0."""
+    max_sequences: int = 512
+    """Sequences decoded at a time on one rank; more are done in turns."""
+    prefill_tokens: int = 16384
+    """Prompt tokens per prefill pass."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    preset: str = "grpo"
+    """A row of the table in grpo/objectives.py: grpo or dr_grpo. The fields below override it."""
+    advantages: str | None = None
+    """How rewards become advantages: group or group_mean. None: the preset's."""
+    surrogate: str | None = None
+    """Per-token objective: clip. None: the preset's."""
+    aggregation: str | None = None
+    """Token weights: sequence_mean, token_mean or constant. None: the preset's."""
+    clip_low: float | None = None
+    """Ratio clip range below 1. None: the preset's."""
+    clip_high: float | None = None
+    """Ratio clip range above 1. None: the preset's."""
+    beta: float | None = None
+    """Coefficient of the KL to the frozen reference; 0 loads no reference. None: the preset's."""
+    kl_estimator: str | None = None
+    """Estimator of the KL in the loss: k2 or k3. None: the preset's."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    tokens_per_micro_batch: int = 16384
+    """Padded tokens of one forward and backward pass on one rank. Memory only: it cannot change the gradient."""
+    minibatches: int = 1
+    """Optimizer steps per pass over a rollout: contiguous blocks of prompts."""
+    passes: int = 1
+    """Passes over each rollout. With more than one optimizer step in all, old log-probs come from a pass of the training forward."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 2e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or cosine to 0 at the last step."""
+    warmup: float = 0.1
+    """Linear warm-up, as a fraction of num_steps."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW moment decays. 0.99 rather than 0.999: runs are short."""
+    eps: float = 1e-8
+    """AdamW denominator offset."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 10
+    """Validate every this many steps; 0 never. The best checkpoint is kept by validation accuracy."""
+    validation_problems: int = 200
+    """Validation problems per evaluation (greedy)."""
+    test_problems: int = 200
+    """Test problems, evaluated before and after training only; 0 skips the test."""
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The embedded model and its supervised training; only used when model.path is empty."""
+
+    hidden_size: int = 128
+    """Width."""
+    num_layers: int = 2
+    """Layers."""
+    num_heads: int = 4
+    """Attention heads."""
+    intermediate_size: int = 256
+    """MLP width."""
+    num_solutions: int = 0
+    """Worked solutions that supervised training may see, again and again; 0: a fresh one every time."""
+    steps: int = 350
+    """Optimizer steps on worked solutions, at most."""
+    stop_accuracy: float = 1.0
+    """Stop that phase early once validation accuracy (greedy) reaches this."""
+    batch_size: int = 64
+    """Solutions per optimizer step."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW: linear warm-up over 20 steps, constant, then linear decay to 0."""
+    decay: float = 0.4
+    """Share of the steps over which the learning rate decays; the biggest single gain in accuracy."""
+    answer_lines: float = 1.0
+    """Share of the supervised texts that close with the answer line; below 1, GRPO has the format to teach too."""
+    habit_steps: int = 0
+    """Further steps that teach the habit of answering without working ("I think 13."); 0: no such phase."""
+    habit_share: float = 0.7
+    """Share of the habit phase's texts that answer without working."""
+    habit_lr: float = 5e-4
+    """Peak learning rate of the habit phase, same schedule."""
+    continue_lr: float = 1e-3
+    """Peak learning rate of the supervised training that goes on, on the same solutions, for as long as GRPO took."""
+    validate_every: int = 50
+    """Validate every this many supervised steps; 0: only at the end of a phase."""
+    validation_problems: int = 200
+    """Validation problems per evaluation of supervised training (greedy)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made of. Written, resolved, into the run folder."""
+
+    task: str = "word_problems"
+    """word_problems (embedded), gsm8k, or jsonl (any file with a prompt and an answer column)."""
+    seed: int = 0
+    """Seeds initialisation, the order of problems and every sampled token."""
+    num_steps: int = 50
+    """Training steps: rollouts."""
+    save_every: int = 25
+    """Checkpoint every this many steps; one is always written at the end."""
+    keep_last: int = 2
+    """Checkpoints kept besides the best one."""
+    impl: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels: auto decides by device, dtype and shape, and says what it chose."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain values."""
+    return asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Nested plain values -> Config; what is left out keeps its default.
+
+    An integer may stand for a float and a list for a tuple. Raises ValueError that names the dotted key: for an
+    unknown one together with the nearest known, for a wrong type with the value and what was expected.
+    """
+    return _build(Config, values, "")
+
+
+def load(path: Path | str) -> Config:
+    """The config in a YAML file; an error names the file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return from_dict({} if values is None else values)
+    except OSError as error:
+        raise ValueError(f"cannot read config {path}: {error.strerror}; there are: {', '.join(_shipped())}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save(config: Config, path: Path | str) -> None:
+    """Write every field, defaults included; `load` gives the same config back."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def known_keys(section: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of a value, in reading order: task, ..., model.path, ..."""
+    keys = []
+    for name, kind in typing.get_type_hints(section).items():
+        keys += known_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
+    return keys
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def nearest(key: str, known: list[str], dashes: str = "") -> str:
+    """`; the nearest is ...` or nothing: the known key with the same last part, else the one spelled most alike."""
+    same_leaf = [candidate for candidate in known if candidate.split(".")[-1] == key.split(".")[-1]]
+    matches = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; the nearest is {dashes}{matches[0]}" if matches else ""
+
+
+def _build(section: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix[:-1] or 'config'}={values!r} is no section; expected keys with values")
+    kinds = typing.get_type_hints(section)
+    for name in values:
+        if name not in kinds:
+            known = [prefix + sibling for sibling in kinds] + known_keys()
+            raise ValueError(f"unknown key {prefix}{name}{nearest(f'{prefix}{name}', known)}")
+    return section(**{name: _convert(kinds[name], value, prefix + name) for name, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    """`value` as the annotated type of its field, or ValueError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return _build(kind, value, key + ".")
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(arguments[0], value, key)  # X | None is the only union in use
+    if origin is tuple and isinstance(value, list | tuple):
+        of_any_length = arguments[-1] is Ellipsis
+        kinds = [arguments[0]] * len(value) if of_any_length else arguments
+        if len(kinds) == len(value):
+            return tuple(_convert(part, item, key) for part, item in zip(kinds, value, strict=True))
+    if origin is Literal and value in arguments and not isinstance(value, bool):
+        return value
+    if kind is float and _is_number(value):
+        return float(value)
+    if type(value) is kind:  # exactly: True is no int
+        return value
+    expected = f"one of {', '.join(map(repr, arguments))}" if origin is Literal else getattr(kind, "__name__", kind)
+    raise ValueError(f"{key}={value!r} is {type(value).__name__}; expected {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    """Also of text: YAML 1.1 reads 1e-6 as text, because it has no decimal point."""
+    if isinstance(value, str):
+        try:
+            return math.isfinite(float(value))
+        except ValueError:
+            return False
+    return type(value) in (int, float)
+
+
+def _shipped() -> list[str]:
+    return sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of train.py that are no part of the config."""
+
+    config: str | None = None
+    """YAML file to start from; the options below override it. None: configs/gsm8k.yaml with a CUDA device, configs/demo.yaml without."""
+    run_dir: str | None = None
+    """Run folder. None: runs/ and the name of the config with the time or the launcher's run id."""
+    resume: str | None = None
+    """Run folder to go on with, from its last checkpoint and with its own config."""
+    dry_run: bool = False
+    """Print the resolved config, the effective batch and a memory estimate, then stop."""
+    preset: str | None = None
+    """Short for --objective.preset."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line of train.py asks for."""
+
+    config: Config
+    config_path: Path
+    source: str  # one sentence: which config and why
+    run_dir: str | None
+    resume: str | None
+    dry_run: bool
+
+
+def parse_command(argv: list[str]) -> Command:
+    """The command line of train.py: a YAML file, then typed overrides such as `--optim.lr 5e-6` on top of it.
+
+    Dashes and underscores are the same. A mistake prints one line, with the nearest option where one is unknown,
+    and exits with status 2.
+    """
+    try:
+        path, source = _base_config(argv)
+        options, config = _override(argv, load(path))
+    except ValueError as error:
+        _exit(str(error))
+    if options.preset is not None:
+        config = replace(config, objective=replace(config.objective, preset=options.preset))
+    return Command(config, path, source, options.run_dir, options.resume, options.dry_run)
+
+
+def _base_config(argv: list[str]) -> tuple[Path, str]:
+    """The YAML file to start from, and the sentence that says why it is this one."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--config", "--resume"):
+        early.add_argument(name, nargs="?")  # a missing value is reported by the full parser
+    chosen, _ = early.parse_known_args(argv)
+    if chosen.config and chosen.resume:
+        raise ValueError(f"--config {chosen.config} with --resume: the run has its own config; leave --config out")
+    if chosen.resume:
+        path = Path(chosen.resume) / "config.yaml"
+        if not path.is_file():
+            raise ValueError(f"--resume {chosen.resume}: no config.yaml there; name a run folder such as runs/NAME")
+        return path, f"config: {path}, of the run that goes on"
+    if chosen.config:
+        return Path(chosen.config), f"config: {chosen.config}, as asked for"
+
+    import torch  # the only question that this file asks of it
+
+    has_cuda = torch.cuda.is_available()
+    path = CONFIGS / ("gsm8k.yaml" if has_cuda else "demo.yaml")
+    why = "a CUDA device is here" if has_cuda else "no CUDA device is here (with one it would be configs/gsm8k.yaml)"
+    return path, f"config: configs/{path.name}, because {why} and no --config was given"
+
+
+def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
+    """Parse the whole command line over `config`; the help shows every field with its docstring and its value there."""
+    import tyro
+
+    flat = tyro.conf.arg(name="")
+    fields = [("options", Annotated[RunOptions, flat]), ("config", Annotated[Config, flat])]
+    both = make_dataclass("Train", fields, frozen=True)
+    parsed, unknown = tyro.cli(
+        both,
+        prog="train.py",
+        description="Train a language model with GRPO. Every option below the first five is a key of the config.",
+        default=both(RunOptions(), config),
+        args=argv,
+        return_unknown_args=True,
+    )
+    if unknown:
+        option = next((argument for argument in unknown if argument.startswith("--")), unknown[0])
+        known = [key.replace("_", "-") for key in [*typing.get_type_hints(RunOptions), *known_keys()]]
+        name = option.split("=")[0].lstrip("-").replace("_", "-")
+        raise ValueError(f"unknown option {option}{nearest(name, known, dashes='--')}; --help shows them all")
+    return parsed.options, parsed.config
+
+
+def _exit(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+INTERVALS = {
+    "num_steps": "[1, inf)",
+    "save_every": "[1, inf)",
+    "keep_last": "[1, inf)",
+    "data.validation_fraction": "(0, 1)",
+    "prompt.shots": "[0, 8]",
+    "rewards.format_weight": "[0, inf)",
+    "rewards.correctness_weight": "[0, inf)",
+    "rollout.prompts_per_step": "[1, inf)",
+    "rollout.group_size": "[1, inf)",
+    "rollout.max_new_tokens": "[1, inf)",
+    "rollout.temperature": "(0, inf)",
+    "rollout.max_sequences": "[1, inf)",
+    "rollout.prefill_tokens": "[1, inf)",
+    "objective.clip_low": "(0, 1]",
+    "objective.clip_high": "(0, inf)",
+    "objective.beta": "[0, inf)",
+    "batch.tokens_per_micro_batch": "[1, inf)",
+    "batch.minibatches": "[1, inf)",
+    "batch.passes": "[1, inf)",
+    "optim.lr": "(0, inf)",
+    "optim.warmup": "[0, 1]",
+    "optim.betas": "[0, 1)",
+    "optim.eps": "(0, inf)",
+    "optim.weight_decay": "[0, inf)",
+    "optim.max_grad_norm": "(0, inf)",
+    "eval.every": "[0, inf)",
+    "eval.validation_problems": "[1, inf)",
+    "eval.test_problems": "[0, inf)",
+}
+"""Where each number must lie. A pair is checked item by item; None passes."""
+
+
+def check(config: Config, world_size: int) -> None:
+    """Refuse what cannot work, before any long work: one ValueError with a line for each mistake, value and remedy."""
+    mistakes = [*_outside_intervals(config), *_indivisible(config, world_size), *_contradictions(config)]
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+
+
+def _outside_intervals(config: Config) -> Iterator[str]:
+    for key, interval in INTERVALS.items():
+        value = get(config, key)
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(_lies_in(number, interval) for number in numbers):
+            yield f"{key}={value} is outside {interval}; choose a value inside"
+
+
+def _lies_in(number: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)  # NaN fails both
+
+
+def _indivisible(config: Config, world_size: int) -> Iterator[str]:
+    """Whole groups go to a rank, and a minibatch is a block of prompts of which every rank has as many."""
+    prompts, minibatches = config.rollout.prompts_per_step, config.batch.minibatches
+    divisors = {"world_size": world_size, "batch.minibatches": minibatches}
+    if min(prompts, minibatches) >= 1 and not any(prompts % divisor for divisor in divisors.values()):
+        divisors = {"batch.minibatches * world_size": minibatches * world_size}
+    for name, divisor in divisors.items():
+        if divisor >= 1 and prompts % divisor:
+            below = prompts - prompts % divisor
+            remedy = f"{below} or {below + divisor}" if below else f"{divisor}"
+            yield f"rollout.prompts_per_step={prompts} is not divisible by {name}={divisor}; use {remedy}"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    is_relative = config.objective.advantages in (None, "group", "group_mean")  # None: every preset is relative today
+    if rollout.group_size == 1 and is_relative:
+        yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
+    if rollout.top_p != 1:
+        yield f"rollout.top_p={rollout.top_p}: the loss would not see the distribution that was sampled; train with 1"
+    if rollout.top_k != 0:
+        yield f"rollout.top_k={rollout.top_k}: the loss would not see the distribution that was sampled; train with 0"
+    if config.rewards.format_weight == 0 and config.rewards.correctness_weight == 0:
+        yield "rewards.format_weight=0 and rewards.correctness_weight=0: nothing is rewarded; raise one of them"

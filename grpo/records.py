@@ -1,0 +1,148 @@
+"""Every record that crosses a doorway, in the order in which data flows.
+
+Problem -> Group of Completions -> Scores -> Batch of OptimizerSteps of MicroBatches -> token losses.
+Problems, completions and groups are plain Python: they travel between ranks and to disk. P counts
+prompts, G completions of each, N = P * G sequences, T completion tokens (always flat, never padded).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FINISH_REASONS = ("eos", "stop", "length")
+OK, ABSTAIN, TIMEOUT, ERROR = "ok", "abstain", "timeout", "error"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to solve. `prompt` and `prompt_ids` are filled by the task's prompter."""
+
+    id: str  # identity in its data set, for example "train/17"
+    question: str
+    answer: str  # the reference answer, as text
+    solution: str = ""  # a worked solution, where the data has one: exemplars and supervised training
+    columns: dict[str, Any] = field(default_factory=dict)  # further columns that reward functions may ask for
+    index: int = 0  # global problem index: its place in the stream, or in an evaluated split; keys random numbers
+    prompt: str = ""
+    prompt_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer. `text` is cut before the stop string; `ids` are kept through it."""
+
+    ids: list[int]
+    logprobs: list[float]  # of each id under the distribution that it was drawn from (tempered, truncated), natural log
+    text: str
+    finish: str  # one of FINISH_REASONS
+    sample: int  # 0 .. G-1
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G completions of one prompt and the training step that drew them."""
+
+    problem: Problem
+    completions: list[Completion]
+    step: int
+
+    @property
+    def index(self) -> int:
+        return self.problem.index
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        return self.problem.prompt_ids
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of P groups of G completions by K components, over all ranks or of one rank.
+
+    components: [P, G, K] fp32, unweighted; NaN where the status is not ok.   status: nested lists [P][G][K].
+    total: [P, G] fp32, weighted sum (an abstaining component adds 0).   scored: [P, G] bool; False takes the
+    completion out of its group's statistics (a weighted component timed out or failed).
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    components: Tensor
+    status: list[list[list[str]]]
+    total: Tensor
+    scored: Tensor
+
+    def means(self) -> dict[str, float]:
+        """Mean total over what could be scored, and of each component over what it judged."""
+        components = {f"reward/{name}": self.components[..., k].nanmean().item() for k, name in enumerate(self.names)}
+        return {
+            "reward": self.total[self.scored].mean().item(),
+            **components,
+            "unscored": 1 - self.scored.float().mean().item(),
+        }
+
+
+def merge_scores(shares: list[Scores]) -> Scores:
+    """Scores of all ranks from each rank's own: prompt i was on rank i mod W."""
+    size = len(shares)
+    whole = lambda name: torch.stack([getattr(share, name) for share in shares], 1).flatten(0, 1)  # noqa: E731
+    status = [shares[i % size].status[i // size] for i in range(sum(len(share.status) for share in shares))]
+    first = shares[0]
+    return Scores(first.names, first.weights, whole("components"), status, whole("total"), whole("scored"))
+
+
+@dataclass
+class TokenColumns:
+    """What is known of each completion token of a micro-batch: flat [T], in the order of its sequences.
+
+    `weight` is final: splitting, packing or accumulating multiplies nothing more, except the world size
+    where the reduction over ranks is a mean.
+    """
+
+    target: Tensor  # [T] int64: the token
+    sequence: Tensor  # [T] int64: its row among the sequences of this micro-batch
+    sampler: Tensor  # [T] fp32 log-prob as drawn
+    old: Tensor | None = (
+        None  # [T] fp32 log-prob under the policy at the start of the update; None: use the current one
+    )
+    ref: Tensor | None = None  # [T] fp32 log-prob under the frozen reference; None: not asked for
+    advantage: Tensor | None = None  # [T] fp32
+    weight: Tensor | None = None  # [T] fp32, 0 where the token is not active
+    counted: Tensor | None = None  # [T] bool: in the denominators
+    active: Tensor | None = None  # [T] bool: contributes a gradient
+
+
+@dataclass
+class MicroBatch:
+    """One forward and backward pass. Rows are padded on the right; positions are explicit.
+
+    `source[t]` is the flat row (of the [rows * length] hidden states) that predicts token t: the only
+    shift of tokens against log-probs is made there, by grpo.batch, and applied in grpo.logprobs.
+    """
+
+    input_ids: Tensor  # [rows, length] int64
+    position_ids: Tensor  # [rows, length] int64
+    source: Tensor  # [T] int64
+    tokens: TokenColumns
+    sequences: list[tuple[int, int]]  # (group, sample) of each sequence, group counted in this rank's list
+    is_dummy: bool = False  # weight 0 everywhere; only keeps the ranks in step
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch with every tensor on `device`."""
+        move = lambda value: value.to(device) if isinstance(value, Tensor) else value  # noqa: E731
+        tokens = TokenColumns(**{name: move(value) for name, value in vars(self.tokens).items()})
+        return MicroBatch(**{**{k: move(v) for k, v in vars(self).items()}, "tokens": tokens})
+
+
+@dataclass
+class Batch:
+    """A list of optimizer steps, each a list of micro-batches: equally many on every rank."""
+
+    optimizer_steps: list[list[MicroBatch]]
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        return [micro_batch for step in self.optimizer_steps for micro_batch in step]
