@@ -1,0 +1,146 @@
+"""Groups in, Scores out: runs the reward functions of a task and gives every value a status.
+
+Functions run in this process, a batch at a time. A batch that raises or returns the wrong length is scored
+again one completion at a time, so that one bad completion does not cost the others their reward.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, NamedTuple
+
+import torch
+
+from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Group, Scores
+
+logger = logging.getLogger(__name__)
+_logged_kinds: set[tuple[str, type]] = set()  # a failing reward fails thousands of times: one traceback is enough
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One component: `function(completions, **columns) -> list of float | None` and its weight in the total."""
+
+    function: Callable[..., list[float | None]]
+    weight: float
+
+
+class Outcome(NamedTuple):
+    """What one component gave one completion; `value` is NaN where the status is not ok."""
+
+    value: float
+    status: str
+
+
+UNFINISHED = Outcome(0.0, OK)  # what require_finish pays a completion that ran into the length limit
+
+
+def score_groups(groups: list[Group], rewards: dict[str, Reward], *, require_finish: bool) -> Scores:
+    """Scores of this rank's groups, each of the same size G: components [P, G, K], total and scored [P, G].
+
+    require_finish: a completion that ended by `length` earns 0 in every component and is not shown to the
+    functions. They get as columns `answer`, `question`, `prompt` and the problems' own columns (None where a
+    problem lacks one), and never the finish reason.
+    """
+    pairs = [(group.problem, completion) for group in groups for completion in group.completions]
+    texts = [completion.text for _, completion in pairs]
+    rows = [{**p.columns, "answer": p.answer, "question": p.question, "prompt": p.prompt} for p, _ in pairs]
+    is_paid = [not (require_finish and completion.finish == "length") for _, completion in pairs]
+    return _as_scores(score_paid(texts, rows, is_paid, rewards), rewards, num_groups=len(groups))
+
+
+def score_paid(
+    texts: list[str], rows: list[dict[str, Any]], is_paid: list[bool], rewards: dict[str, Reward]
+) -> list[list[Outcome]]:
+    """[N][K] outcomes of N texts, each with a row of columns; what is not paid gets UNFINISHED and is not run."""
+    paid_texts, paid_rows = list(compress(texts, is_paid)), list(compress(rows, is_paid))
+    outcomes = iter(score_texts(paid_texts, _as_columns(paid_rows), rewards))
+    return [next(outcomes) if paid else [UNFINISHED] * len(rewards) for paid in is_paid]
+
+
+def score_texts(completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> list[list[Outcome]]:
+    """[N][K] outcomes of N texts: every component in the order of `rewards`. Each column is a list of N values."""
+    by_component = [_score_component(name, reward, completions, columns) for name, reward in rewards.items()]
+    return [list(row) for row in zip(*by_component, strict=True)] if rewards else [[] for _ in completions]
+
+
+def weighted_total(row: list[Outcome], rewards: dict[str, Reward]) -> float:
+    """Weighted sum of the components that are ok; the others add 0."""
+    pairs = zip(row, rewards.values(), strict=True)
+    return sum(reward.weight * outcome.value for outcome, reward in pairs if outcome.status == OK)
+
+
+def is_scored(row: list[Outcome], rewards: dict[str, Reward]) -> bool:
+    """False where a component with a weight timed out or failed: the completion's total would be a guess."""
+    pairs = zip(row, rewards.values(), strict=True)
+    return not any(outcome.status in (TIMEOUT, ERROR) and reward.weight != 0 for outcome, reward in pairs)
+
+
+def _as_columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+    """Rows to columns over the union of their keys; None where a row lacks one."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _score_component(name: str, reward: Reward, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
+    try:
+        return _call(name, reward, completions, columns) if completions else []
+    except Exception as error:  # a user's function may raise anything, and none of it may end the run
+        _log_once(name, error)
+    outcomes = []
+    for i, completion in enumerate(completions):
+        try:
+            outcomes += _call(name, reward, [completion], {key: [column[i]] for key, column in columns.items()})
+        except Exception as error:
+            _log_once(name, error)
+            outcomes.append(Outcome(math.nan, ERROR))
+    return outcomes
+
+
+def _call(name: str, reward: Reward, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
+    values = list(reward.function(completions, **columns))
+    if len(values) != len(completions):
+        raise ValueError(
+            f"reward {name!r} returned {len(values)} values for {len(completions)} completions; "
+            "return one float or None for each"
+        )
+    return [_outcome(name, value) for value in values]
+
+
+def _outcome(name: str, value: float | None) -> Outcome:
+    if value is None:
+        return Outcome(math.nan, ABSTAIN)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"reward {name!r} returned {number}; return a finite float, or None to abstain")
+    return Outcome(number, OK)
+
+
+def _log_once(name: str, error: Exception) -> None:
+    kind = (name, type(error))
+    if kind not in _logged_kinds:
+        _logged_kinds.add(kind)
+        logger.warning("reward %r failed; further failures of this kind are only counted", name, exc_info=error)
+
+
+def _as_scores(table: list[list[Outcome]], rewards: dict[str, Reward], *, num_groups: int) -> Scores:
+    """[N][K] outcomes of equally large groups -> Scores [P, G, K]."""
+    group_size = len(table) // num_groups if num_groups else 0
+    assert len(table) == num_groups * group_size, "groups differ in size"
+    shape = (num_groups, group_size)
+    values = [[outcome.value for outcome in row] for row in table]
+    status = [[outcome.status for outcome in row] for row in table]
+    totals = [weighted_total(row, rewards) for row in table]
+    scored = [is_scored(row, rewards) for row in table]
+    return Scores(
+        names=tuple(rewards),
+        weights=tuple(reward.weight for reward in rewards.values()),
+        components=torch.tensor(values, dtype=torch.float32).reshape(*shape, len(rewards)),
+        status=[status[i * group_size : (i + 1) * group_size] for i in range(num_groups)],
+        total=torch.tensor(totals, dtype=torch.float32).reshape(shape),
+        scored=torch.tensor(scored, dtype=torch.bool).reshape(shape),
+    )

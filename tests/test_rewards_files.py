@@ -1,0 +1,110 @@
+"""`python -m grpo.rewards check` and score_file: a file of completions in, the same lines with rewards out."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from grpo.rewards import Reward, correctness_reward, format_reward
+from grpo.rewards.__main__ import main
+from grpo.rewards.files import score_file
+
+REWARDS = {"format": Reward(format_reward, 0.5), "correctness": Reward(correctness_reward, 1.0)}
+LINE = "#### The final answer is "
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Writes lines, scores them, returns the summary and the lines that were written."""
+
+    def run(lines, rewards=REWARDS, require_finish=True):
+        source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        source.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        summary = score_file(rewards, source, output, require_finish=require_finish)
+        return summary, [json.loads(line) for line in output.read_text().splitlines()]
+
+    return run
+
+
+def test_each_line_gets_its_components_total_and_status_and_keeps_the_rest(check):
+    summary, rows = check(
+        [
+            {"completion": LINE + "1,234", "answer": "1,234", "id": 7},
+            {"completion": LINE + "5", "answer": 4},
+            {"completion": "4", "answer": 4.0, "finish_reason": "stop"},
+            {"completion": LINE + "4", "answer": "4", "finish_reason": "length"},
+        ]
+    )
+    assert [row["reward"] for row in rows] == [1.5, 0.5, 0.0, 0.0]
+    assert rows[0] == {
+        **{"completion": LINE + "1,234", "answer": "1,234", "id": 7},
+        **{"rewards": {"format": 1.0, "correctness": 1.0}, "reward": 1.5, "status": "ok"},
+    }
+    assert summary == {
+        **{"completions": 4, "reward": 0.5, "status": {"ok": 4}},
+        **{"rewards": {"format": 0.5, "correctness": 0.25}},
+    }
+
+
+def test_length_pays_where_finishing_is_not_required(check):
+    line = {"completion": LINE + "4", "answer": "4", "finish_reason": "length"}
+    assert check([line], require_finish=False)[1][0]["reward"] == 1.5
+
+
+def test_a_component_without_a_value_is_null_and_the_worst_status_names_the_line(check):
+    def odd(completions, *, level, **columns):
+        assert "finish_reason" not in columns and "completion" not in columns
+        return [None if n == 0 else [1.0][n - 1] for n in level]
+
+    lines = [{"completion": "", "answer": "1", "level": level} for level in (0, 1, 2)]
+    summary, rows = check(lines, {"odd": Reward(odd, 1.0), **REWARDS})
+    assert [row["status"] for row in rows] == ["abstain", "ok", "error"]
+    assert [row["rewards"]["odd"] for row in rows] == [None, 1.0, None]
+    assert summary["rewards"]["odd"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 3 is not JSON"),
+        ("[1]", "line 3 is not a JSON object"),
+        ({"answer": "4"}, "line 3: completion=None"),
+        ({"completion": 4, "answer": "4"}, "line 3: completion=4"),
+        ({"completion": "4"}, "line 3: answer=None"),
+        ({"completion": "4", "answer": True}, "line 3: answer=True"),
+        ({"completion": "4", "answer": ["4"]}, "line 3: answer="),
+        ({"completion": "4", "answer": "4", "finish_reason": 1}, "line 3: finish_reason=1"),
+    ],
+)
+def test_a_malformed_line_is_named(check, line, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        check([{"completion": "", "answer": "4"}, "", line])  # the blank second line is skipped and counted
+
+
+def test_an_empty_file_is_refused(check):
+    with pytest.raises(ValueError, match="holds no completions"):
+        check([""])
+
+
+def test_the_command_reports_bad_input_and_fails(tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"completion": "x"}\n')
+    assert main(["check", "gsm8k", "--completions", str(source), "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert main(["check", "gsmk", "--completions", str(source), "--output", "out.jsonl"]) == 2
+    error = capsys.readouterr().err
+    assert "line 1: answer=None" in error and "did you mean 'gsm8k'" in error
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_command_scores_without_a_model_or_a_data_set(tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"completion": "\ud800 \u2028\n" + LINE + "$4.00", "answer": "4"}))
+    code = (
+        "import sys; from grpo.rewards.__main__ import main; status = main(sys.argv[1:]);"
+        "print(sorted({'transformers', 'datasets', 'pyarrow', 'tyro'} & set(sys.modules))); sys.exit(status)"
+    )
+    arguments = ["check", "gsm8k", "--completions", str(source), "--output", str(output)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "1.5000" in done.stdout
+    assert json.loads(output.read_text())["reward"] == 1.5

@@ -1,0 +1,122 @@
+"""score_groups: totals by hand, statuses, and that one bad completion costs only itself."""
+
+import logging
+import math
+
+import pytest
+
+from grpo.records import ABSTAIN, ERROR, OK, Completion, Group, Problem
+from grpo.rewards import Reward, correctness_reward, format_reward, runner, score_groups, score_texts
+
+GSM8K = {"format": Reward(format_reward, 0.5), "correctness": Reward(correctness_reward, 1.0)}
+LINE = "#### The final answer is "
+
+
+def group(*texts, finish="stop", answer="4", **columns):
+    problem = Problem(id="train/0", question="2 + 2?", answer=answer, columns=columns, prompt="Q: 2 + 2?")
+    completions = [Completion(ids=[1], logprobs=[0.0], text=t, finish=finish, sample=i) for i, t in enumerate(texts)]
+    return Group(problem=problem, completions=completions, step=0)
+
+
+def length_of(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def refuse_x(completions, **columns):
+    """Raises on the letter x wherever it is in the batch."""
+    if any("x" in text for text in completions):
+        raise RuntimeError("no x")
+    return length_of(completions)
+
+
+@pytest.fixture(autouse=True)
+def forget_logged_kinds(monkeypatch):
+    monkeypatch.setattr(runner, "_logged_kinds", set())
+
+
+def test_totals_are_the_weighted_sums_of_the_components():
+    scores = score_groups(
+        [group(LINE + "4", LINE + "5"), group("4", LINE + "-7", answer="-7")], GSM8K, require_finish=True
+    )
+    assert (scores.names, scores.weights) == (("format", "correctness"), (0.5, 1.0))
+    assert scores.components.tolist() == [[[1, 1], [1, 0]], [[0, 0], [1, 1]]]
+    assert scores.total.tolist() == [[1.5, 0.5], [0.0, 1.5]]
+    assert scores.scored.all() and scores.status == [[[OK, OK]] * 2] * 2
+
+
+def test_an_unfinished_completion_earns_nothing_and_is_not_shown_to_the_functions():
+    def pay_all(completions, **columns):
+        assert "tail" not in completions
+        return [1.0] * len(completions)
+
+    rewards = GSM8K | {"all": Reward(pay_all, 2.0)}
+    cut = group(LINE + "4", "tail", finish="length")
+    scores = score_groups([group("a", "b"), cut], rewards, require_finish=True)
+    assert scores.total.tolist() == [[2.0, 2.0], [0.0, 0.0]]
+    assert scores.components[1].tolist() == [[0.0] * 3] * 2 and scores.scored.all()
+    paid = score_groups([cut], GSM8K, require_finish=False)
+    assert paid.total.tolist() == [[1.5, 0.0]]
+
+
+def test_functions_get_columns_beside_the_completions_and_never_the_finish_reason():
+    seen = {}
+
+    def look(completions, **columns):
+        seen.update(columns)
+        return [None] * len(completions)
+
+    groups = [group("a", "b", level=3), group("c", "d", finish="eos", answer="5", topic="sums")]
+    score_groups(groups, {"look": Reward(look, 1.0)}, require_finish=True)
+    assert seen == {
+        "answer": ["4", "4", "5", "5"],
+        "question": ["2 + 2?"] * 4,
+        "prompt": ["Q: 2 + 2?"] * 4,
+        "level": [3, 3, None, None],
+        "topic": [None, None, "sums", "sums"],
+    }
+
+
+def test_an_abstaining_component_adds_nothing_and_the_others_still_count():
+    rewards = {"maybe": Reward(lambda completions, **_: [None, 1.0], 4.0), "length": Reward(length_of, 1.0)}
+    scores = score_groups([group("abc", "d")], rewards, require_finish=True)
+    assert scores.total.tolist() == [[3.0, 5.0]] and scores.scored.all()
+    assert scores.status == [[[ABSTAIN, OK], [OK, OK]]] and math.isnan(scores.components[0, 0, 0])
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_what_fails_alone_is_unscored_where_it_has_a_weight_and_the_rest_of_the_batch_is_scored(weight):
+    scores = score_groups([group("ab", "axb", "abc")], {"x": Reward(refuse_x, weight)}, require_finish=True)
+    assert scores.status == [[[OK], [ERROR], [OK]]]
+    assert scores.scored.tolist() == [[True, weight == 0, True]]
+    assert scores.total.tolist() == [[2 * weight, 0.0, 3 * weight]]
+
+
+@pytest.mark.parametrize("returned", [[], [1.0], [1.0, 2.0, 3.0], [math.nan, 1.0], ["text", 1.0], None, 7])
+def test_a_wrong_return_value_is_an_error_of_that_component_alone(returned):
+    rewards = {"wrong": Reward(lambda completions, **_: returned, 1.0), "length": Reward(length_of, 1.0)}
+    outcomes = score_texts(["ab", "c"], {}, rewards)
+    expected = OK if returned == [1.0] else ERROR  # right for one completion, wrong for the batch
+    assert [(row[0].status, row[1].value) for row in outcomes] == [(expected, 2.0), (expected, 1.0)]
+
+
+def test_one_traceback_is_logged_for_each_kind_of_failure(caplog):
+    def fail(completions, **columns):
+        raise KeyError("verdict") if completions == ["b"] else RuntimeError("no")
+
+    with caplog.at_level(logging.WARNING):
+        score_texts(["a", "b", "c"], {}, {"fail": Reward(fail, 1.0)})
+        score_texts(["a", "b", "c"], {}, {"fail": Reward(fail, 1.0)})
+    assert [record.exc_info[0] for record in caplog.records] == [RuntimeError, KeyError]
+
+
+def test_interrupting_a_reward_is_not_swallowed():
+    def interrupt(completions, **columns):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_texts(["a"], {}, {"interrupt": Reward(interrupt, 1.0)})
+
+
+def test_no_groups_give_empty_scores():
+    scores = score_groups([], GSM8K, require_finish=True)
+    assert scores.components.shape == (0, 0, 2) and scores.total.shape == scores.scored.shape == (0, 0)
