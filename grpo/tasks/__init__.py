@@ -1,0 +1,98 @@
+"""Tasks: where problems come from, how they are asked, and what counts as right.
+
+A task gives splits of Problems, a plain-text prompt with exemplars, and reward components with weights.
+Constructing one loads no data; grpo.tasks.prompts turns its problems into token ids.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo.config import DataConfig, RewardsConfig
+from grpo.records import Problem
+from grpo.rewards import FINAL_PREFIX, Reward, correctness_reward, format_reward
+
+TASKS = ("gsm8k", "jsonl", "word_problems")
+
+
+class Task:
+    """Base of all tasks; a subclass defines `load` and may replace any attribute.
+
+    The test split is only ever evaluated: training and exemplars never ask for it. A training split may be
+    endless (attribute `endless = True`): then split[i] is a problem for every i >= 0 and it has no length.
+    """
+
+    name: str = ""
+    splits: tuple[str, ...] = ("train", "validation", "test")
+    instruction = f"Solve each problem step by step. End with the line `{FINAL_PREFIX}<number>`."
+    stop_strings: tuple[str, ...] = ("\n\nQuestion:",)  # a base model goes on with the next question
+    exemplars: tuple[Problem, ...] = ()  # built-in worked exemplars, with solutions
+
+    def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
+        self.data, rewards = data or DataConfig(), rewards or RewardsConfig()
+        self.rewards = {
+            "format": Reward(format_reward, rewards.format_weight),
+            "correctness": Reward(correctness_reward, rewards.correctness_weight),
+        }
+        self._splits: dict[str, Sequence[Problem]] = {}
+
+    def split(self, name: str) -> Sequence[Problem]:
+        """Problems of one of `splits`: loaded on first use, then kept. Never empty."""
+        if name not in self.splits:
+            raise ValueError(f"task {self.name!r} has no split {name!r}; use one of {', '.join(self.splits)}")
+        if name not in self._splits:
+            problems = self.load(name)
+            if not getattr(problems, "endless", False) and len(problems) == 0:
+                raise ValueError(
+                    f"the {name} split of task {self.name!r} is empty (data.path={self.data.path!r}, "
+                    f"data.validation_fraction={self.data.validation_fraction}); give more rows or another fraction"
+                )
+            self._splits[name] = problems
+        return self._splits[name]
+
+    def load(self, split: str) -> Sequence[Problem]:
+        """Reads or makes one split; a subclass must define it."""
+        raise NotImplementedError(f"{type(self).__name__} does not define load(split)")
+
+    def plain_prompt(self, question: str, exemplars: Sequence[Problem]) -> str:
+        """Text for a base model: instruction, worked exemplars, question, with blank lines between.
+
+        It ends without a space: the completion's first token brings its own.
+        """
+        worked = [f"Question: {shot.question}\nAnswer: {shot.solution}" for shot in exemplars]
+        return "\n\n".join([self.instruction, *worked, f"Question: {question}\nAnswer:"])
+
+
+def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:
+    """The task of a name in TASKS, or of a user's own `path/to/file.py:ClassName`. Loads no data."""
+    if ".py:" in name:
+        return _user_class(name)(data=data, rewards=rewards)
+    if name == "gsm8k":
+        from grpo.tasks.gsm8k import Gsm8k as chosen
+    elif name == "jsonl":
+        from grpo.tasks.jsonl import Jsonl as chosen
+    elif name == "word_problems":
+        from grpo.tasks.word_problems import WordProblems as chosen
+    else:
+        nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"unknown task {name!r}; did you mean {nearest!r}? "
+            f"Tasks: {', '.join(TASKS)}, or path/to/file.py:ClassName for your own"
+        )
+    return chosen(data=data, rewards=rewards)
+
+
+def _user_class(name: str) -> type[Task]:
+    path, _, class_name = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"task {name!r}: no file {path!r}; give path/to/file.py:ClassName")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ValueError(f"task {name!r}: {path} defines no class {class_name} that extends grpo.tasks.Task")
+    return found

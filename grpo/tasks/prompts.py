@@ -1,0 +1,106 @@
+"""The prompter: a Problem goes in, the same Problem with its prompt text and token ids comes out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from grpo.config import PromptConfig
+from grpo.records import Problem
+from grpo.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ENDLESS_POOL = 10_000  # exemplars from an endless training split come from its first problems
+CHECKED = 64  # questions of a split that are tried for length, longest in characters first
+
+
+class Prompter:
+    """Asks a task's problems in the style, and with the exemplars, of one prompt config.
+
+    The exemplars are drawn once and kept, so a prompt depends on the config and on its problem alone.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        prompt: PromptConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context_length: int,
+        max_new_tokens: int,
+    ):
+        if prompt.style == "chat" and not tokenizer.chat_template:
+            raise ValueError(
+                "prompt.style=chat, but the tokenizer has no chat template; "
+                "use --prompt.style plain, or an instruct model"
+            )
+        self.task, self.prompt, self.tokenizer = task, prompt, tokenizer
+        self.context_length, self.max_new_tokens = context_length, max_new_tokens
+        self.stop_strings = task.stop_strings if prompt.style == "plain" else ()
+        self._candidates = _draw_exemplars(task, prompt)
+
+    def __call__(self, problem: Problem) -> Problem:
+        """The problem with `prompt` and `prompt_ids`; ValueError where no room is left for the completion."""
+        shots = [shot for shot in self._candidates if shot.question != problem.question][: self.prompt.shots]
+        if self.prompt.style == "plain":
+            text = self.task.plain_prompt(problem.question, shots)
+            ids = self.tokenizer(text)["input_ids"]
+        else:
+            text = self.tokenizer.apply_chat_template(
+                _messages(self.task, problem, shots), add_generation_prompt=True, tokenize=False
+            )
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
+        if len(ids) + self.max_new_tokens > self.context_length:
+            raise ValueError(
+                f"problem {problem.id}: a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} exceed "
+                f"the model's context of {self.context_length}; lower one or prompt.shots={self.prompt.shots}"
+            )
+        return replace(problem, prompt=text, prompt_ids=tuple(ids))
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Refuse, before any long work, a split with a prompt that leaves no room: its longest questions are tried."""
+        pool = [problems[i] for i in range(CHECKED)] if getattr(problems, "endless", False) else problems
+        for problem in sorted(pool, key=lambda problem: -len(problem.question))[:CHECKED]:
+            self(problem)
+
+
+def _messages(task: Task, problem: Problem, shots: Sequence[Problem]) -> list[dict[str, str]]:
+    """Shots as earlier turns; the instruction opens the first, as not every template knows a system role."""
+    messages = []
+    for shot in shots:
+        messages += [{"role": "user", "content": shot.question}, {"role": "assistant", "content": shot.solution}]
+    messages.append({"role": "user", "content": problem.question})
+    messages[0]["content"] = f"{task.instruction}\n\n{messages[0]['content']}"
+    return messages
+
+
+def _draw_exemplars(task: Task, prompt: PromptConfig) -> list[Problem]:
+    """The built-in ones, or one more than asked for from the training split: the problem itself may be among them."""
+    if prompt.shots == 0:
+        return []
+    if prompt.exemplars == "builtin":
+        needed, candidates = prompt.shots, list(task.exemplars)
+    else:
+        needed = prompt.shots + 1
+        candidates = _distinct_training_problems(task, needed, prompt.exemplar_seed)
+    if len(candidates) < needed:
+        raise ValueError(
+            f"prompt.shots={prompt.shots} needs {needed} exemplars; task {task.name!r} has {len(candidates)} "
+            f"({prompt.exemplars}); lower --prompt.shots"
+        )
+    return candidates
+
+
+def _distinct_training_problems(task: Task, count: int, seed: int) -> list[Problem]:
+    train = task.split("train")
+    size = ENDLESS_POOL if getattr(train, "endless", False) else len(train)
+    chosen: dict[str, Problem] = {}
+    for i in random.Random(seed).sample(range(size), size):
+        chosen.setdefault(train[i].question, train[i])
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
