@@ -1,0 +1,140 @@
+"""The attention that a transformers model runs while sampling, and the switch that turns it on.
+
+Registered with AttentionInterface only: for a name that has no mask function transformers builds no mask and never
+waits for the device. The forward pass hands its keyword argument `slab` down to every layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+import kernels
+from grpo.rollout.slab import Decode, KVSlab, Layer
+
+NAME = "grpo_slab"
+
+
+def slab_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    slab: KVSlab,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others,
+) -> tuple[Tensor, None]:
+    """Store key and value, then attend as `slab.layout` says.
+
+    query: [N, H, length, D]; key, value: [N, Hkv, length, D], as transformers calls it.  Returns [N, length, H, D].
+    """
+    for name in ("s_aux", "position_bias"):
+        if others.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} wants {name} in its attention, which rollout cannot do")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer, layout = slab.layer(module.layer_idx, key, value), slab.layout
+    if isinstance(layout, Decode):
+        output = _decode(layer, layout, query, key, value, scale, softcap, sliding_window, slab.impl)
+    else:
+        length = key.shape[2]
+        layer.prefix_key[layout.groups, :, :length] = key
+        layer.prefix_value[layout.groups, :, :length] = value
+        output = _causal(query, key, value, scale, softcap, sliding_window)
+    return output.transpose(1, 2), None
+
+
+def _decode(
+    layer: Layer,
+    layout: Decode,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    impl: str,
+) -> Tensor:
+    """One token of each row. query: [B, H, 1, D].  Returns the same shape."""
+    layer.suffix_key[layout.row, :, layout.suffix_lengths] = key[:, :, 0]
+    layer.suffix_value[layout.row, :, layout.suffix_lengths] = value[:, :, 0]
+    output = kernels.decode_attention(
+        query[:, :, 0],
+        tuple(prefix[: layout.num_groups, :, : layout.longest_prefix] for prefix in layer[:2]),
+        tuple(suffix[: len(query), :, : layout.longest_suffix] for suffix in layer[2:]),
+        seats=layout.seats,
+        place=layout.place,
+        prefix_lengths=layout.prefix_lengths,
+        suffix_lengths=layout.suffix_lengths + 1,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        impl=impl,
+    )
+    return output[:, :, None]
+
+
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
+) -> Tensor:
+    """Whole prompts. Padding is on the right, so a causal mask already hides it from every real token."""
+    length, repeats = query.shape[2], query.shape[1] // key.shape[1]
+    if softcap is None and (window is None or window >= length):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=repeats > 1)
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    position = torch.arange(length, device=query.device)
+    age = position[:, None] - position
+    hidden = (age < 0) | (age >= (window or length))
+    return scores.masked_fill(hidden, -math.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+AttentionInterface.register(NAME, slab_attention)
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """ValueError for a model whose attention the slab cannot serve, as far as its config tells."""
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if layer_types:
+        raise ValueError(
+            f"{type(model).__name__} has layers of type {sorted(layer_types)}; rollout serves full_attention and "
+            "sliding_attention only"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):  # one set for all layers, or one for each layer type
+        if isinstance(part, dict) and part.get("rope_type") in ("dynamic", "longrope"):
+            raise ValueError(
+                f"{type(model).__name__} has rotary embeddings of type {part['rope_type']}: they depend on the longest "
+                "row of the batch, so a completion would depend on its neighbours; use a model with fixed frequencies"
+            )
+
+
+@contextmanager
+def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, slab attention, no gradients; random state, modes and attention come back in any case."""
+    attention = model.config._attn_implementation
+    in_training = [module for module in model.modules() if module.training]
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        model.eval()
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            raise ValueError(f"{type(model).__name__} does not let its attention be replaced; rollout cannot serve it")
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        model.set_attn_implementation(attention)
+        for module in in_training:
+            module.training = True

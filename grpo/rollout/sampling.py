@@ -1,0 +1,79 @@
+"""What to sample, and the random numbers to sample it with.
+
+A random number is a pure function of (seed, training step, problem, sample, token position, stream): never of rank,
+slot, batch or order. So the same completion is drawn whoever draws it, and next to whatever else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TRAINING, EVALUATION = 0, 1  # streams
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. ValueError where a value cannot be."""
+
+    group_size: int  # completions of each problem
+    max_new_tokens: int
+    temperature: float  # divides the logits; 0 is greedy
+    top_p: float  # 1 keeps all
+    top_k: int  # 0 keeps all
+    stop: tuple[str, ...]  # a completion ends with the token that completes one of these
+    stream: int = TRAINING  # TRAINING or EVALUATION: a word of the random counter, so that the two never share numbers
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be 0 (keeps every token) or more")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise ValueError(f"stop={self.stop!r} must be a tuple of non-empty strings")
+
+
+def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Philox4x32-10 (Salmon et al., SC 2011): four random 32-bit words per counter.
+
+    counter: [..., 4] int64 words in [0, 2**32); key: two such words.  Returns [..., 4] int64. Integer arithmetic only,
+    so the numbers are the same on every device.
+    """
+    mask = 0xFFFFFFFF
+    a, b, c, d = counter.unbind(-1)
+    low_key, high_key = key
+    for _ in range(10):
+        # The 64-bit product may wrap the sign bit; its bits are right, and the mask removes the sign's copies.
+        left, right = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (right >> 32 & mask) ^ b ^ low_key, right & mask, (left >> 32 & mask) ^ d ^ high_key, left & mask
+        low_key, high_key = (low_key + 0x9E3779B9) & mask, (high_key + 0xBB67AE85) & mask
+    return torch.stack([a, b, c, d], -1)
+
+
+def refuse_large_words(**words: int) -> None:
+    """ValueError for the first that is no 32-bit word of the random key or counter."""
+    for name, word in words.items():
+        if not 0 <= word < 2**32:
+            raise ValueError(f"{name}={word} does not fit the random counter; use 0 to {2**32 - 1}")
+
+
+def uniforms(
+    problems: list[int], group_size: int, positions: int, *, seed: int, step: int, stream: int, device: torch.device
+) -> Tensor:
+    """One number in (0, 1) for each sampled token: key (seed, step), counter (problem, sample, position, stream).
+
+    problems: global indices.  Returns [len(problems) * group_size, positions] fp64, 52 random bits each.
+    """
+    problem = torch.tensor(problems, dtype=torch.int64, device=device).view(-1, 1, 1)
+    sample = torch.arange(group_size, device=device).view(1, -1, 1)
+    position = torch.arange(positions, device=device).view(1, 1, -1)
+    counter = torch.stack(torch.broadcast_tensors(problem, sample, position, torch.full_like(problem, stream)), -1)
+    words = philox(counter.flatten(0, 1), (seed, step))
+    return ((words[..., 0] << 20 | words[..., 1] >> 12).double() + 0.5) * 2.0**-52

@@ -1,0 +1,61 @@
+"""Where a completion ends: an end-of-sequence token, a stop string, or the length limit."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a sequence by the tokenizer, the generation config or the model config; ValueError if none."""
+    generation = getattr(model, "generation_config", None)
+    found = set()
+    for source in (tokenizer, generation, model.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    if not found:
+        raise ValueError(
+            "neither the tokenizer, nor the generation config, nor the model config defines an end-of-sequence token; "
+            "set eos_token in tokenizer_config.json"
+        )
+    return sorted(found)
+
+
+class Ending:
+    """Decides where sampled ids end and what they say. Text never shows special tokens, so a stop cannot be one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos: list[int], stop: tuple[str, ...]):
+        special = [text for text in stop if any(token in text for token in tokenizer.all_special_tokens)]
+        if special:
+            raise ValueError(
+                f"stop strings {special} contain a special token, which text never shows; use eos_token_id"
+            )
+        self.tokenizer, self.eos, self.stop = tokenizer, frozenset(eos), stop
+
+    def texts(self, sequences: list[list[int]]) -> list[str]:
+        """Ids -> text, without special tokens and without the end-of-sequence token, special or not."""
+        if not sequences:  # batch_decode makes one empty text of this
+            return []
+        bodies = [ids[:-1] if ids and ids[-1] in self.eos else ids for ids in sequences]
+        return self.tokenizer.batch_decode(bodies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def stop_at(self, text: str) -> int | None:
+        """Where the first stop string in `text` begins."""
+        return min((at for at in map(text.find, self.stop) if at >= 0), default=None)
+
+    def finish(self, ids: list[int], text: str) -> tuple[list[int], str, str]:
+        """Sampled ids and their text -> ids kept, text kept, finish reason.
+
+        A stop string may cross token borders, so it is looked for in the text. The last id kept is the first by which
+        it is complete, maybe with more text behind it; the text kept ends before the stop.
+        """
+        if self.stop_at(text) is None:
+            return ids, text, "eos" if ids[-1] in self.eos else "length"
+        kept = 1 + bisect_left(range(len(ids)), True, key=lambda last: self.stops(ids[: last + 1]))
+        text = self.texts([ids[:kept]])[0]
+        return ids[:kept], text[: self.stop_at(text)], "stop"
+
+    def stops(self, ids: list[int]) -> bool:
+        """Whether the text of `ids` holds a stop string."""
+        return self.stop_at(self.texts([ids])[0]) is not None

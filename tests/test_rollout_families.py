@@ -1,0 +1,102 @@
+"""Every family, unmodified: greedy equals `generate`, log-probs equal a plain forward pass."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.rollout_helpers import FAMILIES, PAD, problems, sampler, tiny_model
+
+LENGTHS = (17, 30, 1, 5)  # ragged, across the sliding windows, and a prompt with nothing to prefill
+
+
+def greedy(model, problem, new_tokens):
+    prompt = torch.tensor([problem.prompt_ids])
+    output = model.generate(prompt, do_sample=False, max_new_tokens=new_tokens, pad_token_id=PAD)
+    return output[0, prompt.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def teacher_forced(model, problem, completion, temperature):
+    """Log-prob of each sampled id by one plain forward pass over prompt and completion."""
+    ids = torch.tensor([[*problem.prompt_ids, *completion.ids]])
+    logits = model(input_ids=ids).logits[0, len(problem.prompt_ids) - 1 : -1].double() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+
+
+def assert_greedy_equals_generate(model):
+    made = problems(*LENGTHS)
+    groups = sampler(model, group_size=2, max_new_tokens=20, temperature=0.0).generate(made, step=0)
+    for problem, group in zip(made, groups, strict=True):
+        expected = greedy(model, problem, 20)
+        assert [completion.ids for completion in group.completions] == [expected, expected]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_on_ragged_prompts(family):
+    assert_greedy_equals_generate(tiny_model(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampler_log_probs_are_those_of_a_plain_forward_pass(family):
+    model, made, temperature = tiny_model(family), problems(*LENGTHS), 1.3
+    for problem, group in zip(made, sampler(model, temperature=temperature).generate(made, step=0), strict=True):
+        assert len({tuple(completion.ids) for completion in group.completions}) == 3  # they are samples
+        for completion in group.completions:
+            expected = teacher_forced(model, problem, completion, temperature)
+            assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-4
+
+
+class LoRA(nn.Module):
+    """A linear layer with a low-rank addition, as an adapter wraps it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 4, bias=False)
+        self.up = nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + 0.3 * self.up(self.down(x))
+
+
+def test_a_model_with_lora_wrapped_linears_samples_as_it_generates():
+    model = tiny_model("qwen2")
+    plain = greedy(model, problems(17)[0], 20)
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, LoRA(child))
+    assert greedy(model, problems(17)[0], 20) != plain
+    assert_greedy_equals_generate(model)
+
+
+def test_bf16_samples_and_its_log_probs_are_near_a_plain_bf16_forward_pass():
+    model, made = tiny_model("qwen2").to(torch.bfloat16), problems(*LENGTHS)
+    for problem, group in zip(made, sampler(model).generate(made, step=0), strict=True):
+        for completion in group.completions:
+            difference = torch.tensor(completion.logprobs) - teacher_forced(model, problem, completion, 1.0)
+            assert difference.abs().mean() < 0.1  # measured 0.06 for an untrained model of this kind
+
+
+@pytest.mark.parametrize(
+    "family, overrides, message",
+    [
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type dynamic"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused_by_name(family, overrides, message):
+    model = tiny_model(family)
+    for name, value in overrides.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=f"Qwen2ForCausalLM.*{message}"):
+        sampler(model)
+
+
+def test_a_model_without_attention_in_every_layer_is_refused():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=16, num_hidden_layers=2, state_size=4))
+    with pytest.raises(ValueError, match="MambaForCausalLM"):
+        sampler(model).generate(problems(5), step=0)

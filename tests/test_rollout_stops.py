@@ -1,0 +1,85 @@
+"""Stop strings: across tokens, inside tokens, in several bytes; ids are cut backwards and decoding ends early."""
+
+import pytest
+import torch
+
+from grpo.rollout import engine
+from grpo.rollout.stops import Ending
+from tests.rollout_helpers import EOS, byte_tokenizer, problems, sampler, syllable_tokenizer, tiny_model
+
+
+def end(tokenizer, ids, *stop):
+    ending = Ending(tokenizer, [EOS], stop)
+    return ending.finish(ids, ending.texts([ids])[0])
+
+
+def of_bytes(text):
+    return list(text.encode())
+
+
+def test_ids_are_kept_through_the_token_that_completes_the_stop_and_text_ends_before_it():
+    ids = of_bytes("so 4\n\nQuestion: more")
+    kept, text, finish = end(byte_tokenizer(), ids, "\n\nQuestion:")
+    assert (bytes(kept), text, finish) == (b"so 4\n\nQuestion:", "so 4", "stop")
+
+
+def test_a_token_may_complete_the_stop_and_say_more():
+    tokenizer = syllable_tokenizer()
+    ids = [tokenizer.convert_tokens_to_ids(piece) for piece in ("ab", "cd", "ef", "gh")]
+    assert end(tokenizer, ids, "bcde") == (ids[:3], "a", "stop")
+
+
+def test_the_stop_completed_by_the_earliest_token_wins():
+    assert end(byte_tokenizer(), of_bytes("one two three"), "three", "two", "e t")[:2] == (of_bytes("one t"), "on")
+
+
+def test_a_stop_of_several_bytes_per_character_is_complete_with_its_last_byte():
+    kept, text, finish = end(byte_tokenizer(), of_bytes("né€ end"), "€")
+    assert (bytes(kept).decode(), text, finish) == ("né€", "né", "stop")
+
+
+def test_without_a_stop_the_last_id_decides():
+    assert end(byte_tokenizer(), [*of_bytes("two"), EOS], "three") == ([*of_bytes("two"), EOS], "two", "eos")
+    assert end(byte_tokenizer(), of_bytes("two"), "three") == (of_bytes("two"), "two", "length")
+
+
+def test_a_stop_before_the_end_of_sequence_token_comes_first():
+    assert end(byte_tokenizer(), [*of_bytes("a#b"), EOS], "#") == (of_bytes("a#"), "a", "stop")
+
+
+@pytest.mark.parametrize("look_every", [1, 3, 8])
+def test_stopping_early_gives_the_unstopped_completion_cut_however_rarely_one_looks(look_every, monkeypatch):
+    monkeypatch.setattr(engine, "STEPS_BETWEEN_STOPS", look_every)
+    model, tokenizer, made = tiny_model("qwen2"), syllable_tokenizer(), problems(9, 20, 4)
+    free = sampler(model, tokenizer=tokenizer, max_new_tokens=40).generate(made, step=0)
+    stop = tuple(group.completions[0].text[9:12] for group in free)  # three letters: never one token
+    stopped = sampler(model, tokenizer=tokenizer, max_new_tokens=40, stop=stop).generate(made, step=0)
+    reasons = set()
+    for before, after in zip(free, stopped, strict=True):
+        for long, short in zip(before.completions, after.completions, strict=True):
+            assert short.ids == long.ids[: len(short.ids)]
+            assert short.logprobs == pytest.approx(long.logprobs[: len(short.ids)], abs=1e-4)
+            assert (short.ids, short.text, short.finish) == end(tokenizer, long.ids, *stop)
+            reasons.add(short.finish)
+    assert "stop" in reasons
+
+
+def test_stopped_rows_are_not_decoded_to_the_length_limit():
+    model, tokenizer, made = tiny_model("qwen2"), syllable_tokenizer(), problems(9)
+    steps = []
+    model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    free = sampler(model, tokenizer=tokenizer, group_size=1, max_new_tokens=100, temperature=0.0)
+    text = free.generate(made, step=0)[0].completions[0].text
+    steps.clear()
+    sampler(model, tokenizer=tokenizer, group_size=1, max_new_tokens=100, temperature=0.0, stop=(text[9:12],)).generate(
+        made, step=0
+    )
+    assert len(steps) <= 1 + 12 + engine.STEPS_BETWEEN_STOPS  # prefill; 12 letters take at most 12 tokens
+
+
+def test_lm_head_sees_one_position_per_row():
+    model, widths = tiny_model("qwen2"), []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: widths.append(tuple(inputs[0].shape[:2])))
+    sampler(model, max_new_tokens=4).generate(problems(9, 30), step=0)
+    assert widths == [(2, 1)] + [(6, 1)] * 4
+    assert torch.is_grad_enabled()
