@@ -1,0 +1,59 @@
+"""Global rewards [P, G] -> advantages [P, G]. Pure functions and the table of their names.
+
+Rewards of all ranks are gathered first, so that a group's statistics never depend on the number of ranks.
+A completion that could not be scored takes no part in its group's statistics and gets advantage 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SPREAD_TOLERANCE = 1e-6  # rewards closer than this are equal: rounding noise must not be blown up by the division
+STD_OFFSET = 1e-4
+
+
+def group_mean_and_spread(rewards: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the scored rewards of each group, and whether they differ at all.
+
+    rewards: [P, G] fp32; scored: [P, G] bool.  Returns [P, 1] fp32 and [P, 1] bool; a group with fewer than two
+    scored completions has no spread.
+    """
+    count = scored.sum(1, keepdim=True)
+    mean = torch.where(scored, rewards, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
+    highest = torch.where(scored, rewards, -torch.inf).amax(1, keepdim=True)
+    lowest = torch.where(scored, rewards, torch.inf).amin(1, keepdim=True)
+    return mean, (highest - lowest > SPREAD_TOLERANCE) & (count >= 2)
+
+
+def group_mean(rewards: Tensor, scored: Tensor) -> Tensor:
+    """r - mean_g (Dr. GRPO, arXiv:2503.20783: no division by the standard deviation).  [P, G] -> [P, G]."""
+    mean, has_spread = group_mean_and_spread(rewards, scored)
+    return torch.where(scored & has_spread, rewards - mean, 0.0)
+
+
+def group(rewards: Tensor, scored: Tensor) -> Tensor:
+    """(r - mean_g) / (std_g + 1e-4) (GRPO, arXiv:2402.03300 section 4.1.2).  [P, G] -> [P, G].
+
+    std is the sample standard deviation (ddof 1), a choice that the paper leaves open: one success among eight
+    gives it 2.4742, where the population standard deviation would give 2.6450.
+    """
+    centred = group_mean(rewards, scored)
+    degrees = (scored.sum(1, keepdim=True) - 1).clamp_min(1)
+    std = (centred.square().sum(1, keepdim=True) / degrees).sqrt()
+    return centred / (std + STD_OFFSET)
+
+
+ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"group": group, "group_mean": group_mean}
+
+
+def normalise(name: str, rewards: Tensor, scored: Tensor) -> Tensor:
+    """Advantages by the named formula.  rewards: [P, G]; scored: [P, G] bool; returns [P, G] fp32."""
+    return ADVANTAGES[name](torch.where(scored, rewards, 0.0), scored)
+
+
+def zero_spread_share(rewards: Tensor, scored: Tensor) -> float:
+    """Share of groups that teach nothing because all their scored rewards are equal."""
+    return 1.0 - group_mean_and_spread(rewards, scored)[1].float().mean().item()

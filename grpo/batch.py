@@ -1,0 +1,172 @@
+"""Groups -> optimizer steps of micro-batches, and the weight of every token. The only file that packs, masks,
+splits or weights tokens.
+
+`pack` lays tokens out before any reward is needed; `weigh` then writes advantages and final weights. Weights are
+fixed per optimizer step over all ranks before it is split, so that the size of a micro-batch, the packing and the
+number of ranks cannot change the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from grpo.records import Batch, Completion, Group, MicroBatch, TokenColumns
+
+Reduce = Callable[[Tensor], Tensor]  # over all ranks
+
+
+def sequence_mean(lengths: Tensor, num_sequences: float, num_tokens: float, max_new_tokens: int) -> Tensor:
+    """1 / (N_c * length of the sequence): the mean over sequences of their token means (GRPO, arXiv:2402.03300)."""
+    return 1.0 / (num_sequences * lengths)
+
+
+def token_mean(lengths: Tensor, num_sequences: float, num_tokens: float, max_new_tokens: int) -> Tensor:
+    """1 / counted tokens of the optimizer step: every token weighs the same (DAPO, arXiv:2503.14476)."""
+    return torch.full_like(lengths, 1.0 / num_tokens)
+
+
+def constant(lengths: Tensor, num_sequences: float, num_tokens: float, max_new_tokens: int) -> Tensor:
+    """1 / (N_c * max_new_tokens): no dependence on length at all (Dr. GRPO, arXiv:2503.20783)."""
+    return torch.full_like(lengths, 1.0 / (num_sequences * max_new_tokens))
+
+
+AGGREGATIONS = {"sequence_mean": sequence_mean, "token_mean": token_mean, "constant": constant}
+
+
+def pack(
+    groups: list[Group],
+    *,
+    minibatches: int,
+    passes: int,
+    tokens_per_micro_batch: int,
+    max_over_ranks: Reduce,
+    device: torch.device,
+) -> Batch:
+    """Lay out this rank's groups: passes * minibatches optimizer steps, equally many micro-batches on all ranks.
+
+    A minibatch is a contiguous block of prompts; since prompt i lives on rank i mod W, a rank's share of it is a
+    contiguous block of its own groups, and membership does not depend on W. tokens_per_micro_batch counts padded
+    tokens; a single longer sequence gets a micro-batch to itself.
+    """
+    if len(groups) % minibatches:
+        raise ValueError(
+            f"{len(groups)} groups on this rank are not divisible by batch.minibatches={minibatches}; use a divisor"
+        )
+    per_minibatch = len(groups) // minibatches
+    steps = []
+    for start in range(0, len(groups), per_minibatch):
+        members = [(g, s) for g in range(start, start + per_minibatch) for s in range(len(groups[g].completions))]
+        rows = split_by_tokens(members, groups, tokens_per_micro_batch)
+        missing = int(max_over_ranks(torch.tensor(len(rows)))) - len(rows)
+        micro_batches = [build_micro_batch(groups, row) for row in rows]
+        micro_batches += [dummy_micro_batch(groups[start]) for _ in range(missing)]
+        steps.append([micro_batch.to(device) for micro_batch in micro_batches])
+    return Batch(steps * passes)
+
+
+def split_by_tokens(members: list[tuple[int, int]], groups: list[Group], budget: int) -> list[list[tuple[int, int]]]:
+    """Sequences (group, sample), longest first, cut into runs whose padded size stays within the budget."""
+
+    def length(member: tuple[int, int]) -> int:
+        group = groups[member[0]]
+        return len(group.prompt_ids) + len(group.completions[member[1]].ids) - 1
+
+    runs: list[list[tuple[int, int]]] = []
+    width = 0
+    for member in sorted(members, key=lambda member: (-length(member), member)):
+        if not runs or (len(runs[-1]) + 1) * width > budget:
+            runs.append([])
+            width = length(member)
+        runs[-1].append(member)
+    return runs
+
+
+def build_micro_batch(groups: list[Group], members: list[tuple[int, int]]) -> MicroBatch:
+    """One row per sequence: prompt and completion, padded on the right. The last token is a target, never an input."""
+    pairs = [(groups[g].prompt_ids, groups[g].completions[s]) for g, s in members]
+    width = max(len(prompt) + len(completion.ids) - 1 for prompt, completion in pairs)
+    input_ids = torch.zeros(len(pairs), width, dtype=torch.int64)
+    sources = []
+    for row, (prompt, completion) in enumerate(pairs):
+        ids = [*prompt, *completion.ids[:-1]]
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        first = row * width + len(prompt) - 1  # the prompt's last row predicts the completion's first token
+        sources.append(torch.arange(first, first + len(completion.ids)))
+    return MicroBatch(
+        input_ids=input_ids,
+        position_ids=torch.arange(width).expand(len(pairs), width),
+        source=torch.cat(sources),
+        tokens=token_columns([completion for _, completion in pairs]),
+        sequences=members,
+    )
+
+
+def token_columns(completions: list[Completion]) -> TokenColumns:
+    """What sampling knows of each token, flat."""
+    lengths = torch.tensor([len(completion.ids) for completion in completions])
+    return TokenColumns(
+        target=torch.tensor([token for completion in completions for token in completion.ids]),
+        sequence=torch.arange(len(completions)).repeat_interleave(lengths),
+        sampler=torch.tensor(
+            [logprob for completion in completions for logprob in completion.logprobs], dtype=torch.float32
+        ),
+    )
+
+
+def dummy_micro_batch(group: Group) -> MicroBatch:
+    """One token of weight 0: its backward pass touches every parameter, so that a rank with less work keeps in step."""
+    first = group.completions[0]
+    token = Completion(first.ids[:1], first.logprobs[:1], "", first.finish, 0)
+    prompt_only = Group(group.problem, [token], group.step)
+    micro_batch = build_micro_batch([prompt_only], [(0, 0)])
+    micro_batch.is_dummy = True
+    micro_batch.sequences = []
+    return micro_batch
+
+
+def weigh(
+    batch: Batch,
+    advantages: Tensor,
+    scored: Tensor,
+    *,
+    aggregation: str,
+    max_new_tokens: int,
+    sum_over_ranks: Reduce,
+) -> None:
+    """Write advantage, counted, active and the final weight of every token, in place.
+
+    advantages: [groups of this rank, G] fp32; scored: the same shape, bool. An unscored completion is neither counted
+    nor active; every other token is both (a group without spread stays in the denominators: its KL still acts).
+    """
+    for micro_batches in unique_steps(batch):
+        lengths, masks = zip(*(_lengths_and_mask(micro_batch, scored) for micro_batch in micro_batches), strict=True)
+        totals = torch.tensor(
+            [
+                sum(int(mask.sum()) for mask in masks),
+                sum(int(n[mask].sum()) for n, mask in zip(lengths, masks, strict=True)),
+            ]
+        )
+        num_sequences, num_tokens = sum_over_ranks(totals).clamp_min(1).tolist()
+        for micro_batch, length, mask in zip(micro_batches, lengths, masks, strict=True):
+            row_weights = AGGREGATIONS[aggregation](length.float(), num_sequences, num_tokens, max_new_tokens) * mask
+            row_advantages = torch.tensor([advantages[g, s] for g, s in micro_batch.sequences] or [0.0])
+            tokens, device = micro_batch.tokens, micro_batch.source.device
+            tokens.advantage = row_advantages.to(device)[tokens.sequence]
+            tokens.weight = row_weights.to(device)[tokens.sequence]
+            tokens.counted = mask.to(device)[tokens.sequence]
+            tokens.active = tokens.counted.clone()
+
+
+def unique_steps(batch: Batch) -> Iterable[list[MicroBatch]]:
+    """The optimizer steps of one pass: further passes repeat the same micro-batches."""
+    return {id(step[0]): step for step in batch.optimizer_steps}.values()
+
+
+def _lengths_and_mask(micro_batch: MicroBatch, scored: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens per sequence [rows] and whether each is counted [rows]; a dummy's one row is not."""
+    lengths = torch.bincount(micro_batch.tokens.sequence).cpu()
+    mask = torch.tensor([bool(scored[g, s]) for g, s in micro_batch.sequences] or [False])
+    return lengths, mask

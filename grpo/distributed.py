@@ -1,0 +1,145 @@
+"""The process group: who am I, sums and maxima over ranks, gathers of plain Python. gloo on CPU, NCCL on CUDA.
+
+Started by torchrun (or not at all: one process is a world of one and every call here is then the identity).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` processes. Scalars and objects go over a CPU group, gradients over the default one."""
+
+    rank: int
+    size: int
+    device: torch.device
+    cpu_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_writer(self) -> bool:
+        """Rank 0 alone writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a small tensor over all ranks, on the CPU, in fp64 (so that it does not depend on the order)."""
+        values = values.detach().to("cpu", torch.float64)
+        if self.size > 1:
+            dist.all_reduce(values, group=self.cpu_group)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """The element-wise maximum of a small tensor over all ranks, on the CPU, in fp64."""
+        values = values.detach().to("cpu", torch.float64)
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return values
+
+    def gather(self, item: object) -> list:
+        """Every rank's item, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [item]
+        items = [None] * self.size
+        dist.all_gather_object(items, item, group=self.cpu_group)
+        return items
+
+    def broadcast(self, item: object) -> object:
+        """Rank 0's item, on every rank."""
+        if self.size == 1:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.cpu_group)
+
+    def mine(self, items: list | Tensor) -> list | Tensor:
+        """This rank's share: item i goes to rank i mod size."""
+        return items[self.rank :: self.size]
+
+    def interleave(self, shares: list[list]) -> list:
+        """The whole list again from the shares of all ranks (the inverse of `mine`)."""
+        whole = [None] * sum(len(share) for share in shares)
+        for rank, share in enumerate(shares):
+            whole[rank :: self.size] = share
+        return whole
+
+    def after_writer(self, name: str, work: Callable[[], object]) -> object:
+        """Rank 0 does `work()`; the others wait for it by polling, so no collective can time out; all get its result.
+
+        If rank 0 fails, torchrun ends the waiting ranks.
+        """
+        if self.size == 1:
+            return work()
+        store = dist.distributed_c10d._get_default_store()
+        if self.is_writer:
+            result = work()
+            store.set(f"grpo/{name}", b"done")
+        else:
+            while not store.check([f"grpo/{name}"]):
+                time.sleep(POLL_S)
+            result = None
+        return self.broadcast(result)
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM asks all ranks alike to stop after the step under way; a second Ctrl-C stops at once."""
+
+    def __init__(self, world: World):
+        self.world, self.is_set = world, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.is_set = True
+        signal.signal(number, signal.default_int_handler)
+        if self.world.is_writer:
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+    def is_asked(self) -> bool:
+        """Whether any rank was asked: every rank gets the same answer."""
+        return bool(self.world.max(torch.tensor(float(self.is_set))))
+
+
+def start() -> World:
+    """Join the process group that torchrun describes in the environment, if any, and choose the device."""
+    size, rank, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif (
+        "OMP_NUM_THREADS" not in os.environ or size > 1
+    ):  # torchrun sets 1; share the cores among the local ranks instead
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if size == 1:
+        return World(0, 1, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if device.type == "cuda" else dist.group.WORLD
+    return World(rank, size, device, group)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,205 @@
+"""One rollout's optimizer steps: micro-batches, backward, check, clip, step. Called by train.py every training step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from grpo.distributed import World
+from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, token_loss
+from grpo.records import Batch, MicroBatch
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss became NaN or infinite; the message names the step and the sequence."""
+
+
+@dataclass(frozen=True)
+class Updater:
+    """What one update needs besides the batch. `module` is the PolicyModule, wrapped by DDP where there are ranks."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    world: World
+    max_grad_norm: float
+    refresh: Callable[[], None]  # brings the working copy up to the masters
+
+
+def learning_rate(step: int, peak: float, schedule: str, *, warmup: float, num_steps: int) -> float:
+    """Learning rate of a training step, counted from 1.
+
+    Linear warm-up that reaches the peak at step warmup * num_steps, then constant, or half a cosine that would reach
+    0 one step after the last.
+    """
+    warmup_steps = warmup * num_steps
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / (num_steps + 1 - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(
+    parameters: list[nn.Parameter], lr: float, *, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW on the fp32 masters, as one fused kernel."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def update_policy(
+    updater: Updater, batch: Batch, *, step: int, lr: float, progress: Callable[[int, int], None] | None = None
+) -> dict[str, float]:
+    """Make every optimizer step of the batch; return the means of what is worth logging, over all ranks."""
+    for parameters in updater.optimizer.param_groups:
+        parameters["lr"] = lr
+    totals: dict[str, float] = {}
+    done = 0
+    for micro_batches in batch.optimizer_steps:
+        sums = accumulate_gradients(updater, micro_batches, step=step)
+        norm = take_step(updater, sums)
+        for name, value in {**sums, "grad_norm": norm, "optimizer_steps": 1.0}.items():
+            totals[name] = max(totals.get(name, 0.0), value) if name.endswith("_max") else totals.get(name, 0.0) + value
+        done += len(micro_batches)
+        if progress is not None:
+            progress(done, len(batch.micro_batches))
+    return summarise(totals)
+
+
+def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float]:
+    """Forward and backward of every micro-batch; gradients are reduced over ranks with the last one.
+
+    Returns sums and maxima over all ranks (see `token_statistics`). Raises NonFiniteLoss on every rank alike.
+    """
+    updater.optimizer.zero_grad(set_to_none=True)
+    statistics, passes = [], []
+    for position, micro_batch in enumerate(micro_batches):
+        is_last = position == len(micro_batches) - 1
+        delay_reduction = contextlib.nullcontext() if is_last or updater.world.size == 1 else updater.module.no_sync()
+        with delay_reduction:
+            loss, logprobs, entropy = updater.module(micro_batch, weighted_loss(updater.objective, micro_batch))
+            (
+                loss * updater.world.size
+            ).backward()  # DDP takes the mean over ranks; the weights already hold the global mean
+        statistics.append(token_statistics(updater.objective, micro_batch, loss.detach(), logprobs, entropy))
+        passes.append((micro_batch, logprobs))
+    reduced = reduce_statistics(updater.world, statistics)
+    if not math.isfinite(reduced["loss"]):
+        culprits = [name for name in updater.world.gather(first_bad_sequence(passes)) if name]
+        culprits.append("every input is finite: the loss itself overflowed")
+        raise NonFiniteLoss(f"the loss is {reduced['loss']} at training step {step}; {culprits[0]}")
+    return reduced
+
+
+def weighted_loss(objective: Objective, micro_batch: MicroBatch) -> Callable[[Tensor, Tensor, slice], Tensor]:
+    """The objective of this micro-batch as a function of its log-probs: final weight times loss, per token."""
+    tokens = micro_batch.tokens
+
+    def loss_of(logprobs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        pick = lambda column: None if column is None else column[rows]  # noqa: E731
+        loss = token_loss(
+            objective, logprobs, old=pick(tokens.old), ref=pick(tokens.ref), advantages=tokens.advantage[rows]
+        )
+        return tokens.weight[rows] * loss
+
+    return loss_of
+
+
+@torch.no_grad()
+def token_statistics(
+    objective: Objective, micro_batch: MicroBatch, loss: Tensor, logprobs: Tensor, entropy: Tensor
+) -> dict[str, Tensor]:
+    """Sums over the counted tokens of one micro-batch, as scalars on its device; keys ending in `_max` are maxima."""
+    tokens = micro_batch.tokens
+    counted = tokens.counted
+    zero = torch.zeros((), dtype=logprobs.dtype, device=logprobs.device)
+    old = logprobs if tokens.old is None else tokens.old
+    low, high = clipped_low_and_high(objective, logprobs, old, tokens.advantage)
+    ratio = torch.exp(logprobs - old)
+    mismatch = (old - tokens.sampler).abs()
+    kl = (
+        KL_ESTIMATORS[objective.kl_estimator](logprobs, tokens.ref)
+        if tokens.ref is not None
+        else torch.zeros_like(logprobs)
+    )
+    total = lambda values: torch.where(counted, values, 0).sum()  # noqa: E731
+    largest = lambda values: torch.where(counted, values, zero).max() if len(values) else zero  # noqa: E731
+    return {
+        "loss": loss,
+        "tokens": counted.sum(),
+        "kl": total(kl),
+        "entropy": total(entropy),
+        "clip_fraction_low": total(low.to(logprobs.dtype)),
+        "clip_fraction_high": total(high.to(logprobs.dtype)),
+        "mismatch": total(mismatch),
+        "mismatch_outside": total(outside_band((old - tokens.sampler).exp()).to(logprobs.dtype)),
+        "teaching_tokens": (tokens.active & (tokens.advantage != 0)).sum(),
+        "ratio_max": largest(ratio),
+        "mismatch_max": largest(mismatch),
+    }
+
+
+def outside_band(ratio: Tensor, low: float = 0.8, high: float = 1.25) -> Tensor:
+    """Where the sampler and the training forward disagree by more than a fifth."""
+    return (ratio < low) | (ratio > high)
+
+
+def reduce_statistics(world: World, statistics: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Sum (or maximum, for keys ending in `_max`) over micro-batches and ranks, with one transfer from the device."""
+    names = list(statistics[0])
+    table = torch.stack([torch.stack([row[name].double() for name in names]) for row in statistics]).cpu()
+    sums, maxima = world.sum(table.sum(0)), world.max(table.max(0).values)
+    return {name: (maxima if name.endswith("_max") else sums)[i].item() for i, name in enumerate(names)}
+
+
+def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]]) -> str | None:
+    """Names this rank's first sequence with a log-prob, reference log-prob or advantage that is not finite, if any."""
+    for micro_batch, logprobs in passes:
+        tokens = micro_batch.tokens
+        for name, column in (
+            ("log-prob", logprobs),
+            ("old", tokens.old),
+            ("ref", tokens.ref),
+            ("advantage", tokens.advantage),
+        ):
+            bad = None if column is None or micro_batch.is_dummy else (~torch.isfinite(column)).nonzero()
+            if bad is not None and len(bad):
+                group, sample = micro_batch.sequences[int(tokens.sequence[bad[0, 0]])]
+                return f"the {name} of group {group}, sample {sample} of its rank is not finite"
+    return None
+
+
+def take_step(updater: Updater, sums: dict[str, float]) -> float:
+    """Clip and step; returns the gradient norm before clipping.
+
+    A step without a single non-zero advantage and without KL teaches nothing: no optimizer step, so that momentum
+    does not move.
+    """
+    parameters = [parameter for parameter in updater.module.parameters() if parameter.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, updater.max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise NonFiniteLoss(
+            f"the gradient norm is {norm} though the loss {sums['loss']} is finite; "
+            "lower optim.lr or raise objective.beta"
+        )
+    if sums["teaching_tokens"] or updater.objective.beta:
+        updater.optimizer.step()
+        updater.refresh()
+    return norm
+
+
+def summarise(totals: dict[str, float]) -> dict[str, float]:
+    """Token sums -> token means; loss and gradient norm -> means over optimizer steps; maxima as they are."""
+    tokens, steps = max(totals.pop("tokens"), 1.0), totals.pop("optimizer_steps")
+    totals.pop("teaching_tokens")
+    per_step = {"loss", "grad_norm"}
+    return {
+        name: value if name.endswith("_max") else value / (steps if name in per_step else tokens)
+        for name, value in totals.items()
+    }

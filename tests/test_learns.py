@@ -1,0 +1,57 @@
+"""Reward rises at a fixed seed: the whole chain of rooms on a model that knows nothing and a reward easily earned."""
+
+from __future__ import annotations
+
+import torch
+
+from grpo.advantages import normalise
+from grpo.batch import pack, weigh
+from grpo.distributed import World
+from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
+from grpo.objectives import resolve
+from grpo.policy import Policy, load_reference
+from grpo.records import Problem
+from grpo.rewards import Reward, score_groups
+from grpo.rollout import Sampler, Sampling
+from grpo.update import Updater, make_optimizer, update_policy
+from tests.tiny import tiny_qwen2, word_tokenizer
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def share_of_w7(completions, **columns):
+    return [words.count("w7") / max(1, len(words)) for words in (text.split() for text in completions)]
+
+
+def test_reward_rises_from_chance_to_most_of_the_maximum():
+    policy = Policy(tiny_qwen2(initializer_range=0.02), word_tokenizer(), "fp32")
+    module = PolicyModule(policy, temperature=1.0, impl="torch")
+    reference = LogprobModel(load_reference(policy), temperature=1.0, impl="torch")
+    objective = resolve("grpo", beta=0.001)
+    sampling = Sampling(group_size=8, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, stop=())
+    sampler = Sampler(policy.model, policy.tokenizer, sampling, seed=0, max_sequences=64, prefill_tokens=512)
+    optimizer = make_optimizer(list(module.parameters()), lr=5e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    updater = Updater(module, optimizer, objective, ALONE, 1.0, policy.refresh)
+    rewards = []
+    for step in range(1, 31):
+        problems = [Problem(id=str(i), question="", answer="", index=i, prompt_ids=(2 + i, 3)) for i in range(8)]
+        groups = sampler.generate(problems, step)
+        scores = score_groups(groups, {"share": Reward(share_of_w7, 1.0)}, require_finish=False)
+        batch = pack(
+            groups, minibatches=1, passes=1, tokens_per_micro_batch=256, max_over_ranks=ALONE.max, device=ALONE.device
+        )
+        frozen_logprobs(batch, module, reference)
+        advantages = normalise(objective.advantages, scores.total, scores.scored)
+        weigh(
+            batch,
+            advantages,
+            scores.scored,
+            aggregation=objective.aggregation,
+            max_new_tokens=8,
+            sum_over_ranks=ALONE.sum,
+        )
+        metrics = update_policy(updater, batch, step=step, lr=5e-3)
+        assert metrics["mismatch_max"] < 1e-4  # the sampler's log-probs are the training forward's
+        rewards.append(scores.total.mean().item())
+    assert sum(rewards[:3]) / 3 < 0.06  # chance is 1 in 61
+    assert sum(rewards[-3:]) / 3 > 0.6

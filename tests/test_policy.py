@@ -1,0 +1,116 @@
+"""Two precisions of one policy: fp32 masters, one bf16 working copy at fixed addresses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo.batch import pack, weigh
+from grpo.distributed import World
+from grpo.logprobs import PolicyModule
+from grpo.objectives import resolve
+from grpo.policy import Policy, load_policy, load_reference, refuse_unsupported
+from grpo.update import Updater, make_optimizer, update_policy
+from tests.tiny import made_up_groups, tiny_qwen2, word_tokenizer
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def train_three_steps(precision: str) -> tuple[Policy, float]:
+    """Three optimizer steps; returns the policy and how far its masters moved."""
+    policy = Policy(tiny_qwen2(initializer_range=0.05), word_tokenizer(), precision)
+    module = PolicyModule(policy, temperature=1.0, impl="torch")
+    start = torch.cat([parameter.detach().flatten().clone() for parameter in policy.masters.parameters()])
+    optimizer = make_optimizer(list(module.parameters()), lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    updater = Updater(module, optimizer, resolve("dr_grpo"), ALONE, 1.0, policy.refresh)
+    advantages = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    for step in range(3):
+        batch = pack(
+            made_up_groups(4),
+            minibatches=1,
+            passes=1,
+            tokens_per_micro_batch=64,
+            max_over_ranks=ALONE.max,
+            device=ALONE.device,
+        )
+        weigh(
+            batch,
+            advantages,
+            torch.ones(4, 4, dtype=torch.bool),
+            aggregation="constant",
+            max_new_tokens=12,
+            sum_over_ranks=ALONE.sum,
+        )
+        update_policy(updater, batch, step=step, lr=1e-3)
+    end = torch.cat([parameter.detach().flatten() for parameter in policy.masters.parameters()])
+    return policy, (end - start).norm().item()
+
+
+def test_in_bf16_the_fp32_masters_move_as_far_as_in_fp32():
+    _, distance_fp32 = train_three_steps("fp32")
+    policy, distance_bf16 = train_three_steps("bf16")
+    assert distance_bf16 == pytest.approx(distance_fp32, rel=0.1)
+    assert all(parameter.dtype == torch.float32 for parameter in policy.masters.parameters())
+    assert all(parameter.grad.dtype == torch.float32 for parameter in policy.masters.parameters())
+
+
+def test_the_working_copy_follows_the_masters_at_the_same_addresses():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "bf16")
+    addresses = [parameter.data_ptr() for parameter in policy.model.parameters()]
+    with torch.no_grad():
+        for parameter in policy.masters.parameters():
+            parameter.add_(0.5)
+    policy.refresh()
+    assert addresses == [parameter.data_ptr() for parameter in policy.model.parameters()]
+    for working, master in zip(policy.model.parameters(), policy.masters.parameters(), strict=True):
+        assert working.dtype == torch.bfloat16 and torch.equal(working, master.to(torch.bfloat16))
+
+
+def test_the_bf16_copy_keeps_its_rotary_frequencies_in_fp32():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "bf16")
+    assert torch.equal(policy.model.model.rotary_emb.inv_freq, policy.masters.model.rotary_emb.inv_freq)
+
+
+def test_in_fp32_the_working_copy_is_the_masters():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "fp32")
+    assert policy.model is policy.masters
+
+
+def test_saved_in_hugging_face_layout_and_state_restores_masters_bit_for_bit(tmp_path):
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "bf16")
+    policy.save(tmp_path)
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(reopened.model.embed_tokens.weight, policy.model.model.embed_tokens.weight.to(reopened.dtype))
+    other = load_policy(str(tmp_path), precision="bf16", device=torch.device("cpu"))
+    other.load_state_dict(policy.state_dict())
+    for a, b in zip(other.masters.parameters(), policy.masters.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_reference_stays_where_the_policy_was():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "fp32")
+    reference = load_reference(policy)
+    before = reference.model.embed_tokens.weight.clone()
+    with torch.no_grad():
+        policy.masters.model.embed_tokens.weight.add_(1.0)
+    assert torch.equal(reference.model.embed_tokens.weight, before)
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_a_checkpoint_of_another_size_is_refused_by_name_and_shape():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "fp32")
+    with pytest.raises(ValueError, match=r"does not fit this model.*model\.embed_tokens\.weight"):
+        policy.load_state_dict(Policy(tiny_qwen2(vocab_size=70), word_tokenizer(), "fp32").state_dict())
+
+
+def test_dropout_is_refused_with_its_name_and_value():
+    with pytest.raises(ValueError, match="'attention_dropout': 0.1"):
+        refuse_unsupported(tiny_qwen2(attention_dropout=0.1))
+
+
+def test_a_missing_folder_or_unreachable_hub_says_how_to_pass_a_folder(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="is no folder; pass a folder"):
+        load_policy(str(tmp_path / "nowhere"), precision="fp32", device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="--model.path DIR"):
+        load_policy("nobody/no-such-model", precision="fp32", device=torch.device("cpu"))

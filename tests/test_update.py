@@ -1,0 +1,238 @@
+"""The gradient of one optimizer step: against a loop over single sequences, and the same for any split of the work."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from grpo.batch import pack, weigh
+from grpo.distributed import World
+from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
+from grpo.objectives import resolve, token_loss
+from grpo.policy import Policy
+from grpo.update import NonFiniteLoss, Updater, learning_rate, make_optimizer, update_policy
+from tests.ranks import run_ranks
+from tests.tiny import made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+NUM_GROUPS, GROUP_SIZE, MAX_NEW_TOKENS = 8, 4, 12
+OBJECTIVES = {
+    "grpo": resolve("grpo", beta=0.3),
+    "dr_grpo": resolve("dr_grpo"),
+    "token_mean": resolve("grpo", aggregation="token_mean", clip_high=0.28),
+}
+
+
+def advantages_and_scored():
+    """[P, G] of both signs; one group without spread, one completion unscored."""
+    advantages = torch.randn(NUM_GROUPS, GROUP_SIZE, generator=torch.Generator().manual_seed(3))
+    scored = torch.ones(NUM_GROUPS, GROUP_SIZE, dtype=torch.bool)
+    advantages[2] = 0.0
+    advantages[5, 1], scored[5, 1] = 0.0, False
+    return advantages, scored
+
+
+def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1):
+    """Gradients of the last optimizer step, weights after the update, and its metrics, on this rank."""
+    if dtype == torch.float64:
+        use_fp64_rms_norm()
+    objective = OBJECTIVES[objective_name]
+    policy = Policy(tiny_qwen2().to(dtype), word_tokenizer(), "fp32")
+    module = PolicyModule(policy, temperature=0.9, impl="torch")
+    wrapped = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
+    reference = LogprobModel(tiny_qwen2(seed=1).to(dtype), temperature=0.9, impl="torch") if objective.beta else None
+    advantages, scored = advantages_and_scored()
+    batch = pack(
+        world.mine(made_up_groups(NUM_GROUPS, GROUP_SIZE)),
+        minibatches=minibatches,
+        passes=passes,
+        tokens_per_micro_batch=budget,
+        max_over_ranks=world.max,
+        device=world.device,
+    )
+    frozen_logprobs(batch, module, reference)
+    weigh(
+        batch,
+        advantages[world.rank :: world.size],
+        scored[world.rank :: world.size],
+        aggregation=objective.aggregation,
+        max_new_tokens=MAX_NEW_TOKENS,
+        sum_over_ranks=world.sum,
+    )
+    optimizer = make_optimizer(list(module.parameters()), lr=0.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    updater = Updater(wrapped, optimizer, objective, world, max_grad_norm=math.inf, refresh=policy.refresh)
+    metrics = update_policy(updater, batch, step=7, lr=1e-3 if minibatches * passes > 1 else 0.0)
+    gradients = {name: parameter.grad.clone() for name, parameter in module.masters.named_parameters()}
+    weights = {name: parameter.detach().clone() for name, parameter in module.masters.named_parameters()}
+    return gradients, weights, metrics
+
+
+def distance(a, b):
+    """||a - b|| / ||b|| over all parameters."""
+    flat = lambda tensors: torch.cat([tensor.flatten().double() for tensor in tensors.values()])  # noqa: E731
+    return ((flat(a) - flat(b)).norm() / flat(b).norm()).item()
+
+
+@functools.cache
+def loop_gradient(objective_name):
+    """The same gradient from one plain forward per sequence and scalar arithmetic, in fp64."""
+    use_fp64_rms_norm()
+    objective = OBJECTIVES[objective_name]
+    model, reference = tiny_qwen2().double(), tiny_qwen2(seed=1).double()
+    advantages, scored = advantages_and_scored()
+    groups = made_up_groups(NUM_GROUPS, GROUP_SIZE)
+    num_sequences = int(scored.sum())
+    num_tokens = sum(
+        len(c.ids) for g, group in enumerate(groups) for s, c in enumerate(group.completions) if scored[g, s]
+    )
+    total = torch.zeros((), dtype=torch.float64)
+    for g, group in enumerate(groups):
+        for s, completion in enumerate(group.completions):
+            if not scored[g, s]:
+                continue
+            length = len(completion.ids)
+            ids = torch.tensor([[*group.prompt_ids, *completion.ids]])
+            weight = {
+                "sequence_mean": 1 / (num_sequences * length),
+                "token_mean": 1 / num_tokens,
+                "constant": 1 / (num_sequences * MAX_NEW_TOKENS),
+            }[objective.aggregation]
+            log_softmax = (model(ids).logits / 0.9).log_softmax(-1)[0]
+            with torch.no_grad():
+                reference_log_softmax = (reference(ids).logits / 0.9).log_softmax(-1)[0]
+            for t, token in enumerate(completion.ids):
+                row = len(group.prompt_ids) - 1 + t
+                lp, ref = log_softmax[row, token], reference_log_softmax[row, token]
+                kl = torch.exp(ref - lp) - (ref - lp) - 1
+                surrogate = torch.exp(lp - lp.detach()) * float(advantages[g, s])
+                total = total + weight * (-surrogate + objective.beta * kl)
+    total.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, total.item()
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000], ids=lambda budget: f"budget{budget}")
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_gradient_and_loss_equal_the_loop_for_any_micro_batch(objective, budget):
+    expected, loss = loop_gradient(objective)
+    gradients, _, metrics = one_update(ALONE, torch.float64, objective, budget)
+    assert distance(gradients, expected) < 1e-6  # weights and advantages are fp32 in the batch, fp64 in the loop
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-7)
+    assert distance(gradients, one_update(ALONE, torch.float64, objective, 10_000)[0]) < 1e-10
+
+
+def ranks_worker(world, *arguments):
+    gradients, weights, metrics = one_update(world, *arguments)
+    return [{name: tensor.numpy() for name, tensor in tensors.items()} for tensors in (gradients, weights)], metrics
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gradients_are_the_same_on_one_rank_and_on_several(world_size):
+    """Also with many micro-batches (unequally many before dummies) and with several optimizer steps per rollout."""
+    cases = [
+        (torch.float64, "grpo", 10_000, 1, 1, 1e-10),
+        (torch.float64, "token_mean", 30, 1, 1, 1e-10),
+        (torch.float32, "dr_grpo", 30, 1, 1, 5e-6),
+        (torch.float32, "grpo", 60, 1, 1, 5e-6),
+        (torch.float64, "grpo", 60, 2, 2, 1e-10),
+    ]
+    results = run_ranks(world_size, all_cases, [case[:-1] for case in cases])
+    for case, *by_rank in zip(cases, *results, strict=True):
+        gradients, weights, metrics = one_update(ALONE, *case[:-1])
+        for (rank_gradients, rank_weights), rank_metrics in by_rank:
+            as_tensors = lambda arrays: {name: torch.from_numpy(array) for name, array in arrays.items()}  # noqa: E731
+            assert distance(as_tensors(rank_gradients), gradients) < case[-1]
+            assert distance(as_tensors(rank_weights), weights) < case[-1]
+            assert rank_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+
+
+def all_cases(world, cases):
+    # fp32 first: the patch that keeps RMSNorm in fp64 does not change fp32 results
+    return [ranks_worker(world, *case) for case in cases]
+
+
+def test_two_passes_move_the_weights_further_and_clip_against_the_first():
+    _, once, _ = one_update(ALONE, torch.float32, "grpo", 10_000, minibatches=2, passes=1)
+    _, twice, metrics = one_update(ALONE, torch.float32, "grpo", 10_000, minibatches=2, passes=2)
+    assert distance(twice, once) > 1e-4
+    assert metrics["ratio_max"] > 1.0
+
+
+def test_a_step_that_cannot_teach_leaves_weights_and_momentum_alone():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "fp32")
+    module = PolicyModule(policy, temperature=1.0, impl="torch")
+    before = copy.deepcopy(policy.masters.state_dict())
+    batch = pack(
+        made_up_groups(2),
+        minibatches=1,
+        passes=1,
+        tokens_per_micro_batch=10_000,
+        max_over_ranks=ALONE.max,
+        device=ALONE.device,
+    )
+    weigh(
+        batch,
+        torch.zeros(2, 4),
+        torch.ones(2, 4, dtype=torch.bool),
+        aggregation="constant",
+        max_new_tokens=12,
+        sum_over_ranks=ALONE.sum,
+    )
+    optimizer = make_optimizer(list(module.parameters()), lr=1.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    update_policy(Updater(module, optimizer, resolve("dr_grpo"), ALONE, 1.0, policy.refresh), batch, step=0, lr=1.0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.masters.state_dict().items())
+    assert not optimizer.state
+
+
+def test_nan_stops_the_update_before_the_weights_move_and_names_step_and_sequence():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "fp32")
+    module = PolicyModule(policy, temperature=1.0, impl="torch")
+    before = copy.deepcopy(policy.masters.state_dict())
+    batch = pack(
+        made_up_groups(3),
+        minibatches=1,
+        passes=1,
+        tokens_per_micro_batch=30,
+        max_over_ranks=ALONE.max,
+        device=ALONE.device,
+    )
+    advantages = torch.zeros(3, 4)
+    advantages[1, 2] = float("nan")
+    weigh(
+        batch,
+        advantages,
+        torch.ones(3, 4, dtype=torch.bool),
+        aggregation="constant",
+        max_new_tokens=12,
+        sum_over_ranks=ALONE.sum,
+    )
+    optimizer = make_optimizer(list(module.parameters()), lr=1.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    with pytest.raises(NonFiniteLoss, match=r"training step 42; the advantage of group 1, sample 2"):
+        update_policy(
+            Updater(module, optimizer, resolve("dr_grpo"), ALONE, 1.0, policy.refresh), batch, step=42, lr=1.0
+        )
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.masters.state_dict().items())
+
+
+def test_learning_rate_warms_up_linearly_then_stays_or_falls_as_a_cosine():
+    rate = lambda step, schedule: learning_rate(step, 2.0, schedule, warmup=0.1, num_steps=40)  # noqa: E731
+    assert [rate(step, "constant") for step in (1, 2, 4, 5, 40)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    assert rate(4, "cosine") == 2.0
+    assert rate(22.5, "cosine") == pytest.approx(1.0)  # half way between the end of the warm-up (4) and 41
+    assert 0 < rate(40, "cosine") < 0.01
+
+
+def test_token_loss_without_old_equals_token_loss_with_old_at_the_current_policy():
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0])
+    gradients = [
+        torch.autograd.grad(
+            token_loss(resolve("dr_grpo"), logprobs, old=old, ref=None, advantages=advantages).sum(), logprobs
+        )[0]
+        for old in (None, logprobs.detach())
+    ]
+    assert torch.equal(*gradients)
