@@ -1,0 +1,256 @@
+"""Evaluate models on a task: load -> generate -> score -> table, JSON and chart. Nothing is trained here.
+
+    python eval.py --model runs/NAME --model Qwen/Qwen2.5-0.5B --task gsm8k --shots 0 2 4 8 --limit 100
+    python eval.py --completions FILE.jsonl --task gsm8k --output scored.jsonl
+
+A model is a run folder (its best checkpoint, else its last), a checkpoint folder, any folder in Hugging Face layout,
+or a hub id. One completion is greedy; several are sampled, for pass@k and maj@k. Random numbers do not depend on
+batches or ranks, so a result can be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from grpo import checkpoint, distributed
+from grpo.config import Config, DataConfig, PromptConfig, load
+from grpo.distributed import World
+from grpo.evaluation import evaluate, result_table
+from grpo.metrics import PhaseTimer, Progress, environment
+from grpo.policy import Policy, load_policy
+from grpo.rewards.__main__ import report
+from grpo.rewards.files import score_file
+from grpo.rollout import EVALUATION, Sampler, Sampling
+from grpo.tasks import Task, make_task
+from grpo.tasks.prompts import Prompter
+from kernels import dispatch_table
+
+PRINTED_LINES = 20  # of scored completions; the file has them all
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        action="append",
+        default=[],
+        help="run folder, checkpoint folder, model folder or hub id; twice to compare",
+    )
+    add("--task", help="gsm8k, word_problems, jsonl or file.py:ClassName; default: the task of the run folder")
+    add("--completions", help="score the completions of this JSONL file (`completion`, `answer`) instead of generating")
+    add("--data.path", dest="data_path", help="where the task's problems are (see train.py --help)")
+    add("--split", choices=("test", "validation", "train"), default="test", help="which problems (default: test)")
+    add(
+        "--shots",
+        type=int,
+        nargs="+",
+        help="worked exemplars in the prompt, one evaluation each (default: the run's, or 8)",
+    )
+    add(
+        "--prompt.style",
+        dest="style",
+        choices=("plain", "chat"),
+        help="plain text or the chat template (default: the run's, or plain)",
+    )
+    add("--limit", type=int, help="evaluate the first N problems only")
+    add("--samples", type=int, default=1, help="completions of each problem (default: 1, greedy)")
+    add("--temperature", type=float, help="default: 0 with one sample, else 1")
+    add("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1, off)")
+    add("--top-k", type=int, default=0, help="keep the k most likely tokens (default: 0, off)")
+    add("--max-new-tokens", type=int, help="default: the run's, or 400")
+    add("--max-sequences", type=int, default=512, help="sequences decoded at a time (default: 512)")
+    add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add("--impl", choices=("auto", "torch", "triton"), default="auto", help="kernels (default: auto)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: bf16 on CUDA, else fp32")
+    add(
+        "--output",
+        help="JSON file of results, the chart beside it (default: runs/eval-TASK-TIME.json); with --completions, JSONL",
+    )
+    options = parser.parse_args(argv)
+    if bool(options.model) == bool(options.completions):
+        parser.error("name either --model (to generate) or --completions FILE.jsonl (to score)")
+    if options.completions and not (options.task and options.output):
+        parser.error("--completions needs --task and --output FILE.jsonl")
+    if options.samples < 1 or (options.limit is not None and options.limit < 1):
+        parser.error(f"--samples {options.samples} and --limit {options.limit} must be 1 or more")
+    options.temperature = (0.0 if options.samples == 1 else 1.0) if options.temperature is None else options.temperature
+    if options.samples > 1 and options.temperature == 0:
+        parser.error(f"--samples {options.samples} with --temperature 0: all would be equal; use a temperature above 0")
+    return options
+
+
+def resolve_model(name: str) -> tuple[str, Config | None]:
+    """The folder or hub id to load, and the config of the run it belongs to, if it belongs to one."""
+    folder = Path(name).expanduser()
+    if (folder / "config.yaml").is_file():
+        chosen = checkpoint.best(folder) or checkpoint.latest(folder)
+        if chosen is None:
+            raise ValueError(f"run folder {name} has no checkpoint yet; wait for one or name a model folder")
+        return str(chosen), load(folder / "config.yaml")
+    run = folder.parent.parent / "config.yaml"
+    return name, load(run) if folder.parent.name == "checkpoints" and run.is_file() else None
+
+
+def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
+    """Model paths, and the config to evaluate under: the first run's, with the command line over it."""
+    resolved = [resolve_model(name) for name in options.model]
+    run = next((config for _, config in resolved if config), None)
+    if run is None and not options.task:
+        raise ValueError(
+            "--task is missing: none of the models is a run folder that would tell; pass --task gsm8k, for example"
+        )
+    config = run or Config(prompt=PromptConfig(), rollout=replace(Config().rollout, max_new_tokens=400))
+    if options.task and options.task != config.task:
+        config = replace(config, task=options.task, data=DataConfig())
+    if options.data_path:
+        config = replace(config, data=replace(config.data, path=options.data_path))
+    if options.style:
+        config = replace(config, prompt=replace(config.prompt, style=options.style))
+    if options.max_new_tokens:
+        config = replace(config, rollout=replace(config.rollout, max_new_tokens=options.max_new_tokens))
+    return [path for path, _ in resolved], config
+
+
+def make_prompter(config: Config, task: Task, policy: Policy, shots: int) -> Prompter:
+    prompt = replace(config.prompt, shots=shots)
+    new_tokens = config.rollout.max_new_tokens
+    return Prompter(task, prompt, policy.tokenizer, context_length=policy.context_length, max_new_tokens=new_tokens)
+
+
+def evaluate_model(path: str, options: argparse.Namespace, config: Config, task: Task, world: World) -> dict[int, dict]:
+    """Summary by number of shots."""
+    timer = PhaseTimer(Progress(world.is_writer and sys.stdout.isatty()))
+    policy = load_policy(path, precision=options.precision, device=world.device)
+    problems = task.split(options.split)[: options.limit]
+    problems = [replace(problem, index=i) for i, problem in enumerate(problems)]
+    prompters = {shots: make_prompter(config, task, policy, shots) for shots in options.shots or [config.prompt.shots]}
+    prompted = {shots: [prompter(problem) for problem in problems] for shots, prompter in prompters.items()}
+    results = {}
+    for shots, questions in prompted.items():
+        sampling = Sampling(
+            group_size=options.samples,
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            stop=prompters[shots].stop_strings,
+            stream=EVALUATION,
+        )
+        sampler = Sampler(
+            policy.model,
+            policy.tokenizer,
+            sampling,
+            seed=options.seed,
+            max_sequences=max(options.max_sequences, options.samples),
+            prefill_tokens=config.rollout.prefill_tokens,
+            impl=options.impl,
+            progress=timer.progress,
+        )
+        with timer(f"{Path(path).name}, {shots} shots"):
+            require_finish = config.rewards.require_finish
+            result = evaluate(sampler, questions, task.rewards, require_finish=require_finish, world=world)
+        results[shots] = result.summary()
+    return results
+
+
+def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
+    """Accuracy by number of shots, a bar for each model, with 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(1.5 + 1.6 * max(map(len, results.values())) * len(results) ** 0.5, 4), layout="constrained"
+    )
+    axes = figure.subplots()
+    width = 0.8 / len(results)
+    for i, (model, by_shots) in enumerate(results.items()):
+        places = [place + (i - (len(results) - 1) / 2) * width for place in range(len(by_shots))]
+        heights = [entry["accuracy"] for entry in by_shots.values()]
+        bounds = [entry["interval"] for entry in by_shots.values()]
+        errors = [
+            [h - low for h, (low, _) in zip(heights, bounds, strict=True)],
+            [high - h for h, (_, high) in zip(heights, bounds, strict=True)],
+        ]
+        bars = axes.bar(places, heights, width, yerr=errors, capsize=3, label=model)
+        axes.bar_label(bars, [f"{height:.0%}" for height in heights], padding=3)
+    first = next(iter(results.values()))
+    axes.set(
+        xticks=range(len(first)), xticklabels=[f"{shots} shots" for shots in first], ylabel="accuracy", ylim=(0, 1)
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def run(options: argparse.Namespace, world: World) -> None:
+    paths, config = settings_of(options)
+    task = make_task(config.task, config.data, config.rewards)
+    task.split(options.split)
+    output = Path(options.output or f"runs/eval-{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results = {
+        name: evaluate_model(path, options, config, task, world)
+        for name, path in zip(options.model, paths, strict=True)
+    }
+    if not world.is_writer:
+        return
+    rows = {f"{name}, {shots} shots": entry for name, by_shots in results.items() for shots, entry in by_shots.items()}
+    print(result_table(rows))
+    dispatch = {op: choice.impl for op, choice in dispatch_table(options.impl, world.device).items()}
+    record = {
+        "task": config.task,
+        "split": options.split,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "loaded": dict(zip(options.model, paths, strict=True)),
+        "models": results,
+        "environment": environment(seed=options.seed, world_size=world.size, dispatch=dispatch),
+    }
+    output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    draw_chart(results, output.with_suffix(".png"))
+    print(f"written: {output} and {output.with_suffix('.png')}")
+
+
+def score_completions(options: argparse.Namespace) -> None:
+    """Rewards of completions that exist already; no model and no data is loaded."""
+    config = Config()
+    task = make_task(options.task, DataConfig(path=options.data_path or ""), config.rewards)
+    summary = score_file(
+        task.rewards, Path(options.completions), Path(options.output), require_finish=config.rewards.require_finish
+    )
+    for number, line in enumerate(Path(options.output).read_text(encoding="utf-8").splitlines()[:PRINTED_LINES], 1):
+        record = json.loads(line)
+        components = "  ".join(f"{name} {value}" for name, value in record["rewards"].items())
+        print(f"{number}: {components}  reward {record['reward']}  {record['status']}")
+    print(report(summary, options.output))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if argv is None else argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        if options.completions:
+            score_completions(options)
+        else:
+            run(options, distributed.start())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

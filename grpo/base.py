@@ -1,0 +1,300 @@
+"""The embedded base model: a small tokenizer and causal LM, trained on worked solutions on the spot and cached.
+
+`prepare_base` is called by train.py where model.path is empty and returns an ordinary Hugging Face folder,
+so that nothing after it knows that the model was made here. `continue_supervised` is the rival of the
+long demo: the same training on the same solutions, for as many seconds as GRPO took.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+from grpo.config import BaseConfig, PromptConfig
+from grpo.records import Problem
+from grpo.rewards import score_groups
+from grpo.rollout import Sampler, Sampling
+from grpo.tasks.prompts import Prompter
+from grpo.tasks.stream import ENDLESS_STRIDE
+from grpo.tasks.word_problems import WordProblems
+
+Progress = Callable[[int, int, str], None]  # done, in all, a short note
+
+CONTEXT_LENGTH = 512
+MAX_NEW_TOKENS = 40
+WARMUP_STEPS = 20
+CONTINUE_VALIDATIONS = 10
+
+
+def build_tokenizer(task: WordProblems) -> PreTrainedTokenizerBase:
+    """A byte-level BPE in which every word of the task is one token and every digit its own; about 400 tokens.
+
+    It is a Qwen2Tokenizer because AutoTokenizer loads nothing else beside a Qwen2 model (it would read the file of
+    a simpler one without an error, and give wrong ids). Bytes: every text comes back exactly.
+    """
+    rng = random.Random(0)
+    texts = [
+        task.plain_prompt(problem.question, []) + supervised_text(problem, rng, guesses=0.5, answer_lines=1.0)
+        for problem in (task.solved[i] for i in range(2000))
+    ]
+    untrained = Qwen2Tokenizer(pad_token="<pad>", eos_token="<eos>", unk_token="<eos>", model_max_length=CONTEXT_LENGTH)
+    return untrained.train_new_from_iterator(texts, vocab_size=1000, show_progress=False)
+
+
+def model_config(base: BaseConfig, *, vocab_size: int) -> Qwen2Config:
+    """A Qwen2 of the configured size, with tied embeddings."""
+    return Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=base.hidden_size,
+        num_hidden_layers=base.num_layers,
+        num_attention_heads=base.num_heads,
+        num_key_value_heads=base.num_heads,
+        intermediate_size=base.intermediate_size,
+        max_position_embeddings=CONTEXT_LENGTH,
+        tie_word_embeddings=True,
+    )
+
+
+def build_model(base: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """A model of the configured size, freshly initialised from torch's global random state."""
+    config = model_config(base, vocab_size=len(tokenizer))
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return Qwen2ForCausalLM(config)
+
+
+def supervised_text(problem: Problem, rng: random.Random, *, guesses: float, answer_lines: float) -> str:
+    """What follows the prompt in training: the working, or (a share `guesses`) the bare answer; then the answer line.
+
+    Every text is true. A share 1 - answer_lines of them stops before the answer line.
+    """
+    working, line = problem.solution.rsplit("\n", 1)
+    body = f"I think {problem.answer}." if rng.random() < guesses else working
+    return body + (f"\n{line}" if rng.random() < answer_lines else "")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where supervised training stands after an optimizer step."""
+
+    step: int
+    seconds: float  # of training, without validation
+    share: float  # of this training that is done, 0 to 1
+    loss: float  # nats per completion token
+
+
+class Supervisor:
+    """Supervised training of one model on the worked solutions of one task.
+
+    The solutions are those of `task.solved` from a place that depends on the seed: a fresh one every
+    time, or base.num_solutions of them in shuffled epochs.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2ForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        base: BaseConfig,
+        task: WordProblems,
+        seed: int,
+    ):
+        self.model, self.tokenizer, self.base, self.task = model, tokenizer, base, task
+        self.rng = random.Random(seed)
+        prompt = PromptConfig(style="plain", shots=0)
+        self.prompter = Prompter(task, prompt, tokenizer, context_length=CONTEXT_LENGTH, max_new_tokens=MAX_NEW_TOKENS)
+        self.problems = self.solved_problems(first=seed * ENDLESS_STRIDE)
+        self.validation = [self.prompter(p) for p in task.split("validation")[: base.validation_problems]]
+
+    def solved_problems(self, first: int) -> Iterator[Problem]:
+        if not self.base.num_solutions:
+            yield from (self.task.solved[i] for i in itertools.count(first))
+        chosen = [self.task.solved[first + i] for i in range(self.base.num_solutions)]
+        while True:
+            self.rng.shuffle(chosen)
+            yield from chosen
+
+    def row(self, problem: Problem, guesses: float) -> tuple[list[int], int]:
+        """Token ids of prompt and completion, and the length of the prompt."""
+        prompt_ids = self.prompter(problem).prompt_ids
+        text = supervised_text(problem, self.rng, guesses=guesses, answer_lines=self.base.answer_lines)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return [*prompt_ids, *ids, self.tokenizer.eos_token_id], len(prompt_ids)
+
+    def batches(self, guesses: float) -> Iterator[dict[str, Tensor]]:
+        """Endless padded batches; eight are drawn at a time and sorted by length, for less padding."""
+        size = self.base.batch_size
+        while True:
+            rows = sorted(
+                (self.row(next(self.problems), guesses) for _ in range(8 * size)), key=lambda row: len(row[0])
+            )
+            starts = list(range(0, len(rows), size))
+            self.rng.shuffle(starts)
+            for start in starts:
+                yield collate(rows[start : start + size], self.tokenizer.pad_token_id, self.model.device)
+
+    def train(self, *, lr: float, guesses: float, share_done: Callable[[int, float], float]) -> Iterator[Point]:
+        """A Point after every optimizer step, until `share_done(steps, seconds)` reaches 1.
+
+        lr_t = lr * min(1, steps / WARMUP_STEPS, (1 - share done) / decay). What the caller does between two
+        points (validation) does not count in `seconds`.
+        """
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        batches = self.batches(guesses)
+        seconds = share = 0.0
+        for step in itertools.count(1):
+            started = time.perf_counter()
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, step / WARMUP_STEPS, (1 - share) / self.base.decay)
+            self.model.train()
+            loss = self.model(**next(batches)).loss  # transformers shifts the labels itself
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+            seconds += time.perf_counter() - started
+            share = min(share_done(step, seconds), 1.0)
+            yield Point(step, seconds, share, loss.item())
+            if share == 1.0:
+                return
+
+    def accuracy(self) -> float:
+        """Share of the validation problems that greedy decoding gets right."""
+        sampling = Sampling(
+            group_size=1, max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, top_p=1.0, top_k=0, stop=(), stream=1
+        )
+        sampler = Sampler(self.model, self.tokenizer, sampling, seed=0, max_sequences=512, prefill_tokens=16384)
+        scores = score_groups(sampler.generate(self.validation, 0), self.task.rewards, require_finish=True)
+        return scores.components[..., scores.names.index("correctness")].mean().item()
+
+    def worked_phase(self, progress: Progress) -> dict:
+        """Worked solutions only, ended early once validation is good enough."""
+        base = self.base
+        return self.phase(
+            "worked solutions", progress, steps=base.steps, lr=base.lr, guesses=0.0, stop=base.stop_accuracy
+        )
+
+    def habit_phase(self, progress: Progress) -> dict:
+        """Mostly answers without working."""
+        base = self.base
+        return self.phase(
+            "habit", progress, steps=base.habit_steps, lr=base.habit_lr, guesses=base.habit_share, stop=2.0
+        )
+
+    def phase(self, name: str, progress: Progress, *, steps: int, lr: float, guesses: float, stop: float) -> dict:
+        """`steps` optimizer steps, or fewer once validation reaches `stop`; returns what base.json says of it."""
+        curve: list[tuple[int, float]] = []
+        for point in self.train(lr=lr, guesses=guesses, share_done=lambda step, seconds: step / steps):
+            every = self.base.validate_every
+            if point.step == steps or (every and point.step % every == 0):
+                curve.append((point.step, self.accuracy()))
+            note = f"{name}: loss {point.loss:.2f}" + (f", validation {curve[-1][1]:.1%}" if curve else "")
+            progress(point.step, steps, note)
+            if curve and curve[-1][1] >= stop:
+                break
+        return {"phase": name, "steps": point.step, "seconds": point.seconds, "loss": point.loss, "validation": curve}
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def collate(rows: list[tuple[list[int], int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Right-padded input_ids and labels [rows, longest]; prompts and padding have label -100 (no loss)."""
+    longest = max(len(ids) for ids, _ in rows)
+    input_ids = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in rows])
+    labels = [[-100] * start + ids[start:] + [-100] * (longest - len(ids)) for ids, start in rows]
+    return {"input_ids": input_ids.to(device), "labels": torch.tensor(labels).to(device)}
+
+
+def prepare_base(
+    base: BaseConfig, task: WordProblems, *, seed: int, device: str, cache_dir: Path, progress: Progress
+) -> Path:
+    """The folder of the trained base model, made now or found in the cache.
+
+    A Hugging Face folder with `base.json` (phases, losses, seconds, validation) and, after a habit phase,
+    `before_habit/`: the model that still shows its working. Written under a staging name and renamed, so a
+    folder that exists is whole. One process calls this; the others wait.
+    """
+    identity = json.dumps([task.name, task.version, asdict(base), seed])
+    folder = Path(cache_dir) / f"{task.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
+    try:
+        train_base(base, task, staging, seed=seed, device=device, progress=progress)
+        os.rename(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def train_base(
+    base: BaseConfig, task: WordProblems, folder: Path, *, seed: int, device: str, progress: Progress
+) -> None:
+    """Worked solutions, then (habit_steps > 0) the habit of answering without working; saved in `folder`."""
+    tokenizer = build_tokenizer(task)
+    with torch.random.fork_rng():  # initialisation draws from the global state: leave the caller's as it was
+        torch.manual_seed(seed)
+        model = build_model(base, tokenizer).to(device)
+    supervisor = Supervisor(model, tokenizer, base, task, seed)
+    phases = [supervisor.worked_phase(progress)]
+    if base.habit_steps:
+        supervisor.save(folder / "before_habit")
+        phases.append(supervisor.habit_phase(progress))
+    supervisor.save(folder)
+    report = {"task": task.name, "version": task.version, "seed": seed, "base": asdict(base), "phases": phases}
+    (folder / "base.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def continue_supervised(
+    folder: Path, base: BaseConfig, task: WordProblems, *, seconds: float, seed: int, device: str, progress: Progress
+) -> tuple[Qwen2ForCausalLM, list[tuple[float, float]]]:
+    """Supervised training of `folder`'s model on its own solutions for `seconds` more, as GRPO's rival.
+
+    Returns the model at its best validation and the curve of (seconds, validation accuracy), from 0 on. Treated
+    as GRPO is: a fresh optimizer, a warm-up, validation out of the clock, the best of the validated models.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    supervisor = Supervisor(model, AutoTokenizer.from_pretrained(folder), base, task, seed)
+    curve, best = [(0.0, supervisor.accuracy())], copy.deepcopy(model.state_dict())
+    share_done = lambda step, spent: spent / seconds  # noqa: E731
+    for point in supervisor.train(lr=base.continue_lr, guesses=0.0, share_done=share_done):
+        if point.share >= len(curve) / CONTINUE_VALIDATIONS:
+            accuracy = supervisor.accuracy()
+            if accuracy > max(seen for _, seen in curve):
+                best = copy.deepcopy(model.state_dict())
+            curve.append((point.seconds, accuracy))
+        progress(round(point.seconds), round(seconds), f"supervised training continued: validation {curve[-1][1]:.1%}")
+    model.load_state_dict(best)
+    return model, curve
+
+
+def describe(folder: Path) -> str:
+    """What base.json says of each phase, a line each."""
+    report = json.loads((folder / "base.json").read_text())
+    lines = [f"embedded base model: {folder}"]
+    for phase in report["phases"]:
+        accuracy = phase["validation"][-1][1]
+        work = f"{phase['steps']} steps, {phase['seconds']:.1f} s, loss {phase['loss']:.3f}"
+        lines.append(f"  {phase['phase']}: {work}, validation {accuracy:.1%}")
+    return "\n".join(lines)

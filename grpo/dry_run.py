@@ -1,0 +1,118 @@
+"""What `--dry-run` prints: the resolved config, the effective batch and an estimate of the memory. Loads no weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from grpo.base import model_config
+from grpo.config import Config, to_dict
+from grpo.policy import choose_precision, load_model_config
+from kernels.linear_logprob.reference import BLOCK_ELEMENTS
+
+PROMPT_TOKENS = {"word_problems": 30}  # by task, as measured; elsewhere a question and its exemplars
+QUESTION_TOKENS, EXEMPLAR_TOKENS = 110, 75
+EMBEDDED_VOCABULARY = 80
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the estimate of a dry run needs to know of a model; no weights are loaded for it."""
+
+    num_parameters: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    bytes_per_element: int  # of the forward pass: 2 in bf16, 4 in fp32
+    has_reference: bool  # beta > 0
+    prompt_tokens: int  # length assumed of a prompt
+    logit_chunk_tokens: int  # tokens of which the head holds logits at a time
+
+
+def model_facts(config: Config, device: torch.device) -> ModelFacts:
+    """Sizes of the configured model, from its config alone (parameters are counted on the meta device)."""
+    path = config.model.path
+    model = load_model_config(path) if path else model_config(config.base, vocab_size=EMBEDDED_VOCABULARY)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(model).parameters())
+    heads = model.num_attention_heads
+    is_bf16 = choose_precision(config.model.precision, device) == "bf16"
+    return ModelFacts(
+        num_parameters=parameters,
+        num_layers=model.num_hidden_layers,
+        num_kv_heads=getattr(model, "num_key_value_heads", None) or heads,
+        head_dim=getattr(model, "head_dim", None) or model.hidden_size // heads,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+        bytes_per_element=2 if is_bf16 else 4,
+        has_reference=bool(config.objective.beta),
+        prompt_tokens=PROMPT_TOKENS.get(config.task, QUESTION_TOKENS + EXEMPLAR_TOKENS * config.prompt.shots),
+        logit_chunk_tokens=max(1, BLOCK_ELEMENTS[device.type] // model.vocab_size),
+    )
+
+
+def dry_run_report(config: Config, world_size: int, model: ModelFacts) -> str:
+    """The resolved config, the effective batch and the estimated memory of a rank, as text for the terminal."""
+    memory = memory_estimate(config, world_size, model)
+    resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
+    lines = [resolved, *_effective_batch(config, world_size, model), "", "memory per rank, estimated, GiB"]
+    lines += [f"  {name:<34}{size / 2**30:>10.3f}" for name, size in memory.items()]
+    lines += [f"  {'total':<34}{sum(memory.values()) / 2**30:>10.3f}"]
+    return "\n".join(lines)
+
+
+def _effective_batch(config: Config, world_size: int, model: ModelFacts) -> list[str]:
+    rollout, batch = config.rollout, config.batch
+    longest = model.prompt_tokens + rollout.max_new_tokens
+    lines = [f"effective batch (upper bounds; prompts taken as {model.prompt_tokens} tokens)"]
+    for name, share in (("per step", 1), ("per rank", world_size)):
+        prompts = rollout.prompts_per_step // share
+        completions = prompts * rollout.group_size
+        lines.append(
+            f"  {name}: {prompts} prompts x {rollout.group_size} = {completions} completions; "
+            f"{completions * rollout.max_new_tokens:,} tokens sampled, "
+            f"{completions * longest:,} trained on with prompts"
+        )
+    sequences = rollout.prompts_per_step * rollout.group_size // (world_size * batch.minibatches)
+    rows = max(1, batch.tokens_per_micro_batch // longest)
+    lines.append(f"  optimizer steps per training step: {batch.passes} passes x {batch.minibatches} minibatches")
+    lines.append(
+        f"  micro-batches per optimizer step and rank: {math.ceil(sequences / rows)} of at most "
+        f"{min(rows, sequences)} sequences ({batch.tokens_per_micro_batch:,} tokens)"
+    )
+    return lines
+
+
+def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[str, int]:
+    """Bytes of one rank by purpose. Parts are summed as if all lived at once, so the total is an upper estimate.
+
+    Activations kept for the backward pass, per token and layer: 8 tensors as wide as the model and 4 as wide as the
+    MLP (SwiGLU); with checkpointing only the layer's input, and one layer at a time in full.
+    """
+    rollout, size = config.rollout, model.bytes_per_element
+    copies = {"fp32 masters": 4 * model.num_parameters, "gradients, fp32": 4 * model.num_parameters}
+    copies["Adam moments, fp32"] = 8 * model.num_parameters
+    if size < 4:
+        copies["working copy, bf16"] = size * model.num_parameters
+    if model.has_reference:
+        copies["frozen reference"] = size * model.num_parameters
+    sequences = min(rollout.max_sequences, rollout.prompts_per_step * rollout.group_size // world_size)
+    groups = math.ceil(sequences / rollout.group_size)
+    cached_tokens = groups * model.prompt_tokens + sequences * rollout.max_new_tokens
+    layer = (8 * model.hidden_size + 4 * model.intermediate_size) * size
+    checkpointed = model.num_layers * model.hidden_size * size + layer
+    activation = checkpointed if config.model.gradient_checkpointing else model.num_layers * layer
+    return copies | {
+        "KV cache": 2 * model.num_layers * model.num_kv_heads * model.head_dim * size * cached_tokens,
+        "activations of a micro-batch": activation * config.batch.tokens_per_micro_batch,
+        "logits of a chunk, with gradient": 3 * 4 * model.vocab_size * model.logit_chunk_tokens,
+        "logits of a decoding step": 2 * 4 * model.vocab_size * sequences,
+    }

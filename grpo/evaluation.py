@@ -1,0 +1,147 @@
+"""Generate, score, count: accuracy with its interval, pass@k, maj@k. Called by train.py and eval.py.
+
+Problems are shared among the ranks and every rank gets the whole result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from grpo.distributed import World
+from grpo.records import Group, Problem, Scores
+from grpo.rewards import Reward, final_answer, score_groups
+from grpo.rollout import Sampler
+
+CORRECTNESS = "correctness"  # the component that accuracy counts
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results over N problems with `samples` completions each."""
+
+    groups: list[Group]
+    correct: torch.Tensor  # [N, samples] bool
+    components: dict[str, float]  # mean of each reward component
+    reward: float  # mean total reward
+    completion_length: float  # tokens
+    truncated: float  # share that ran into the length limit
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct completions: with several samples, the mean over problems (pass@1)."""
+        return self.correct.float().mean().item()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy over problems."""
+        problems, samples = self.correct.shape
+        return wilson_interval(self.correct.sum().item() / samples, problems)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"accuracy {self.accuracy:.1%} of {len(self.groups)} problems (95 % interval {low:.1%} to {high:.1%})"
+
+    def summary(self) -> dict:
+        """Plain numbers for tables and JSON; pass@k and maj@k for k = 1, 2, 4, ... up to the number of samples."""
+        problems, samples = self.correct.shape
+        ks = [2**i for i in range(int(math.log2(samples)) + 1)] + ([samples] if samples & (samples - 1) else [])
+        counts = self.correct.sum(1).tolist()
+        low, high = self.interval
+        return {
+            "accuracy": self.accuracy,
+            "interval": [low, high],
+            "problems": problems,
+            "samples": samples,
+            "pass_at_k": {str(k): sum(pass_at_k(samples, c, k) for c in counts) / problems for k in ks},
+            "maj_at_k": {str(k): majority_accuracy(self.groups, self.correct, k) for k in ks},
+            "reward": self.reward,
+            **{f"reward/{name}": value for name, value in self.components.items()},
+            "completion_length": self.completion_length,
+            "truncated": self.truncated,
+        }
+
+
+def evaluate(
+    sampler: Sampler,
+    problems: list[Problem],
+    rewards: dict[str, Reward],
+    *,
+    require_finish: bool,
+    world: World,
+    step: int = 0,
+) -> Evaluation:
+    """Complete and score the prompted problems; the sampler decides how many samples and how they are drawn."""
+    groups = sampler.generate(world.mine(problems), step) if world.mine(problems) else []
+    scores = score_groups(groups, rewards, require_finish=require_finish) if groups else None
+    shares = world.gather([_row(group, scores, i) for i, group in enumerate(groups)])
+    rows = world.interleave(shares)
+    groups = [row["group"] for row in rows]
+    completions = [completion for group in groups for completion in group.completions]
+    names = list(rewards)
+    means = torch.tensor([row["components"] for row in rows], dtype=torch.float64).nan_to_num(0.0).mean((0, 1)).tolist()
+    components = dict(zip(names, means, strict=True))
+    correct = torch.tensor([[values[names.index(CORRECTNESS)] >= 1.0 for values in row["components"]] for row in rows])
+    return Evaluation(
+        groups=groups,
+        correct=correct,
+        components=components,
+        reward=torch.tensor([row["total"] for row in rows], dtype=torch.float64).nan_to_num(0.0).mean().item(),
+        completion_length=sum(len(completion.ids) for completion in completions) / len(completions),
+        truncated=sum(completion.finish == "length" for completion in completions) / len(completions),
+    )
+
+
+def _row(group: Group, scores: Scores, i: int) -> dict:
+    return {"group": group, "components": scores.components[i].tolist(), "total": scores.total[i].tolist()}
+
+
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a proportion (Wilson 1927); 95 % for the default z. Trials 0 gives (0, 1)."""
+    if trials == 0:
+        return 0.0, 1.0
+    p = successes / trials
+    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased chance that at least one of k samples is correct: 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374 Eq. 1)."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority_accuracy(groups: list[Group], correct: torch.Tensor, k: int) -> float:
+    """maj@k: share of problems whose most frequent answer among the first k samples is correct (arXiv:2203.11171).
+
+    Completions without an answer do not vote; of equally frequent answers the one seen first wins.
+    """
+    wins = 0
+    for group, row in zip(groups, correct.tolist(), strict=True):
+        answers = [final_answer(completion.text) for completion in group.completions[:k]]
+        votes = Counter(answer for answer in answers if answer is not None)
+        if votes:
+            wins += row[answers.index(votes.most_common(1)[0][0])]
+    return wins / len(groups)
+
+
+def result_table(results: dict[str, dict]) -> str:
+    """An aligned table, one row per named summary: accuracy with its interval, pass@k and maj@k, rewards, length."""
+    first = next(iter(results.values()))
+    ks = [(kind, k) for kind in ("pass", "maj") for k in first["pass_at_k"] if k != "1"]
+    components = [key for key in first if key.startswith("reward/") and key != f"reward/{CORRECTNESS}"]
+    names = [key.removeprefix("reward/") for key in components]
+    rows = [
+        ["", "accuracy", "95 % interval", *(f"{kind}@{k}" for kind, k in ks), *names, "reward", "length", "truncated"]
+    ]
+    for name, entry in results.items():
+        low, high = entry["interval"]
+        shares = [f"{entry[f'{kind}_at_k'][k]:.1%}" for kind, k in ks] + [f"{entry[key]:.1%}" for key in components]
+        numbers = [f"{entry['reward']:.3f}", f"{entry['completion_length']:.1f}", f"{entry['truncated']:.1%}"]
+        rows.append([name, f"{entry['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", *shares, *numbers])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = lambda row: [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]  # noqa: E731
+    return "\n".join("  ".join(align(row)) for row in rows)

@@ -1,0 +1,385 @@
+"""What a run writes down and what a person sees: metrics, completions, curves, the console.
+
+RunLogger is the one writer of the run folder (rank 0; on other ranks every call does nothing). Its place in
+metrics.jsonl is part of the checkpoint, so a resumed run repeats no line. docs/metrics.md defines every key.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from grpo.records import Group, Scores
+
+DEFINITIONS = Path(__file__).parents[1] / "docs" / "metrics.md"
+PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "triton", "numpy", "tyro")
+TRAINING_PHASES = ("rollout", "score", "update")
+COLUMNS = {  # key: heading, format; reward components come after `reward`
+    "step": ("step", "d"),
+    "reward": ("reward", ".3f"),
+    "validation/accuracy": ("val acc", ".1%"),
+    "kl": ("kl", ".4f"),
+    "entropy": ("entropy", ".3f"),
+    "completion_length": ("length", ".1f"),
+    "tokens_per_second": ("tok/s", ",.0f"),
+    **{f"seconds/{phase}": (f"{phase} s", ".2f") for phase in TRAINING_PHASES},
+}
+PANELS = {  # title: key, without its components; the validation accuracy has a panel of its own
+    "mean reward": "reward",
+    "KL to the reference, nats": "kl",
+    "entropy, nats": "entropy",
+    "completion length, tokens": "completion_length",
+    "tokens per second": "tokens_per_second",
+}
+
+
+Points = Sequence[tuple[float, float]]
+
+
+class Progress:
+    """Called as progress(done, total): a bar with ETA for the phase under way on a terminal, nothing elsewhere."""
+
+    def __init__(self, is_shown: bool):
+        self.is_shown = is_shown
+        self.phase = ""
+        self._bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        if not self.is_shown:
+            return
+        if self._bar is None or self._bar.total != total or done < self._bar.n:
+            self.close()
+            self._bar = tqdm(total=total, desc=self.phase, leave=False, dynamic_ncols=True, file=sys.stdout)
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class PhaseTimer:
+    """Wall seconds by phase: `with timer("rollout"): ...`. Names the phase to the progress bar, too."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.totals: dict[str, float] = {}  # of the whole run
+        self._since_taken: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.progress.phase = phase
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.progress.close()
+            seconds = time.perf_counter() - start
+            for record in (self.totals, self._since_taken):
+                record[phase] = record.get(phase, 0.0) + seconds
+
+    def since_taken(self) -> float:
+        """Seconds of training (rollout, score, update) since `take`."""
+        return sum(self._since_taken.get(phase, 0.0) for phase in TRAINING_PHASES)
+
+    def training_seconds(self) -> float:
+        """Seconds of training in the whole run; evaluation, checkpoints and the base model do not count."""
+        return sum(self.totals.get(phase, 0.0) for phase in TRAINING_PHASES)
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call, as `seconds/<phase>`."""
+        taken = {f"seconds/{phase}": seconds for phase, seconds in self._since_taken.items()}
+        self._since_taken = {}
+        return taken
+
+
+class Console:
+    """A table with one aligned row a step; the heading comes again every 20 rows."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.columns: dict[str, tuple[str, str]] = {}
+
+    def lines(self, row: dict[str, Any]) -> list[str]:
+        """The text for one step: sometimes a heading, then its row. A missing value is left blank."""
+        if not self.columns:
+            components = {key: (key.removeprefix("reward/"), ".3f") for key in row if key.startswith("reward/")}
+            first = ("step", "reward")
+            self.columns = {key: COLUMNS[key] for key in first} | components | COLUMNS
+        values = [self._cell(row.get(key), form) for key, (_, form) in self.columns.items()]
+        widths = [max(8, len(heading)) for heading, _ in self.columns.values()]
+        lines = [" ".join(value.rjust(width) for value, width in zip(values, widths, strict=True))]
+        if self.num_rows % 20 == 0:
+            headings = [heading for heading, _ in self.columns.values()]
+            lines.insert(0, " ".join(text.rjust(width) for text, width in zip(headings, widths, strict=True)))
+        self.num_rows += 1
+        return lines
+
+    @staticmethod
+    def _cell(value: Any, form: str) -> str:
+        return "" if value is None else format(int(value) if form == "d" else value, form)
+
+
+class RunLogger:
+    """Writes metrics.jsonl, completions/, TensorBoard events, env.json, summary.json and curves.png; prints the table.
+
+    is_terminal: progress bars are drawn; by default, whether standard output is one. Raises ValueError where another
+    process is writing in the same folder.
+    """
+
+    def __init__(self, run_dir: Path, *, is_writer: bool, is_terminal: bool | None = None):
+        self.run_dir = run_dir
+        self.is_writer = is_writer
+        is_terminal = sys.stdout.isatty() if is_terminal is None else is_terminal
+        self.progress = Progress(is_writer and is_terminal)
+        self.timer = PhaseTimer(self.progress)
+        self._console = Console()
+        self._events: Any = None
+        self._last_step = 0
+        self._is_placed = False  # metrics.jsonl stands where this run begins
+        if is_writer:
+            self._file = (run_dir / "metrics.jsonl").open("ab")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
+            except BlockingIOError as error:
+                raise ValueError(f"run folder {run_dir} is in use by another process; use another --run-dir") from error
+
+    def say(self, text: str) -> None:
+        """Print on rank 0, at once."""
+        if self.is_writer:
+            self.progress.close()
+            print(text, flush=True)
+
+    def log(self, row: dict[str, float | int | None]) -> None:
+        """One training step: a line in metrics.jsonl, TensorBoard scalars, a row on the console."""
+        if not self.is_writer:
+            return
+        if not self._is_placed:
+            self._place(0)  # restarted before its first checkpoint: the run begins again
+        row = {key: None if value is None or not math.isfinite(value) else value for key, value in row.items()}
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+        self._log_events(row)
+        self._last_step = row["step"]
+        for line in self._console.lines(row):
+            self.say(line)
+
+    def _log_events(self, row: dict[str, Any]) -> None:
+        if self._events is None:
+            self._events = _event_writer(self.run_dir, purge_step=self._last_step + 1)
+        if self._events:
+            for key, value in row.items():
+                if value is not None and key != "step":
+                    self._events.add_scalar(key, value, row["step"])
+
+    def log_completions(self, step: int, records: Iterable[dict[str, Any]]) -> None:
+        """completions/step_N.jsonl, one line a completion (see `completion_records`)."""
+        if self.is_writer:
+            folder = self.run_dir / "completions"
+            folder.mkdir(exist_ok=True)
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (folder / f"step_{step}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def write_json(self, name: str, record: dict[str, Any]) -> None:
+        """env.json, summary.json and the like, indented."""
+        if self.is_writer:
+            (self.run_dir / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def draw_curves(self, *, start_accuracy: float | None = None, supervised: Points = ()) -> None:
+        """curves.png from metrics.jsonl (see `draw_curves`); without matplotlib a line says how to get it."""
+        if self.is_writer:
+            try:
+                draw_curves(self.run_dir, start_accuracy=start_accuracy, supervised=supervised)
+            except ModuleNotFoundError as error:
+                self.say(f"curves.png is not drawn: {error.name} is not installed (pip install matplotlib)")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where metrics.jsonl stands and the seconds spent so far."""
+        offset = self._file.tell() if self.is_writer else 0
+        return {"offset": offset, "step": self._last_step, "seconds": dict(self.timer.totals)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where a checkpoint was written: later lines are cut off, their steps come again."""
+        self._last_step = state["step"]
+        self.timer.totals = dict(state["seconds"])
+        if self.is_writer:
+            size = self._file.seek(0, os.SEEK_END)
+            if size < state["offset"]:
+                wrote = f"{self.run_dir}/metrics.jsonl has {size} bytes, but {state['offset']} when the checkpoint was"
+                raise ValueError(f"{wrote} written; put the lost lines back or start another run")
+            self._place(state["offset"])
+
+    def _place(self, offset: int) -> None:
+        self._file.truncate(offset)
+        self._file.seek(0, os.SEEK_END)
+        self._is_placed = True
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.is_writer:
+            self._file.close()
+            if self._events:
+                self._events.close()
+
+
+def _event_writer(run_dir: Path, *, purge_step: int) -> Any:
+    """TensorBoard's writer, or False where that is not installed. It hides a killed run's events from purge_step on."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return False
+    return SummaryWriter(run_dir, purge_step=purge_step)
+
+
+def completion_records(groups: Sequence[Group], scores: Scores, advantages: Tensor) -> Iterator[dict[str, Any]]:
+    """One plain record a completion, in the order of groups. advantages: [P, G].
+
+    `python -m grpo.rewards check` reads these lines again. A component without a value is null; its status says why.
+    """
+    for p, group in enumerate(groups):
+        for g, completion in enumerate(group.completions):
+            values = scores.components[p, g].tolist()
+            yield {
+                "problem": group.problem.id,
+                "sample": completion.sample,
+                "prompt": group.problem.prompt,
+                "completion": completion.text,
+                "answer": group.problem.answer,
+                "finish_reason": completion.finish,
+                "rewards": {n: None if math.isnan(v) else v for n, v in zip(scores.names, values, strict=True)},
+                "status": dict(zip(scores.names, scores.status[p][g], strict=True)),
+                "reward": scores.total[p, g].item(),
+                "advantage": advantages[p, g].item(),
+            }
+
+
+def length_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
+    """How much was written, how fast (`seconds` of rollout, scoring and update), and how much ran into the limit."""
+    completions = [completion for group in groups for completion in group.completions]
+    num_tokens = sum(len(completion.ids) for completion in completions)
+    return {
+        "tokens": num_tokens,
+        "tokens_per_second": num_tokens / seconds,
+        "completion_length": num_tokens / len(completions),
+        "truncated": sum(completion.finish == "length" for completion in completions) / len(completions),
+    }
+
+
+def environment(*, seed: int, world_size: int, dispatch: dict[str, Any]) -> dict[str, Any]:
+    """What env.json holds: enough to say where a number came from."""
+    return {
+        "command": sys.argv,
+        "seed": seed,
+        "world_size": world_size,
+        "dispatch": dispatch,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "versions": package_versions(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a number."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with `-dirty` where files differ from it; None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def draw_curves(run_dir: Path, *, start_accuracy: float | None = None, supervised: Points = ()) -> None:
+    """curves.png: reward by component, validation accuracy, KL, entropy, length and speed over training steps.
+
+    start_accuracy: validation accuracy before the first step. supervised: (seconds, accuracy) of supervised training
+    that went on instead; the accuracy panel then counts training seconds (evaluation and checkpoints left out), so
+    that the two lines can be compared.
+    """
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run_dir)
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    accuracy_axes, *others = figure.subplots(2, 3).flat
+    _draw_accuracy(accuracy_axes, rows, start_accuracy, supervised)
+    for axes, (title, key) in zip(others, PANELS.items(), strict=True):
+        for name in sorted({name for row in rows for name in row if name.split("/")[0] == key}):
+            axes.plot(*_points(rows, name), label=name)
+        axes.set(title=title, xlabel="training step")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        if len(axes.get_lines()) > 1:
+            axes.legend()
+    figure.savefig(run_dir / "curves.png", dpi=100)
+
+
+def _draw_accuracy(axes: Any, rows: list[dict[str, Any]], start_accuracy: float | None, supervised: Points) -> None:
+    steps, accuracies = _points(rows, "validation/accuracy")
+    seconds = dict(zip((row["step"] for row in rows), training_seconds(rows), strict=True))
+    places = [seconds[step] for step in steps] if supervised else steps
+    if start_accuracy is not None:
+        places, accuracies = [0, *places], [start_accuracy, *accuracies]
+    axes.plot(places, accuracies, marker="o", label="GRPO")
+    if supervised:
+        axes.plot(*zip(*supervised, strict=True), marker="o", label="supervised training, same seconds")
+    axes.set(title="validation accuracy", xlabel="training seconds" if supervised else "training step", ylim=(0, 1))
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a key where it has one."""
+    present = [row for row in rows if row.get(key) is not None]
+    return [row["step"] for row in present], [row[key] for row in present]
+
+
+def training_seconds(rows: list[dict[str, Any]]) -> list[float]:
+    """Seconds of training up to and with each row; evaluation and checkpoints do not count."""
+    return list(accumulate(sum(row.get(f"seconds/{phase}", 0.0) for phase in TRAINING_PHASES) for row in rows))
+
+
+def documented_keys() -> list[str]:
+    """The keys that docs/metrics.md defines; `<...>` in one stands for a name."""
+    return re.findall(r"^- `([^`]+)`:", DEFINITIONS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def undocumented(keys: Iterable[str]) -> list[str]:
+    """Those of the keys that docs/metrics.md does not define."""
+    patterns = [re.sub(r"<[^>]+>", "[^/]+", re.escape(key)) for key in documented_keys()]
+    return [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)]

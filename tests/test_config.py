@@ -1,0 +1,334 @@
+"""The config: typed both ways, mistakes named with the remedy, every field in the help."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from grpo import config as config_module
+from grpo import dry_run
+from grpo.config import Config, check, from_dict, get, known_keys, load, parse_command, save, to_dict
+
+ROOT = Path(__file__).parents[1]
+FACTS = dry_run.ModelFacts(
+    num_parameters=1000,
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=8,
+    hidden_size=32,
+    intermediate_size=64,
+    vocab_size=100,
+    bytes_per_element=2,
+    has_reference=True,
+    prompt_tokens=10,
+    logit_chunk_tokens=16,
+)
+
+
+def changed(key: str, value: object) -> Config:
+    """The default config with one dotted key set, past every type check."""
+    section, _, name = key.rpartition(".")
+    return replace(
+        Config(), **({section: replace(getattr(Config(), section), **{name: value})} if section else {name: value})
+    )
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# --- YAML ---
+
+
+def test_what_is_saved_is_loaded_again_with_types(tmp_path):
+    config = changed("optim.betas", (0.8, 0.95))
+    save(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+    assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == set(to_dict(Config()))
+
+
+def test_yaml_may_write_floats_without_a_point_and_tuples_as_lists(tmp_path):
+    config = load(write(tmp_path / "a.yaml", "optim: {lr: 1e-6, betas: [0, 0.5], warmup: 0}\nobjective: {beta: null}"))
+    assert config.optim.lr == 1e-6 and type(config.optim.lr) is float
+    assert config.optim.betas == (0.0, 0.5)
+    assert type(config.optim.warmup) is float
+    assert config.objective.beta is None
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    assert load(write(tmp_path / "a.yaml", "# nothing\n")) == Config()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"optim": {"lrr": 1}}, "unknown key optim.lrr; the nearest is optim.lr$"),
+        ({"lr": 1}, "unknown key lr; the nearest is optim.lr$"),
+        ({"optin": {"lr": 1}}, "unknown key optin; the nearest is optim$"),
+        ({"zzzzqqq": 1}, "unknown key zzzzqqq$"),
+        ({"num_steps": 1.5}, "num_steps=1.5 is float; expected int$"),
+        ({"num_steps": True}, "num_steps=True is bool; expected int$"),
+        ({"rewards": {"require_finish": 1}}, "rewards.require_finish=1 is int; expected bool$"),
+        ({"optim": {"lr": "fast"}}, "optim.lr='fast' is str; expected float$"),
+        ({"optim": {"betas": [0.9]}}, r"optim.betas=\[0.9\] is list; expected tuple"),
+        ({"optim": 3}, "optim=3 is no section"),
+        ({"model": {"precision": "fp8"}}, "model.precision='fp8' is str; expected one of 'auto', 'fp32', 'bf16'$"),
+        ({"objective": {"beta": "x"}}, "objective.beta='x' is str; expected float$"),
+        ([1], r"config=\[1\] is no section"),
+    ],
+)
+def test_a_wrong_key_or_type_is_named_with_what_was_expected(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(values)
+
+
+def test_an_error_names_the_file(tmp_path):
+    for text in ("optim: {lrr: 1}", "a: [1"):
+        with pytest.raises(ValueError, match="a.yaml: "):
+            load(write(tmp_path / "a.yaml", text))
+    with pytest.raises(
+        ValueError, match=r"cannot read config .*none.yaml: No such file.*there are: .*configs/gsm8k.yaml"
+    ):
+        load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_passes_the_check_on_1_2_4_and_8_ranks(path):
+    for world_size in (1, 2, 4, 8):
+        check(load(path), world_size)
+
+
+def test_gsm8k_has_the_promised_defaults():
+    config = load(ROOT / "configs" / "gsm8k.yaml")
+    assert (config.task, config.model.path) == ("gsm8k", "Qwen/Qwen2.5-0.5B")
+    assert (config.rollout.prompts_per_step, config.rollout.group_size, config.rollout.max_new_tokens) == (64, 16, 400)
+    assert (config.optim.lr, config.optim.schedule, config.optim.warmup) == (1e-6, "cosine", 0.1)
+    assert (config.eval.every, config.eval.validation_problems) == (20, 200)
+
+
+# --- the command line ---
+
+
+@pytest.fixture
+def yaml_path(tmp_path):
+    return str(write(tmp_path / "base.yaml", "num_steps: 7\noptim: {lr: 0.5}\n"))
+
+
+def test_options_override_the_file_which_overrides_the_defaults(yaml_path):
+    line = (
+        f"--config {yaml_path} --optim.lr 5e-6 --rollout.group-size=4 --rewards.no-require-finish --optim.betas 0 0.5"
+    )
+    command = parse_command(line.split())
+    assert command.config.num_steps == 7
+    assert command.config.optim == replace(Config().optim, lr=5e-6, betas=(0.0, 0.5))
+    assert command.config.rollout.group_size == 4
+    assert command.config.rewards.require_finish is False
+    assert command.config.seed == Config().seed
+
+
+def test_dashes_and_underscores_are_the_same(yaml_path):
+    for option in ("--num-steps", "--num_steps"):
+        assert parse_command(["--config", yaml_path, option, "3"]).config.num_steps == 3
+    for option in ("--run-dir", "--run_dir"):
+        assert parse_command(["--config", yaml_path, option, "x"]).run_dir == "x"
+
+
+def test_the_options_that_scripts_rely_on(yaml_path):
+    line = f"--config {yaml_path} --run-dir DIR --seed 3 --num-steps 6 --save-every 2 --preset dr_grpo --dry-run"
+    command = parse_command(line.split())
+    assert (command.run_dir, command.resume, command.dry_run) == ("DIR", None, True)
+    assert (command.config.seed, command.config.num_steps, command.config.save_every) == (3, 6, 2)
+    assert command.config.objective.preset == "dr_grpo"
+    assert (command.config_path, command.source) == (Path(yaml_path), f"config: {yaml_path}, as asked for")
+
+
+@pytest.mark.parametrize("has_cuda, name, reason", [(True, "gsm8k", "is here"), (False, "demo", "no CUDA device")])
+def test_without_a_config_the_hardware_decides_and_the_source_says_so(monkeypatch, has_cuda, name, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    command = parse_command([])
+    assert command.config == load(ROOT / "configs" / f"{name}.yaml")
+    assert command.source.startswith(f"config: configs/{name}.yaml, because ") and reason in command.source
+
+
+def test_a_resumed_run_keeps_its_config(tmp_path):
+    save(changed("num_steps", 9), tmp_path / "config.yaml")
+    command = parse_command(["--resume", str(tmp_path), "--save-every", "4"])
+    assert (command.config.num_steps, command.config.save_every, command.resume) == (9, 4, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--optim.lrr 3", "unknown option --optim.lrr; the nearest is --optim.lr;"),
+        ("--num-stpes=3", "unknown option --num-stpes=3; the nearest is --num-steps;"),
+        ("--rundir x", "unknown option --rundir; the nearest is --run-dir;"),
+        ("--lr 3", "unknown option --lr; the nearest is --optim.lr;"),
+        ("--group_size 3", "unknown option --group_size; the nearest is --rollout.group-size;"),
+        ("surplus", "unknown option surplus; --help shows them all"),
+        ("--resume nowhere", "--config .* with --resume: the run has its own config"),
+    ],
+)
+def test_a_wrong_option_is_one_line_with_the_nearest_and_exit_status_2(yaml_path, line, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_command(["--config", yaml_path, *line.split()])
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert re.match(f"error: {message}", printed.err) and printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("line", ["--num-steps many", "--num-steps", "--model.precision fp8", "--config"])
+def test_a_wrong_value_exits_with_status_2_too(yaml_path, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_command([*line.split(), *([] if line == "--config" else ["--config", yaml_path])])
+    assert ended.value.code == 2
+
+
+def test_resuming_what_is_no_run_folder_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_command(["--resume", str(tmp_path)])
+    assert "no config.yaml there; name a run folder" in capsys.readouterr().err
+
+
+def docstrings() -> dict[str, str]:
+    """Every option's docstring, read from the source: the line after its field."""
+    found, section = {}, None
+    sections = {
+        type(getattr(Config(), name)).__name__: f"{name}."
+        for name in to_dict(Config())
+        if "Config" in type(getattr(Config(), name)).__name__
+    }
+    lines = Path(config_module.__file__).read_text().splitlines()
+    for line, following in zip(lines, lines[1:], strict=False):
+        if declared := re.match(r"class (\w+)", line):
+            section = sections.get(declared[1], "" if declared[1] in ("Config", "RunOptions") else None)
+        field = re.match(r"    (\w+): ", line)
+        text = re.match(r'    """(.*)"""$', following)
+        if section is not None and field and text:
+            found[section + field[1]] = text[1]
+    return found
+
+
+def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as ended:
+        parse_command(["--config", yaml_path, "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(re.sub(r"[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+    documented = docstrings()
+    assert set(documented) >= set(known_keys()), f"without a docstring: {set(known_keys()) - set(documented)}"
+    for key, text in documented.items():
+        assert f"--{key.replace('_', '-')}" in shown
+        assert text[:40] in shown, key
+    assert "Training steps: rollouts. (default: 7)" in shown, "the file's value is the default"
+    assert "Peak learning rate of AdamW. (default: 0.5)" in shown
+
+
+# --- the check ---
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("rollout.prompts_per_step", 30, "rollout.prompts_per_step=30 is not divisible by world_size=8; use 24 or 32"),
+        ("rollout.prompts_per_step", 4, "prompts_per_step=4 is not divisible by world_size=8; use 8$"),
+        ("batch.minibatches", 3, "prompts_per_step=16 is not divisible by batch.minibatches=3; use 15 or 18"),
+        ("batch.minibatches", 4, r"is not divisible by batch.minibatches \* world_size=32; use 32"),
+        ("rollout.group_size", 1, "rollout.group_size=1: .* use 2 or more"),
+        ("rollout.temperature", 0.0, r"rollout.temperature=0.0 is outside \(0, inf\)"),
+        ("rollout.top_p", 0.9, "rollout.top_p=0.9: the loss would not see .* train with 1"),
+        ("rollout.top_k", 5, "rollout.top_k=5: the loss would not see .* train with 0"),
+        ("prompt.shots", 9, r"prompt.shots=9 is outside \[0, 8\]"),
+        ("num_steps", 0, r"num_steps=0 is outside \[1, inf\)"),
+        ("optim.lr", float("nan"), "optim.lr=nan is outside"),
+        ("optim.lr", float("inf"), "optim.lr=inf is outside"),
+        ("optim.betas", (0.9, 1.0), r"optim.betas=\(0.9, 1.0\) is outside \[0, 1\)"),
+        ("objective.beta", -0.1, r"objective.beta=-0.1 is outside \[0, inf\)"),
+        ("data.validation_fraction", 1.0, r"data.validation_fraction=1.0 is outside \(0, 1\)"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_value_and_remedy(key, value, message):
+    check(Config(), world_size=8)
+    with pytest.raises(ValueError, match=message):
+        check(changed(key, value), world_size=8)
+
+
+def test_all_mistakes_are_reported_at_once():
+    config = replace(changed("num_steps", 0), optim=replace(Config().optim, lr=-1.0))
+    with pytest.raises(ValueError) as refused:
+        check(config, world_size=1)
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_nothing_rewarded_is_refused():
+    rewards = replace(Config().rewards, format_weight=0.0, correctness_weight=0.0)
+    with pytest.raises(ValueError, match="nothing is rewarded"):
+        check(replace(Config(), rewards=rewards), world_size=1)
+
+
+def test_every_interval_belongs_to_a_number_of_the_config():
+    for key in config_module.INTERVALS:
+        value = get(Config(), key)
+        assert value is None or isinstance(value, int | float | tuple), key
+
+
+# --- the dry run ---
+
+
+def test_the_effective_batch_by_hand():
+    # 16 prompts x 8 = 128 completions of 40 + 10 prompt tokens; on 2 ranks 64 each; 2 minibatches: 32 sequences a
+    # step and rank; 500 tokens hold 10 of 50, so 4 micro-batches.
+    config = replace(Config(), batch=replace(Config().batch, minibatches=2, tokens_per_micro_batch=500))
+    report = dry_run.dry_run_report(config, 2, FACTS)
+    assert "per step: 16 prompts x 8 = 128 completions; 5,120 tokens sampled, 6,400 trained on with prompts" in report
+    assert "per rank: 8 prompts x 8 = 64 completions; 2,560 tokens sampled, 3,200 trained on with prompts" in report
+    assert "1 passes x 2 minibatches" in report
+    assert "per optimizer step and rank: 4 of at most 10 sequences (500 tokens)" in report
+    assert yaml.safe_load(report.split("effective batch")[0]) == yaml.safe_load(yaml.safe_dump(to_dict(config)))
+
+
+def test_the_memory_estimate_by_hand():
+    # 128 sequences in 16 groups: 16 * 10 + 128 * 40 = 5280 cached tokens, each of
+    # 2 (K, V) * 2 layers * 2 heads * 8 wide * 2 bytes = 128 bytes.
+    memory = dry_run.memory_estimate(Config(), 1, FACTS)
+    assert memory["fp32 masters"] == memory["gradients, fp32"] == 4000
+    assert memory["Adam moments, fp32"] == 8000
+    assert memory["working copy, bf16"] == memory["frozen reference"] == 2000
+    assert memory["KV cache"] == 5280 * 128
+    assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 64) * 2
+    assert memory["logits of a chunk, with gradient"] == 3 * 4 * 100 * 16
+    in_fp32 = dry_run.memory_estimate(Config(), 1, replace(FACTS, bytes_per_element=4, has_reference=False))
+    assert not {"working copy, bf16", "frozen reference"} & set(in_fp32)
+
+
+def test_the_activation_estimate_is_within_a_quarter_of_what_a_qwen2_keeps_for_backward():
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    shape = Qwen2Config(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa").model
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.zeros(4, 64, dtype=torch.long))
+    measured = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+    config = replace(Config(), batch=replace(Config().batch, tokens_per_micro_batch=4 * 64))
+    facts = replace(FACTS, num_layers=2, hidden_size=128, intermediate_size=512, bytes_per_element=4)
+    assert dry_run.memory_estimate(config, 1, facts)["activations of a micro-batch"] == pytest.approx(
+        measured, rel=0.25
+    )

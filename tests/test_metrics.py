@@ -1,0 +1,210 @@
+"""Metrics are tested like losses: what is written, what is cut off at a resume, what the table and the curves show."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from grpo import metrics
+from grpo.metrics import Console, PhaseTimer, Progress, RunLogger
+from grpo.records import Completion, Group, Problem, Scores
+
+
+def row(step: int, **more: float) -> dict[str, float]:
+    return {"step": step, "reward": 0.5, "reward/format": 0.25, "kl": 0.01, "seconds/rollout": 2.0, **more}
+
+
+@pytest.fixture
+def logger(tmp_path):
+    logger = RunLogger(tmp_path, is_writer=True, is_terminal=False)
+    yield logger
+    logger.close()
+
+
+def test_each_step_is_one_line_that_is_on_disk_at_once(logger, tmp_path, capsys):
+    logger.log(row(1))
+    logger.log(row(2, loss=float("nan")))
+    assert metrics.read_metrics(tmp_path) == [row(1), {**row(2), "loss": None}]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_resumed_run_repeats_no_line_and_loses_none(logger, tmp_path):
+    logger.log(row(1))
+    state = json.loads(json.dumps(logger.state_dict()))
+    logger.log(row(2, reward=9.0))
+    logger.close()
+    resumed = RunLogger(tmp_path, is_writer=True, is_terminal=False)
+    resumed.load_state_dict(state)
+    resumed.log(row(2))
+    resumed.log(row(3))
+    assert metrics.read_metrics(tmp_path) == [row(1), row(2), row(3)]
+    assert resumed.state_dict()["offset"] == (tmp_path / "metrics.jsonl").stat().st_size
+    resumed.close()
+
+
+def test_a_run_that_begins_again_in_its_folder_keeps_no_old_line(logger, tmp_path):
+    logger.log(row(1, reward=9.0))
+    logger.close()
+    again = RunLogger(tmp_path, is_writer=True, is_terminal=False)
+    again.log(row(1))
+    again.log(row(2))
+    again.close()
+    assert metrics.read_metrics(tmp_path) == [row(1), row(2)]
+
+
+def test_metrics_shorter_than_the_checkpoint_says_are_refused(logger):
+    with pytest.raises(ValueError, match="has 0 bytes, but 10 when the checkpoint was written"):
+        logger.load_state_dict({"offset": 10, "step": 1, "seconds": {}})
+
+
+def test_a_second_writer_in_the_same_folder_is_refused(logger, tmp_path):
+    with pytest.raises(ValueError, match="is in use by another process; use another --run-dir"):
+        RunLogger(tmp_path, is_writer=True, is_terminal=False)
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
+    logger = RunLogger(tmp_path, is_writer=False, is_terminal=True)
+    logger.log(row(1))
+    logger.log_completions(1, [{"completion": "x"}])
+    logger.write_json("env.json", {})
+    logger.say("hello")
+    logger.draw_curves()
+    logger.progress(1, 2)
+    logger.load_state_dict(logger.state_dict())
+    logger.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tensorboard_gets_the_scalars_of_the_row(logger, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger.log(row(1))
+    logger.log(row(2, kl=0.5, loss=float("inf")))
+    logger.close()
+    written = events.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in written.Scalars("kl")] == [(1, pytest.approx(0.01)), (2, 0.5)]
+    assert set(written.Tags()["scalars"]) == {"reward", "reward/format", "kl", "seconds/rollout"}
+
+
+def test_without_tensorboard_and_matplotlib_a_run_goes_on(logger, tmp_path, monkeypatch, capsys):
+    for name in ("tensorboard", "torch.utils.tensorboard", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    logger.log(row(1))
+    logger.draw_curves()
+    assert "curves.png is not drawn" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_table_is_aligned_and_its_heading_comes_again_every_20_rows():
+    console = Console()
+    lines = [line for step in range(1, 42) for line in console.lines(row(step))]
+    headings = [i for i, line in enumerate(lines) if line.lstrip().startswith("step")]
+    assert headings == [0, 21, 42]
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split()[:3] == ["step", "reward", "format"]
+    assert lines[1].split() == ["1", "0.500", "0.250", "0.0100", "2.00"]
+    assert lines[0].index("kl") + 2 == lines[1].index("0.0100") + 6, "a value ends where its heading ends"
+
+
+def test_phase_seconds_are_measured_taken_once_and_summed_over_the_run(monkeypatch):
+    now = iter([0.0, 2.0, 10.0, 10.5, 20.0, 23.0, 30.0, 37.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    timer = PhaseTimer(Progress(is_shown=False))
+    with timer("rollout"):
+        pass
+    with timer("update"):
+        pass
+    assert timer.since_taken() == 2.5
+    assert timer.take() == {"seconds/rollout": 2.0, "seconds/update": 0.5}
+    assert timer.since_taken() == 0.0
+    with pytest.raises(KeyError), timer("rollout"):
+        raise KeyError
+    assert timer.take() == {"seconds/rollout": 3.0}
+    with timer("evaluation"):
+        pass
+    assert timer.since_taken() == 0.0
+    assert timer.totals == {"rollout": 5.0, "update": 0.5, "evaluation": 7.0}
+    assert timer.training_seconds() == 5.5, "evaluation does not count as training"
+
+
+def test_a_bar_is_drawn_for_the_phase_on_a_terminal_and_nothing_elsewhere(capsys):
+    shown = PhaseTimer(Progress(is_shown=True))
+    with shown("rollout"):
+        shown.progress(1, 4)
+        time.sleep(0.15)  # a bar is redrawn at most every 0.1 s
+        shown.progress(3, 4)
+    drawn = capsys.readouterr().out
+    assert "rollout:  75%" in drawn and "3/4" in drawn
+    silent = PhaseTimer(Progress(is_shown=False))
+    with silent("rollout"):
+        silent.progress(1, 4)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_completion_records_hold_what_the_reward_checker_reads():
+    problem = Problem("train/7", "2+3?", "5", prompt="Question: 2+3?\nAnswer:")
+    group = Group(
+        problem, [Completion([1], [-0.5], "5!", "stop", 0), Completion([2], [-0.1], "6", "length", 1)], step=3
+    )
+    components = torch.tensor([[[1.0, float("nan")], [0.0, 0.0]]])
+    status = [[["ok", "abstain"], ["ok", "ok"]]]
+    total = torch.tensor([[0.5, 0.0]])
+    scores = Scores(("format", "style"), (0.5, 1.0), components, status, total, torch.ones(1, 2, dtype=torch.bool))
+    first, second = metrics.completion_records([group], scores, torch.tensor([[1.0, -1.0]]))
+    assert first == {
+        "problem": "train/7",
+        "sample": 0,
+        "prompt": "Question: 2+3?\nAnswer:",
+        "completion": "5!",
+        "answer": "5",
+        "finish_reason": "stop",
+        "rewards": {"format": 1.0, "style": None},
+        "status": {"format": "ok", "style": "abstain"},
+        "reward": 0.5,
+        "advantage": 1.0,
+    }
+    assert (second["completion"], second["finish_reason"], second["advantage"]) == ("6", "length", -1.0)
+
+
+def test_training_seconds_leave_evaluation_and_checkpoints_out():
+    rows = [row(1, **{"seconds/evaluation": 50.0}), row(2, **{"seconds/checkpoint": 9.0, "seconds/update": 1.0})]
+    assert metrics.training_seconds(rows) == [2.0, 5.0]
+
+
+def test_curves_show_each_panel_and_both_lines_on_one_axis_of_seconds(logger, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: drawn.append((self, path)))
+    for step in (1, 2, 3):
+        logger.log(row(step, **({"validation/accuracy": 0.2 * step} if step != 2 else {})))
+    logger.draw_curves(start_accuracy=0.1, supervised=[(0.0, 0.1), (6.0, 0.3)])
+    (chart, path) = drawn[0]
+    assert path == tmp_path / "curves.png"
+    lines = {line.get_label(): line.get_xydata().tolist() for axes in chart.axes for line in axes.get_lines()}
+    assert lines["GRPO"] == [[0, 0.1], [2.0, 0.2], [6.0, pytest.approx(0.6)]]
+    assert lines["supervised training, same seconds"] == [[0, 0.1], [6, 0.3]]
+    assert lines["reward/format"] == [[1, 0.25], [2, 0.25], [3, 0.25]]
+    assert lines["kl"] == [[1, 0.01], [2, 0.01], [3, 0.01]]
+
+
+def test_curves_png_is_a_picture(logger, tmp_path):
+    pytest.importorskip("matplotlib")
+    logger.log(row(1))
+    logger.draw_curves()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_environment_names_versions_commit_seed_and_dispatch(logger, tmp_path):
+    env = metrics.environment(seed=3, world_size=2, dispatch={"sample_token": "torch"})
+    logger.write_json("env.json", env)
+    assert json.loads((tmp_path / "env.json").read_text()) == env
+    assert (env["seed"], env["world_size"], env["dispatch"]) == (3, 2, {"sample_token": "torch"})
+    assert env["versions"]["torch"] == torch.__version__
+
+
+def test_documented_keys_cover_names_within_a_pattern_and_nothing_else():
+    assert {"step", "reward", "reward/<component>", "seconds/<phase>"} <= set(metrics.documented_keys())
+    keys = ["step", "reward/format", "seconds/rollout", "reward/", "reward/a/b", "rewards", "nonsense"]
+    assert metrics.undocumented(keys) == ["reward/", "reward/a/b", "rewards", "nonsense"]

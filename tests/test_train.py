@@ -1,0 +1,203 @@
+"""The whole job on a small scale: `train.py` as a user calls it, its run folder, resuming, several ranks, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train
+from grpo.metrics import read_metrics, undocumented
+from tests.tiny import save_tiny_model, write_gsm8k_files
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--base.steps=30",
+    "--base.habit-steps=5",
+    "--base.validation-problems=20",
+    "--rollout.prompts-per-step=4",
+    "--rollout.group-size=4",
+    "--eval.every=2",
+    "--eval.validation-problems=20",
+    "--eval.test-problems=20",
+    "--num-steps=4",
+    "--save-every=2",
+]
+DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), *SMALL]
+CLOCK = ("seconds/", "tokens_per_second")  # what two equal runs may differ in
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A working directory of its own, so that the cache of base models starts empty."""
+    folder = tmp_path_factory.mktemp("train")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def finished(workplace):
+    """A whole small run."""
+    assert train.main([*DEMO, "--run-dir", "whole", "--seed", "3"]) == 0
+    return workplace / "whole"
+
+
+def rows_without_clock(run_dir):
+    return [{key: value for key, value in row.items() if not key.startswith(CLOCK)} for row in read_metrics(run_dir)]
+
+
+def test_the_run_folder_holds_what_the_readme_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "summary.json",
+        "curves.png",
+        "completions",
+        "checkpoints",
+    } <= names
+    assert [row["step"] for row in read_metrics(finished)] == [1, 2, 3, 4]
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["objective"]["clip_low"] == 0.2 and config["seed"] == 3  # the preset's values are written out
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {"accuracy_before", "accuracy_after", "accuracy_supervised", "seconds"} <= set(summary)
+    environment = json.loads((finished / "env.json").read_text())
+    assert environment["seed"] == 3 and environment["dispatch"]["linear_logprob"]["impl"] == "torch"
+
+
+def test_every_logged_key_is_documented(finished):
+    assert undocumented(key for row in read_metrics(finished) for key in row) == []
+
+
+def test_completions_hold_rewards_and_advantages_that_sum_to_zero_in_every_group(finished):
+    lines = [json.loads(line) for line in (finished / "completions" / "step_4.jsonl").read_text().splitlines()]
+    assert len(lines) == 16
+    for start in range(0, 16, 4):
+        assert len({line["problem"] for line in lines[start : start + 4]}) == 1
+        assert sum(line["advantage"] for line in lines[start : start + 4]) == pytest.approx(0, abs=1e-4)
+    for line in lines:
+        assert line["reward"] == pytest.approx(0.5 * line["rewards"]["format"] + line["rewards"]["correctness"])
+
+
+def test_the_last_checkpoint_opens_as_a_plain_hugging_face_model(finished):
+    folder = finished / "checkpoints" / "step_4"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    state = torch.load(folder / "state" / "state.pt", weights_only=True)
+    assert torch.equal(model.model.norm.weight, state["policy"]["masters"]["model.norm.weight"])
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors"]
+
+
+def test_a_resumed_run_repeats_the_lost_steps_bit_for_bit(finished, workplace):
+    resumed = workplace / "resumed"
+    shutil.copytree(finished, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_4")
+    (resumed / "summary.json").unlink()
+    assert train.main(["--resume", str(resumed)]) == 0
+    assert rows_without_clock(resumed) == rows_without_clock(finished)
+    ours, theirs = (load_file(run / "checkpoints" / "step_4" / "model.safetensors") for run in (resumed, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_ranks_train_like_one(finished, workplace):
+    """The same global batch on two gloo ranks: the same prompts and, but for rounding, the same rewards and weights."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py"), *DEMO]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, "--run-dir", "two", "--seed", "3"], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for ours, theirs in zip(rows_without_clock(workplace / "two"), rows_without_clock(finished), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in {"reward", "tokens", "kl", "entropy", "grad_norm", "validation/accuracy"} & ours.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), (ours["step"], key)
+    ours, theirs = (
+        load_file(workplace / run / "checkpoints" / "step_4" / "model.safetensors") for run in ("two", "whole")
+    )
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+
+
+def test_gsm8k_from_local_files_with_a_local_model_takes_the_real_path(workplace):
+    """configs/gsm8k.yaml on CPU: 8-shot prompts, a byte-level tokenizer, three steps of a model that knows nothing."""
+    write_gsm8k_files(workplace / "data")
+    save_tiny_model(workplace / "model", context=4096)
+    options = [
+        "--config",
+        str(ROOT / "configs" / "gsm8k.yaml"),
+        "--model.path",
+        "model",
+        "--data.path",
+        "data",
+        "--num-steps=3",
+    ]
+    options += [
+        "--rollout.prompts-per-step=2",
+        "--rollout.group-size=2",
+        "--rollout.max-new-tokens=8",
+        "--run-dir",
+        "gsm8k",
+    ]
+    options += ["--eval.every=2", "--eval.validation-problems=2", "--eval.test-problems=2"]
+    assert train.main(options) == 0
+    rows = read_metrics(workplace / "gsm8k")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["grad_norm"] == row["grad_norm"] for row in rows)
+    prompt = json.loads((workplace / "gsm8k" / "completions" / "step_1.jsonl").read_text().splitlines()[0])["prompt"]
+    assert prompt.count("#### The final answer is ") == 9 and prompt.endswith(
+        "Answer:"
+    )  # instruction and eight exemplars
+
+
+def refusal(capsys, arguments):
+    """Exit status and the last line on standard error."""
+    try:
+        status = train.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    return status, capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim.lrr", "1"], "unknown option --optim.lrr; the nearest is --optim.lr"),
+        (["--config", "nowhere.yaml"], "cannot read config nowhere.yaml"),
+        (["--task", "gsm9k"], "unknown task 'gsm9k'; did you mean 'gsm8k'"),
+        (["--preset", "grop"], "unknown preset 'grop'; nearest is 'grpo'"),
+        (["--rollout.group-size", "1"], "rollout.group_size=1"),
+        (["--batch.minibatches", "3"], "not divisible by batch.minibatches=3"),
+        (["--model.path", "./nowhere"], "model.path='./nowhere' is no folder"),
+        (["--task", "gsm8k", "--data.path", "nowhere/", "--model.path", "model"], "nowhere"),
+        (["--resume", "nowhere"], "no config.yaml there"),
+        (["--rollout.max-new-tokens", "600"], "exceed the model's context of 512"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_status_2(finished, capsys, arguments, message):
+    config = [] if {"--config", "--resume"} & set(arguments) else DEMO
+    status, error = refusal(capsys, [*config, "--run-dir", "refused", *arguments, "--seed", "3"])
+    shutil.rmtree("refused", ignore_errors=True)
+    assert status == 2
+    assert message in error and "Traceback" not in error
+
+
+def test_a_used_run_folder_is_refused_with_the_way_to_go_on(finished, capsys):
+    status, error = refusal(capsys, [*DEMO, "--run-dir", str(finished)])
+    assert status == 2 and f"go on with --resume {finished}" in error
+
+
+def test_dry_run_prints_the_batch_and_the_memory_and_makes_nothing(workplace, capsys):
+    assert train.main([*DEMO, "--run-dir", "dry", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 prompts x 4 = 16 completions" in printed and "memory per rank" in printed
+    assert not Path("dry").exists()

@@ -1,0 +1,363 @@
+"""Train a language model with GRPO: build, then the step again and again, then the result.
+
+    python train.py                                       the embedded demo, or GSM8K where there is a CUDA device
+    torchrun --nproc_per_node=8 train.py --config FILE    the same over 8 ranks
+
+Only this file and eval.py see every room. No maths and no tensor indexing here: read `train_step` first, it names
+the rooms in the order in which data flows through them.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import logging as transformers_logging
+
+from grpo import base, checkpoint, distributed
+from grpo.advantages import normalise, zero_spread_share
+from grpo.batch import pack, weigh
+from grpo.config import Command, Config, ObjectiveConfig, check, parse_command, save
+from grpo.distributed import StopRequest, World
+from grpo.dry_run import dry_run_report, model_facts
+from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
+from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
+from grpo.metrics import RunLogger, completion_records, environment, length_metrics
+from grpo.objectives import resolve
+from grpo.policy import Policy, load_model_config, load_policy, load_reference
+from grpo.records import merge_scores
+from grpo.rewards import score_groups
+from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
+from grpo.tasks import Task, make_task
+from grpo.tasks.prompts import Prompter
+from grpo.tasks.stream import ProblemStream
+from grpo.update import Updater, learning_rate, make_optimizer, update_policy
+from kernels import dispatch_table
+
+BASE_CACHE = Path(".cache") / "base"
+
+
+@dataclass
+class Run:
+    """Everything that a step needs, built once; the fields from `best` on change as the run goes on."""
+
+    config: Config
+    world: World
+    log: RunLogger
+    task: Task
+    prompter: Prompter
+    stream: ProblemStream
+    policy: Policy
+    module: PolicyModule
+    reference: LogprobModel | None
+    sampler: Sampler
+    updater: Updater
+    base_folder: Path | None  # of the embedded base model
+    best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
+    before: dict | None = None  # what the untrained model scored
+    steps_done: int = 0
+
+
+def train_step(run: Run, step: int) -> dict[str, float]:
+    """One rollout and its optimizer steps. Steps count from 1."""
+    config, world, timer, objective = run.config, run.world, run.log.timer, run.updater.objective
+    with timer("rollout"):
+        problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
+        groups = run.sampler.generate([run.prompter(problem) for problem in problems], step)
+    with timer("score"):
+        mine = score_groups(groups, run.task.rewards, require_finish=config.rewards.require_finish)
+        scores = merge_scores(world.gather(mine))
+    with timer("update"):
+        layout = asdict(config.batch)
+        batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
+        frozen_logprobs(batch, run.module, run.reference)
+        advantages = normalise(objective.advantages, scores.total, scores.scored)
+        weigh(
+            batch,
+            world.mine(advantages),
+            world.mine(scores.scored),
+            aggregation=objective.aggregation,
+            max_new_tokens=config.rollout.max_new_tokens,
+            sum_over_ranks=world.sum,
+        )
+        optim = config.optim
+        lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
+        metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
+    groups = world.interleave(world.gather(groups))
+    run.log.log_completions(step, completion_records(groups, scores, advantages))
+    spread = {"zero_spread_groups": zero_spread_share(scores.total, scores.scored)}
+    return {**scores.means(), **spread, **length_metrics(groups, timer.since_taken()), **metrics, "lr": lr}
+
+
+def train(run: Run) -> bool:
+    """Every step that is left; validation and checkpoints when they are due. False where a signal ended it early."""
+    config, log = run.config, run.log
+    stop = StopRequest(run.world)
+    for step in range(run.steps_done + 1, config.num_steps + 1):
+        row = {"step": step, **train_step(run, step)}
+        is_last = step == config.num_steps
+        if config.eval.every and (is_last or step % config.eval.every == 0):
+            with log.timer("evaluation"):
+                row |= validate(run, step)
+        log.log(row | log.timer.take())
+        is_best = run.best is not None and run.best[1] == step
+        is_stopped = stop.is_asked() and not is_last
+        if is_last or is_best or is_stopped or step % config.save_every == 0:
+            with log.timer("checkpoint"):
+                save_checkpoint(run, step)
+        if is_stopped:
+            log.say(f"\nstopped after step {step}; go on with: python train.py --resume {log.run_dir}")
+            return False
+    return True
+
+
+def validate(run: Run, step: int) -> dict[str, float]:
+    """Greedy scores on the validation split; the best step so far is remembered."""
+    result = evaluate_greedily(run, "validation", run.config.eval.validation_problems, step=step)
+    if step and (run.best is None or result.accuracy >= run.best[0]):  # of equals the later: it has seen more
+        run.best = (result.accuracy, step)
+    others = {f"validation/{name}": value for name, value in result.components.items() if name != CORRECTNESS}
+    return {"validation/accuracy": result.accuracy, **others}
+
+
+def evaluate_greedily(
+    run: Run, split: str, limit: int, *, step: int = 0, model: torch.nn.Module | None = None
+) -> Evaluation:
+    """The most likely completion of each of a split's first problems, by the policy or another model."""
+    problems = [run.prompter(replace(problem, index=i)) for i, problem in enumerate(run.task.split(split)[:limit])]
+    sampler = make_sampler(run.config, model or run.policy.model, run.prompter, run.log, greedy=True)
+    require_finish = run.config.rewards.require_finish
+    return evaluate(sampler, problems, run.task.rewards, require_finish=require_finish, world=run.world, step=step)
+
+
+def build(command: Command, world: World, run_dir: Path) -> Run:
+    """Every part of the run, in the order in which mistakes are cheapest to find."""
+    config = command.config
+    log = RunLogger(run_dir, is_writer=world.is_writer)
+    task = make_task(config.task, config.data, config.rewards)
+    splits = [task.split(name) for name in ("train", "validation", "test")]
+    base_folder = None if config.model.path else prepare_base(config, task, world, log)
+    path = str(base_folder or config.model.path)
+    model = config.model
+    policy = load_policy(
+        path, precision=model.precision, device=world.device, checkpointing=model.gradient_checkpointing
+    )
+    lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
+    prompter = Prompter(task, config.prompt, policy.tokenizer, **lengths)
+    for problems in splits:
+        prompter.check(problems)
+    objective = resolve(**asdict(config.objective))
+    options = {"temperature": config.rollout.temperature, "impl": config.impl}
+    module = PolicyModule(policy, **options)
+    optim = config.optim
+    optimizer = make_optimizer(
+        list(module.parameters()), optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+    ddp = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
+    return Run(
+        config=config,
+        world=world,
+        log=log,
+        task=task,
+        prompter=prompter,
+        stream=ProblemStream(task.split("train"), seed=config.seed),
+        policy=policy,
+        module=module,
+        reference=LogprobModel(load_reference(policy), **options) if objective.beta else None,
+        sampler=make_sampler(config, policy.model, prompter, log),
+        updater=Updater(ddp, optimizer, objective, world, optim.max_grad_norm, policy.refresh),
+        base_folder=base_folder,
+    )
+
+
+def make_sampler(
+    config: Config, model: torch.nn.Module, prompter: Prompter, log: RunLogger, *, greedy: bool = False
+) -> Sampler:
+    """The sampler of training; or, greedy, that of evaluation: one completion, the most likely token every time."""
+    rollout = config.rollout
+    sampling = Sampling(
+        group_size=1 if greedy else rollout.group_size,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=0.0 if greedy else rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=prompter.stop_strings,
+        stream=EVALUATION if greedy else TRAINING,
+    )
+    limits = {"max_sequences": rollout.max_sequences, "prefill_tokens": rollout.prefill_tokens}
+    options = {"seed": config.seed, "impl": config.impl, "progress": log.progress}
+    return Sampler(model, prompter.tokenizer, sampling, **limits, **options)
+
+
+def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Path:
+    """The embedded base model: trained by rank 0 while the others wait, or found in the cache."""
+
+    def work() -> str:
+        log.say("preparing the embedded base model (supervised; cached after the first time)")
+        where = {"device": str(world.device), "cache_dir": BASE_CACHE}
+        with log.timer("base"):
+            folder = base.prepare_base(config.base, task, seed=config.seed, **where, progress=log.progress)
+        log.say(base.describe(folder))
+        return str(folder)
+
+    return Path(world.after_writer("base", work))
+
+
+def parts(run: Run) -> dict:
+    """What has a state, by its name in a checkpoint."""
+    return {"policy": run.policy, "optimizer": run.updater.optimizer, "stream": run.stream, "log": run.log}
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Everything stateful, written by rank 0 between two steps."""
+    state = {name: part.state_dict() for name, part in parts(run).items()}
+    state |= {"step": step, "best": run.best, "before": run.before, "random": torch.get_rng_state()}
+    if run.world.is_writer:
+        best_step = run.best[1] if run.best else None
+        limits = {"keep_last": run.config.keep_last, "best_step": best_step}
+        checkpoint.save(run.log.run_dir, step, run.policy.save, state, **limits)
+        if best_step == step:
+            checkpoint.mark_best(run.log.run_dir, step, run.best[0])
+    run.world.barrier()
+
+
+def load_checkpoint(run: Run, folder: Path) -> None:
+    """Go on exactly where `save_checkpoint` left off."""
+    state = checkpoint.load_state(folder)
+    for name, part in parts(run).items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["random"])
+    run.best, run.before, run.steps_done = state["best"], state["before"], state["step"]
+    run.log.say(f"going on from {folder}")
+
+
+def before_training(run: Run) -> None:
+    """Test and validation accuracy of the untrained model."""
+    run.before = {"results": {}, "samples": [], "validation": None}
+    with run.log.timer("evaluation"):
+        if run.config.eval.test_problems:
+            result = evaluate_greedily(run, "test", run.config.eval.test_problems)
+            run.before |= {"results": {"before": result.summary()}, "samples": samples_of(result)}
+            run.log.say(f"before training, on the test split: {result}")
+        if run.config.eval.every:
+            run.before["validation"] = validate(run, 0)["validation/accuracy"]
+    run.log.timer.take()
+
+
+def finish(run: Run) -> None:
+    """Test the best checkpoint once, compare, draw, and say where everything is."""
+    log, run_dir, num_problems = run.log, run.log.run_dir, run.config.eval.test_problems
+    results, samples, curve = dict(run.before["results"]), {"before": run.before["samples"]}, []
+    with log.timer("evaluation"):
+        if run.best:
+            run.policy.load_state_dict(checkpoint.load_state(checkpoint.best(run_dir))["policy"])
+        if num_problems:
+            result = evaluate_greedily(run, "test", num_problems)
+            results["after"], samples["after"] = result.summary(), samples_of(result)
+    if num_problems and run.base_folder:
+        results["supervised"], curve = supervised_result(run)
+    summary = {f"accuracy_{name}": entry["accuracy"] for name, entry in results.items()}
+    summary |= {"best_step": run.best[1] if run.best else run.config.num_steps, "seconds": dict(log.timer.totals)}
+    log.write_json("summary.json", summary | {"results": results, "samples": samples, "supervised_curve": curve})
+    log.draw_curves(start_accuracy=run.before["validation"], supervised=curve)
+    if num_problems:
+        log.say("\n" + result_table(results))
+    for name, texts in samples.items():
+        for text in texts:
+            log.say(f"\n{name}: {text['question']} (answer {text['answer']})\n  {text['completion'].strip()!r}")
+    log.say(f"\neverything is in {run_dir}: curves.png, metrics.jsonl, summary.json, completions/, checkpoints/")
+
+
+def samples_of(result: Evaluation, count: int = 2) -> list[dict[str, str]]:
+    """The first completions, to look at."""
+    texts = [(group.problem, group.completions[0].text) for group in result.groups[:count]]
+    return [{"question": problem.question, "answer": problem.answer, "completion": text} for problem, text in texts]
+
+
+def supervised_result(run: Run) -> tuple[dict, list]:
+    """What supervised training alone scores on the same test problems, and its validation curve.
+
+    Where the base was taught a bad habit: the model before it (did GRPO elicit or teach?). Else supervised training
+    continued for the seconds that GRPO took (was that time well spent?).
+    """
+    settings, device, log, curve = run.config.base, run.world.device, run.log, []
+    if settings.habit_steps:
+        model = load_policy(str(run.base_folder / "before_habit"), precision="fp32", device=device).model
+    else:
+        seconds = log.timer.training_seconds()
+        log.say(f"supervised training, continued for the {seconds:.0f} s that GRPO took")
+        options = {"seconds": seconds, "seed": run.config.seed, "device": str(device), "progress": log.progress}
+        with log.timer("supervised"):
+            go_on = lambda: base.continue_supervised(run.base_folder, settings, run.task, **options)  # noqa: E731
+            model, curve = run.world.after_writer("supervised", go_on)
+    with log.timer("evaluation"):
+        return evaluate_greedily(run, "test", run.config.eval.test_problems, model=model).summary(), curve
+
+
+def open_run(command: Command, world: World) -> tuple[Path, bool]:
+    """The run folder, chosen once by rank 0, and whether a run in it goes on."""
+
+    def choose() -> tuple[str, bool]:
+        path = Path(command.resume or command.run_dir or checkpoint.default_run_dir(command.config_path.stem))
+        is_restart = checkpoint.restarted_by_launcher()
+        goes_on = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)
+        checkpoint.open_run_dir(path, resume=goes_on)
+        return str(path), goes_on
+
+    path, goes_on = world.after_writer("run_dir", choose)
+    return Path(path), goes_on
+
+
+def run_command(command: Command, world: World) -> int:
+    """The whole job; the exit status."""
+    if world.is_writer:
+        print(command.source, flush=True)
+    check(command.config, world.size)
+    objective = resolve(**asdict(command.config.objective))
+    resolved = ObjectiveConfig(preset=command.config.objective.preset, **asdict(objective))
+    config = replace(command.config, objective=resolved)
+    if command.dry_run:
+        if world.is_writer:
+            print(dry_run_report(config, world.size, model_facts(config, world.device)))
+        return 0
+    if config.model.path:
+        load_model_config(config.model.path)  # a wrong path is found before a run folder is made
+    run_dir, goes_on = open_run(command, world)
+    run = build(replace(command, config=config), world, run_dir)
+    dispatch = {op: choice._asdict() for op, choice in dispatch_table(config.impl, world.device).items()}
+    if world.is_writer:
+        save(config, run_dir / "config.yaml")
+        facts = environment(seed=config.seed, world_size=world.size, dispatch=dispatch)
+        run.log.write_json("env.json", facts)
+    kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
+    run.log.say(f"run folder {run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
+    if goes_on:
+        load_checkpoint(run, checkpoint.latest(run_dir))
+    else:
+        before_training(run)
+    if not train(run):
+        return 130
+    finish(run)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, join the other ranks, work; a user's mistake is one line and status 2."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    command = parse_command(sys.argv[1:] if argv is None else argv)
+    world = distributed.start()
+    try:
+        return run_command(command, world)
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
