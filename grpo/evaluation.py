@@ -106,7 +106,7 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
     p = successes / trials
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p itself is inside, rounding or not
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

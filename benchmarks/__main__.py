@@ -1,0 +1,30 @@
+"""Every benchmark that runs on this machine, one after the other: python -m benchmarks (make bench)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def modules() -> list[str]:
+    """benchmarks.NAME and kernels.OP.bench; `gpu` runs the others on a CUDA device and is left out."""
+    whole = [
+        f"benchmarks.{path.stem}" for path in sorted((ROOT / "benchmarks").glob("[a-z]*.py")) if path.stem != "gpu"
+    ]
+    ops = [f"kernels.{path.parent.name}.bench" for path in sorted((ROOT / "kernels").glob("*/bench.py"))]
+    return whole + ops
+
+
+def main() -> int:
+    status = 0
+    for module in modules():
+        print(f"\n== python -m {module}", flush=True)
+        status |= subprocess.run([sys.executable, "-m", module], cwd=ROOT, check=False).returncode
+    return int(status != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

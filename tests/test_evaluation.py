@@ -1,0 +1,163 @@
+"""Intervals, pass@k and maj@k against hand-worked numbers and enumeration; eval.py as a user calls it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as eval_command
+from grpo.distributed import World
+from grpo.evaluation import Evaluation, evaluate, majority_accuracy, pass_at_k, wilson_interval
+from grpo.records import Completion, Group, Problem
+from grpo.rewards import Reward, correctness_reward, format_reward
+from tests.tiny import save_tiny_model, write_gsm8k_files
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+REWARDS = {"format": Reward(format_reward, 0.5), "correctness": Reward(correctness_reward, 1.0)}
+
+
+def group_of(answers, reference="5", index=0):
+    """A group whose samples end in these answers; None writes no final line."""
+    texts = ["no idea" if answer is None else f"so\n#### The final answer is {answer}" for answer in answers]
+    completions = [Completion([3, 4], [-1.0, -1.0], text, "eos", i) for i, text in enumerate(texts)]
+    return Group(Problem(id=str(index), question="?", answer=reference, index=index), completions, step=0)
+
+
+class Scripted:
+    """A sampler that answers from a script."""
+
+    def __init__(self, script):
+        self.script = script
+
+    def generate(self, problems, step):
+        return [group_of(self.script[problem.index], problem.answer, problem.index) for problem in problems]
+
+
+def test_wilson_interval_is_where_the_score_test_just_rejects():
+    # The bounds are the p with (x - n p)^2 = z^2 n p (1 - p): 41 of 100 gives 0.3187 and 0.5080.
+    low, high = wilson_interval(41, 100)
+    assert (round(low, 4), round(high, 4)) == (0.3187, 0.5080)
+    for bound in (low, high):
+        assert (41 - 100 * bound) ** 2 == pytest.approx(1.959964**2 * 100 * bound * (1 - bound))
+    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == 1 and wilson_interval(0, 0) == (0, 1)
+
+
+@pytest.mark.parametrize(("samples", "correct"), [(6, 0), (6, 2), (6, 5), (6, 6), (1, 1)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_success(samples, correct):
+    outcomes = [i < correct for i in range(samples)]
+    for k in range(1, samples + 1):
+        subsets = list(itertools.combinations(outcomes, k))
+        assert pass_at_k(samples, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority_ignores_completions_without_an_answer_and_takes_the_first_of_equals():
+    groups = [group_of([None, "4", "5", "5"]), group_of(["4", "5", "5", "4"]), group_of([None, None, None, None])]
+    correct = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    assert majority_accuracy(groups, correct, 4) == pytest.approx(1 / 3)  # 5 wins; 4 and 5 tie, 4 was first; no vote
+    assert majority_accuracy(groups, correct, 1) == 0
+
+
+def test_evaluate_counts_accuracy_format_and_length():
+    sampler = Scripted({0: ["5", "6"], 1: [None, "5"], 2: ["5", "5"]})
+    problems = [Problem(id=str(i), question="?", answer="5", index=i) for i in range(3)]
+    summary = evaluate(sampler, problems, REWARDS, require_finish=True, world=ALONE).summary()
+    assert summary["accuracy"] == pytest.approx(4 / 6)
+    assert summary["pass_at_k"] == {"1": pytest.approx(4 / 6), "2": 1.0}
+    assert summary["maj_at_k"]["2"] == 1.0  # of 5 and 6 the first wins; the only vote is right; both right
+    assert summary["reward/format"] == pytest.approx(5 / 6)
+    assert summary["reward"] == pytest.approx((5 * 0.5 + 4) / 6)
+    assert summary["completion_length"] == 2 and summary["truncated"] == 0
+
+
+def test_pass_at_k_covers_powers_of_two_and_the_number_of_samples():
+    correct = torch.ones(1, 6, dtype=torch.bool)
+    result = Evaluation([group_of(["5"] * 6)], correct, {"format": 1.0}, 1.5, 2.0, 0.0)
+    assert list(result.summary()["pass_at_k"]) == ["1", "2", "4", "6"]
+    assert not any(math.isnan(value) for value in result.summary()["interval"])
+
+
+@pytest.fixture(scope="module")
+def model_and_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    save_tiny_model(folder / "model", context=2048)
+    write_gsm8k_files(folder / "data")
+    return folder
+
+
+def evaluate_on_command(folder, *more):
+    output = folder / "result.json"
+    arguments = ["--model", f"{folder}/model", "--task", "gsm8k", "--data.path", f"{folder}/data"]
+    arguments += ["--max-new-tokens", "6", "--limit", "3", "--output", str(output), *more]
+    return eval_command.main(arguments), output
+
+
+def test_eval_writes_table_json_and_chart_by_model_and_shots(model_and_data, capsys):
+    again = ["--model", str(model_and_data / "model") + "/"]
+    status, output = evaluate_on_command(model_and_data, "--shots", "0", "1", *again)
+    assert status == 0 and output.with_suffix(".png").stat().st_size > 1000
+    models = json.loads(output.read_text())["models"]
+    first, second = models.values()
+    assert list(first) == ["0", "1"] and first == second  # the same model twice: the same numbers
+    assert first["0"]["problems"] == 3 and first["0"]["samples"] == 1
+    assert capsys.readouterr().out.count("shots") >= 4
+
+
+def test_eval_with_samples_repeats_itself_and_depends_on_the_seed(model_and_data):
+    results = []
+    for seed in ("1", "1", "2"):
+        status, output = evaluate_on_command(model_and_data, "--shots", "0", "--samples", "4", "--seed", seed)
+        assert status == 0
+        results.append(json.loads(output.read_text())["models"][f"{model_and_data}/model"]["0"])
+    assert results[0] == results[1]
+    assert set(results[0]["maj_at_k"]) == {"1", "2", "4"}
+
+
+def test_eval_scores_a_file_of_completions_and_loads_nothing(tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    lines = [
+        {"completion": "2+3=5\n#### The final answer is 5", "answer": "5", "id": 7},
+        {"completion": "5", "answer": "5"},
+        {"completion": "#### The final answer is 5", "answer": "5", "finish_reason": "length"},
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = tmp_path / "out.jsonl"
+    assert eval_command.main(["--completions", str(source), "--task", "gsm8k", "--output", str(output)]) == 0
+    scored = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["reward"] for line in scored] == [1.5, 0.0, 0.0]
+    assert scored[0]["rewards"] == {"format": 1.0, "correctness": 1.0} and scored[0]["id"] == 7
+    assert "1: format 1.0  correctness 1.0  reward 1.5  ok" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name either --model"),
+        (["--model", "m", "--samples", "4", "--temperature", "0"], "all would be equal"),
+        (["--model", "./nowhere", "--task", "gsm9k"], "unknown task 'gsm9k'"),
+        (["--model", "./nowhere"], "--task is missing"),
+        (["--completions", "f.jsonl", "--task", "gsm8k"], "--completions needs --task and --output"),
+    ],
+)
+def test_eval_says_what_is_wrong(arguments, message, capsys):
+    try:
+        status = eval_command.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2 and message in capsys.readouterr().err
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint_and_brings_its_task(tmp_path):
+    run = tmp_path / "run"
+    for step in (2, 4):
+        (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    (run / "config.yaml").write_text("task: word_problems\nprompt: {shots: 0}\n")
+    assert eval_command.resolve_model(str(run))[0] == str(run / "checkpoints" / "step_4")
+    (run / "checkpoints" / "best.json").write_text('{"step": 2, "accuracy": 0.5}')
+    path, config = eval_command.resolve_model(str(run))
+    assert path == str(run / "checkpoints" / "step_2") and config.task == "word_problems"
+    assert eval_command.resolve_model(str(Path(path)))[1].prompt.shots == 0  # a checkpoint folder knows its run, too
