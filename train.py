@@ -141,17 +141,14 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     splits = [task.split(name) for name in ("train", "validation", "test")]
     base_folder = None if config.model.path else prepare_base(config, task, world, log)
     path = str(base_folder or config.model.path)
-    model = config.model
-    policy = load_policy(
-        path, precision=model.precision, device=world.device, checkpointing=model.gradient_checkpointing
-    )
+    policy = load_policy(path, precision=config.model.precision, device=world.device)
     lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
     prompter = Prompter(task, config.prompt, policy.tokenizer, **lengths)
     for problems in splits:
         prompter.check(problems)
     objective = resolve(**asdict(config.objective))
     options = {"temperature": config.rollout.temperature, "impl": config.impl}
-    module = PolicyModule(policy, **options)
+    module = PolicyModule(policy, **options, checkpointing=config.model.gradient_checkpointing)
     optim = config.optim
     optimizer = make_optimizer(
         list(module.parameters()), optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay

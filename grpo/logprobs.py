@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from grpo.policy import Policy
@@ -63,15 +63,41 @@ class _WorkingCopy(torch.autograd.Function):
         return gradient.float(), None
 
 
+@contextmanager
+def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Let `model` compute with these tensors in place of its parameters, tied ones too; then put its own back.
+
+    Like torch.func.functional_call, but as a context, because gradient checkpointing has to enter it again when it
+    computes a layer a second time in the backward pass.
+    """
+    owners = []
+    by_parameter = {id(parameter): weights[name] for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.append((module, name, parameter))
+    try:
+        for module, name, parameter in owners:
+            module._parameters[name] = by_parameter[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in owners:
+            module._parameters[name] = parameter
+
+
 class PolicyModule(nn.Module):
     """The policy as DistributedDataParallel sees it: its parameters are the fp32 masters."""
 
-    def __init__(self, policy: Policy, *, temperature: float, impl: str):
+    def __init__(self, policy: Policy, *, temperature: float, impl: str, checkpointing: bool = False):
         super().__init__()
         self.masters = policy.masters
         compute = LogprobModel(policy.model, temperature=temperature, impl=impl)
         self._hidden_from_ddp = (compute,)  # a tuple, so that the working copy is not registered as parameters too
         self._shares_weights = policy.model is policy.masters
+        self._weights: dict[str, Tensor] = {}
+        if checkpointing:
+            options = {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
+            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     @property
     def compute(self) -> LogprobModel:
@@ -80,21 +106,27 @@ class PolicyModule(nn.Module):
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         """Log-probs and entropy, each [T]; or, given `token_loss`, the weighted loss summed over the micro-batch
         (a scalar) with detached log-probs and entropy."""
-        logprobs, entropy = self._logprobs(micro_batch)
+        with self._weights_for_this_pass():
+            logprobs, entropy = self.compute(micro_batch)
         if token_loss is None:
             return logprobs, entropy
         loss = token_loss(logprobs, entropy, slice(0, len(logprobs))).sum()
         return loss, logprobs.detach(), entropy.detach()
 
-    def _logprobs(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _weights_for_this_pass(self) -> AbstractContextManager:
+        """The working copy, tied to the masters by a cast whose backward hands them fp32 gradients."""
         if self._shares_weights:
-            return self.compute(micro_batch)
+            return nullcontext()
         working = dict(self.compute.model.named_parameters())
-        weights = {
-            f"model.{name}": _WorkingCopy.apply(master, working[name])
-            for name, master in self.masters.named_parameters()
-        }
-        return functional_call(self.compute, weights, (micro_batch,))
+        masters = self.masters.named_parameters()
+        self._weights = {name: _WorkingCopy.apply(master, working[name]) for name, master in masters}
+        return using_weights(self.compute.model, self._weights)
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """For the forward pass of a checkpointed layer, and for its second computation in the backward pass."""
+        if self._shares_weights:
+            return nullcontext(), nullcontext()
+        return nullcontext(), using_weights(self.compute.model, self._weights)
 
 
 @torch.no_grad()

@@ -74,14 +74,12 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return ("bf16" if device.type == "cuda" else "fp32") if precision == "auto" else precision
 
 
-def load_policy(path: str, *, precision: str, device: torch.device, checkpointing: bool = False) -> Policy:
+def load_policy(path: str, *, precision: str, device: torch.device) -> Policy:
     """A hub id or local folder -> Policy on `device`, fp32 masters, SDPA attention, gradients on."""
     masters = from_hub(AutoModelForCausalLM, path, dtype=torch.float32, attn_implementation="sdpa").to(device)
     policy = Policy(masters, load_tokenizer(path), choose_precision(precision, device))
     masters.train()
-    policy.model.train()  # no dropout exists (refused); train mode is what switches gradient checkpointing on
-    if checkpointing:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.model.train()  # dropout is refused; train mode is what lets gradient checkpointing work
     return policy
 
 

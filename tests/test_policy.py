@@ -55,6 +55,28 @@ def test_in_bf16_the_fp32_masters_move_as_far_as_in_fp32():
     assert all(parameter.grad.dtype == torch.float32 for parameter in policy.masters.parameters())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(precision, tied):
+    def gradients(checkpointing):
+        policy = Policy(tiny_qwen2(tie_word_embeddings=tied), word_tokenizer(), precision)
+        policy.model.train()
+        module = PolicyModule(policy, temperature=1.0, impl="torch", checkpointing=checkpointing)
+        batch = pack(
+            made_up_groups(2),
+            minibatches=1,
+            passes=1,
+            tokens_per_micro_batch=10_000,
+            max_over_ranks=ALONE.max,
+            device=ALONE.device,
+        )
+        module(batch.micro_batches[0])[0].sum().backward()
+        return [parameter.grad for parameter in module.parameters()]
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        assert plain.norm() > 0 and torch.equal(plain, checkpointed)
+
+
 def test_the_working_copy_follows_the_masters_at_the_same_addresses():
     policy = Policy(tiny_qwen2(), word_tokenizer(), "bf16")
     addresses = [parameter.data_ptr() for parameter in policy.model.parameters()]
