@@ -352,6 +352,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "\nstopped at once; --resume goes on from the last checkpoint, if there is one", file=sys.stderr, flush=True
+        )
+        return 130
     finally:
         distributed.stop()
 
