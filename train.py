@@ -96,10 +96,9 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     return {**scores.means(), **spread, **length_metrics(groups, timer.since_taken()), **metrics, "lr": lr}
 
 
-def train(run: Run) -> bool:
+def train(run: Run, stop: StopRequest) -> bool:
     """Every step that is left; validation and checkpoints when they are due. False where a signal ended it early."""
     config, log = run.config, run.log
-    stop = StopRequest(run.world)
     for step in range(run.steps_done + 1, config.num_steps + 1):
         row = {"step": step, **train_step(run, step)}
         is_last = step == config.num_steps
@@ -342,8 +341,9 @@ def run_command(command: Command, world: World) -> int:
         load_checkpoint(run, checkpoint.latest(run_dir))
     else:
         before_training(run)
-    if not train(run):
-        return 130
+    with StopRequest(world) as stop:
+        if not train(run, stop):
+            return 130
     finish(run)
     return 0
 
@@ -359,6 +359,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "\nstopped at once; --resume goes on from the last checkpoint, if there is one", file=sys.stderr, flush=True
+        )
+        return 130
     finally:
         distributed.stop()
 
