@@ -1,0 +1,103 @@
+"""A chunk of logits -> log-prob and entropy of each row, then, in the same memory, the gradient of any loss of them.
+
+Two steps, because the loss lies between them and is ordinary PyTorch. With z = cap(logits) / temperature, p =
+softmax(z), H = -sum_v p_v log p_v, and a loss whose derivatives are g by the log-prob and h by the entropy:
+
+    d loss / d logits_v = (g ([v = target] - p_v) - h p_v (log p_v + H)) cap'(logits_v) / temperature
+
+Here in PyTorch; kernel.py has the same two functions in Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements worked on together: they stay in the cache of a CPU; a GPU wants few launches.
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+
+
+class Temper(NamedTuple):
+    """What is done to logits before the softmax: z = softcap * tanh(logits / softcap) / temperature."""
+
+    temperature: float
+    softcap: float | None = None  # None: z = logits / temperature
+
+
+class RowStatistics(NamedTuple):
+    """Log-prob of the target and entropy, both [R] fp32; `saved` is for `gradients` of the same implementation."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    saved: tuple[Tensor, ...]
+
+
+class Rows(NamedTuple):
+    """One implementation of the work on rows. `forward` is a whole head without gradient; None: chunk by chunk."""
+
+    statistics: Callable[[Tensor, Tensor, Temper], RowStatistics]
+    gradients: Callable[..., Tensor]
+    forward: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+
+def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
+    """Log-prob and entropy of each row. logits: [R, V] fp32 or fp64, overwritten by e^(z - max z)."""
+    logprobs, entropy, top, total = (torch.empty_like(logits[:, 0]) for _ in range(4))
+    for rows in _blocks(logits):
+        z = _temper_(logits[rows], temper)
+        top[rows] = z.amax(-1)
+        z = z - top[rows, None]  # logits of 1e4 keep their precision
+        exp = torch.exp(z, out=logits[rows])
+        total[rows] = exp.sum(-1)
+        log_total = total[rows].log()
+        logprobs[rows] = z.gather(1, target[rows, None])[:, 0] - log_total
+        entropy[rows] = log_total - z.mul_(exp).sum(-1) / total[rows]  # pairwise, as a dot product is not
+    return RowStatistics(logprobs, entropy, (logits, top, total))
+
+
+def gradients(
+    found: RowStatistics, target: Tensor, temper: Temper, g: Tensor, h: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """d loss / d logits as [R, V] of `dtype`, in the memory of the logits where the dtype is theirs.
+
+    g, h: [R], derivatives of the loss by log-prob and by entropy; h None where the entropy has no part in the loss.
+    """
+    exps, top, total = (column if column.dim() == 2 else column[:, None] for column in found.saved)
+    by_target, by_logprob = target[:, None], (g / temper.temperature)[:, None]
+    for rows in _blocks(exps):
+        exp, factor = exps[rows], by_logprob[rows] / -total[rows]
+        if h is None and temper.softcap is None:
+            exp.mul_(factor).scatter_add_(1, by_target[rows], by_logprob[rows])
+            continue
+        # Where e^(z - max z) is 0, log p matters at the target alone, and there it is known.
+        logprobs = (exp / total[rows]).clamp_min_(torch.finfo(exp.dtype).tiny).log_()
+        logprobs.scatter_(1, by_target[rows], found.logprobs[rows, None])
+        if h is not None:
+            by_entropy = h[rows, None] / temper.temperature
+            factor = (logprobs + found.entropy[rows, None]).mul_(by_entropy).add_(by_logprob[rows]).div_(-total[rows])
+        exp.mul_(factor).scatter_add_(1, by_target[rows], by_logprob[rows])
+        if temper.softcap is not None:
+            exp.mul_(_cap_slope(logprobs + (top[rows] + total[rows].log()), temper))
+    return exps.to(dtype)
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    height = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
+    return [slice(start, start + height) for start in range(0, len(logits), height)]
+
+
+def _temper_(logits: Tensor, temper: Temper) -> Tensor:
+    if temper.softcap is not None:
+        return logits.div_(temper.softcap).tanh_().mul_(temper.softcap / temper.temperature)
+    return logits if temper.temperature == 1 else logits.div_(temper.temperature)
+
+
+def _cap_slope(z: Tensor, temper: Temper) -> Tensor:
+    """cap'(logits) = 1 - tanh^2(logits / softcap), from z = cap(logits) / temperature."""
+    return 1 - (z * (temper.temperature / temper.softcap)).square_()
+
+
+TORCH = Rows(statistics, gradients)
