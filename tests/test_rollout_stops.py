@@ -74,12 +74,12 @@ def test_stopped_rows_are_not_decoded_to_the_length_limit():
     sampler(model, tokenizer=tokenizer, group_size=1, max_new_tokens=100, temperature=0.0, stop=(text[9:12],)).generate(
         made, step=0
     )
-    assert len(steps) <= 1 + 12 + engine.STEPS_BETWEEN_STOPS  # prefill; 12 letters take at most 12 tokens
+    assert len(steps) <= 2 + 12 + engine.STEPS_BETWEEN_STOPS  # probe and prefill; 12 letters take at most 12 tokens
 
 
 def test_lm_head_sees_one_position_per_row():
     model, widths = tiny_model("qwen2"), []
     model.lm_head.register_forward_hook(lambda _, inputs, __: widths.append(tuple(inputs[0].shape[:2])))
     sampler(model, max_new_tokens=4).generate(problems(9, 30), step=0)
-    assert widths == [(2, 1)] + [(6, 1)] * 4
+    assert widths == [(1, 1), (2, 1)] + [(6, 1)] * 4  # what is stored for a token is learnt first, from one
     assert torch.is_grad_enabled()

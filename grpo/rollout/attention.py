@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 import kernels
-from grpo.rollout.slab import Decode, KVSlab, Layer
+from grpo.rollout.slab import Decode, KVSlab, Layer, Prefill, Probe
 
 NAME = "grpo_slab"
 
@@ -28,13 +28,13 @@ def slab_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    slab: KVSlab,
+    slab: KVSlab | Probe,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """Store key and value, then attend as `slab.layout` says.
+    """Store key and value and attend, as `slab.layout` says; without a layout only attend.
 
     query: [N, H, length, D]; key, value: [N, Hkv, length, D], as transformers calls it.  Returns [N, length, H, D].
     """
@@ -46,9 +46,10 @@ def slab_attention(
     if isinstance(layout, Decode):
         output = _decode(layer, layout, query, key, value, scale, softcap, sliding_window, slab.impl)
     else:
-        length = key.shape[2]
-        layer.prefix_key[layout.groups, :, :length] = key
-        layer.prefix_value[layout.groups, :, :length] = value
+        if isinstance(layout, Prefill):
+            length = key.shape[2]
+            layer.prefix_key[layout.groups, :, :length] = key
+            layer.prefix_value[layout.groups, :, :length] = value
         output = _causal(query, key, value, scale, softcap, sliding_window)
     return output.transpose(1, 2), None
 
