@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 import kernels
-from grpo.rollout.slab import Decode, KVSlab, Layer, Prefill, Probe
+from grpo.rollout.slab import Decode, KVSlab, Prefill, Probe
 
 NAME = "grpo_slab"
 
@@ -44,7 +44,8 @@ def slab_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer, layout = slab.layer(module.layer_idx, key, value), slab.layout
     if isinstance(layout, Decode):
-        output = _decode(layer, layout, query, key, value, scale, softcap, sliding_window, slab.impl)
+        decode = _compiled_decode if torch.compiler.is_compiling() else _decode
+        output = decode(query, key, value, *layer, *layout.arguments(), scale, softcap, sliding_window, slab.impl)
     else:
         if isinstance(layout, Prefill):
             length = key.shape[2]
@@ -55,33 +56,52 @@ def slab_attention(
 
 
 def _decode(
-    layer: Layer,
-    layout: Decode,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    num_groups: int,
+    seats: int,
+    place: Tensor,
+    row: Tensor,
+    prefix_lengths: Tensor,
+    suffix_lengths: Tensor,
+    longest_prefix: int,
+    longest_suffix: int,
     scale: float,
     softcap: float | None,
     window: int | None,
     impl: str,
 ) -> Tensor:
     """One token of each row. query: [B, H, 1, D].  Returns the same shape."""
-    layer.suffix_key[layout.row, :, layout.suffix_lengths] = key[:, :, 0]
-    layer.suffix_value[layout.row, :, layout.suffix_lengths] = value[:, :, 0]
+    suffix_key[row, :, suffix_lengths] = key[:, :, 0]
+    suffix_value[row, :, suffix_lengths] = value[:, :, 0]
     output = kernels.decode_attention(
         query[:, :, 0],
-        tuple(prefix[: layout.num_groups, :, : layout.longest_prefix] for prefix in layer[:2]),
-        tuple(suffix[: len(query), :, : layout.longest_suffix] for suffix in layer[2:]),
-        seats=layout.seats,
-        place=layout.place,
-        prefix_lengths=layout.prefix_lengths,
-        suffix_lengths=layout.suffix_lengths + 1,
+        (prefix_key[:num_groups, :, :longest_prefix], prefix_value[:num_groups, :, :longest_prefix]),
+        (suffix_key[: len(query), :, :longest_suffix], suffix_value[: len(query), :, :longest_suffix]),
+        seats=seats,
+        place=place,
+        prefix_lengths=prefix_lengths,
+        suffix_lengths=suffix_lengths + 1,
         scale=scale,
         softcap=softcap,
         window=window,
         impl=impl,
     )
     return output[:, :, None]
+
+
+# For torch.compile one opaque operation that says which of its arguments it writes: it then copies no storage.
+_compiled_decode = torch.library.custom_op("grpo::decode", _decode, mutates_args=("suffix_key", "suffix_value"))
+
+
+@_compiled_decode.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *others: object) -> Tensor:
+    return value.new_empty(*query.shape[:3], value.shape[-1])
 
 
 def _causal(

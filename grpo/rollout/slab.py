@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -140,6 +140,10 @@ class Decode:
     suffix_lengths: Tensor  # [B] int64, without the token read now
     longest_prefix: int
     longest_suffix: int  # with the token read now; the two are upper bounds, known without asking the device
+
+    def arguments(self) -> tuple:
+        """Every field, in order: torch.compile takes no dataclass as an operation's argument."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 class KVSlab:
