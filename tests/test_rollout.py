@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.rollout import engine
+from grpo.rollout import draw, engine
 from grpo.rollout.schedule import prefill_chunks
 from tests.rollout_helpers import EOS, PAD, byte_tokenizer, ids_of, problems, sampler, syllable_tokenizer, tiny_model
 
@@ -40,7 +40,7 @@ def test_tokens_depend_neither_on_company_nor_order_nor_on_how_many_run_at_a_tim
 def test_looking_at_finished_rows_only_now_and_then_as_on_cuda_changes_nothing(model, monkeypatch):
     made = problems(*LENGTHS)
     expected = sampler(model, max_sequences=6).generate(made, step=1)
-    monkeypatch.setattr(engine, "STEPS_BETWEEN_LOOKS", {"cpu": 8})
+    monkeypatch.setattr(draw, "STEPS_BETWEEN_LOOKS", {"cpu": 8})
     found = sampler(model, max_sequences=6).generate(made, step=1)
     assert [[(c.ids, c.text, c.finish) for c in group.completions] for group in found] == [
         [(c.ids, c.text, c.finish) for c in group.completions] for group in expected

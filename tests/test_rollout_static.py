@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo.rollout import engine, graphs
+from grpo.rollout import draw, engine, graphs
 from grpo.rollout.schedule import bucket, seat
 from grpo.rollout.slab import KVSlab
 from tests import recorded_graph
@@ -39,7 +39,7 @@ def captured(monkeypatch):
     monkeypatch.setattr(graphs, "capture", recorded_graph.capture)
     monkeypatch.setattr(engine, "Graphs", Counted)
     monkeypatch.setattr(engine, "is_kept", lambda num_bytes, device: True)
-    monkeypatch.setattr(engine, "STEPS_BETWEEN_LOOKS", {"cpu": 4})
+    monkeypatch.setattr(draw, "STEPS_BETWEEN_LOOKS", {"cpu": 4})
     return sizes
 
 
@@ -128,6 +128,25 @@ def test_a_call_that_raises_leaves_a_sampler_that_can_go_on(model, captured, mon
         warm.generate(made, step=2)
     monkeypatch.setattr(warm, "progress", lambda done, total: None)
     assert ids_of(warm.generate(made, step=1)) == expected
+
+
+@pytest.mark.slow
+def test_a_compiled_forward_draws_the_same_and_is_compiled_once_for_each_number_of_rows(monkeypatch):
+    model = tiny_model("qwen2", num_hidden_layers=1)
+    model.generation_config.eos_token_id = [EOS, *range(0, 230, 10)]
+    compiled_sizes, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled_sizes.append(1)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_(*args, **options, backend=backend))
+    made, limits = problems(*LENGTHS), dict(max_new_tokens=20, group_size=2)
+    expected = ids_of(sampler(model, **limits).generate(made, step=1))
+    warm = sampler(model, compile=True, **limits)
+    for _ in range(2):
+        assert ids_of(warm.generate(made, step=1)) == expected
+    assert len(compiled_sizes) == 2  # 10 rows: 16, then 8
 
 
 def test_buckets_are_8_16_and_multiples_of_32():

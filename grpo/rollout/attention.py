@@ -126,6 +126,8 @@ AttentionInterface.register(NAME, slab_attention)
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
     """ValueError for a model whose attention the slab cannot serve, as far as its config tells."""
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has an encoder; rollout serves decoder-only models")
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if layer_types:

@@ -16,6 +16,7 @@ import kernels
 from grpo.rollout.sampling import Sampling
 from grpo.rollout.slab import Decode, KVSlab, Probe
 
+MOST_SHAPES = 64  # numbers of rows: buckets up to 1,984
 Forward = Callable[[PreTrainedModel, Tensor, Tensor, KVSlab | Probe], Tensor]
 
 
@@ -23,6 +24,12 @@ def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, slab: KVSlab
     """Logits of the last position, [N, V]. ids, positions: [N, length] int64."""
     output = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, slab=slab)
     return output.logits[:, -1]
+
+
+def compiled(forward: Forward) -> Forward:
+    """Compiled once for each number of rows, of which there may be many more than torch.compile expects."""
+    run = torch.compile(forward, fullgraph=True, dynamic=False)
+    return torch._dynamo.config.patch(recompile_limit=MOST_SHAPES)(run)
 
 
 class DecodeStep:
