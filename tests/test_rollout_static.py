@@ -103,6 +103,14 @@ def test_a_longer_prompt_than_ever_makes_a_larger_slab_and_new_graphs(model, cap
     assert warm.plan.prefix_size == 128 and warm.plan.num_problems == 5
 
 
+def test_the_plan_of_a_run_without_graphs_is_replaced_where_rows_come_in_buckets(model, captured):
+    made, eager, warm = problems(*LENGTHS), sampler(model, cuda_graph=False), sampler(model)
+    expected = ids_of(eager.generate(made, step=1))
+    warm.load_state_dict(eager.state_dict())
+    assert ids_of(warm.generate(made, step=1)) == expected
+    assert (eager.plan.num_rows, warm.plan.num_rows) == (15, 16)
+
+
 def test_a_step_that_waits_for_the_device_is_run_eagerly_and_the_reason_is_said_once(model, captured, monkeypatch):
     made = problems(*LENGTHS)
     expected = ids_of(sampler(model, cuda_graph=False).generate(made, step=1))

@@ -7,8 +7,7 @@ eval.py call `Sampler.generate`. What a call leaves behind saves time only, but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -26,6 +25,7 @@ from grpo.rollout.slab import (
     GIB,
     MEMORY_SHARE,
     KVSlab,
+    LayerShape,
     Plan,
     Probe,
     is_kept,
@@ -78,7 +78,7 @@ class Sampler:
         self.ending = Ending(tokenizer, eos_ids(model, tokenizer), sampling.stop)
         self.progress = progress or (lambda done, total: None)
         self.plan: Plan | None = None
-        self._probed = Probe()
+        self._shapes: dict[int, LayerShape] = {}
         self._kept: tuple[DecodeStep, Callable] | None = None  # of the last call: the step and what runs it
 
     def generate(self, problems: list[Problem], step: int) -> list[Group]:
@@ -94,8 +94,11 @@ class Sampler:
             return []
         with sampling_mode(self.model):
             self._plan(problems)
-            with self._prepared() as (decode, run):
-                ids, logprobs = Draw(self, decode, run, problems, step).run()
+            try:
+                ids, logprobs = Draw(self, *self._prepare(), problems, step).run()
+            finally:
+                if not is_kept(self.planned_bytes(), self.model.device):
+                    self.release()
         texts = self.ending.texts(ids)
         completions = []
         for sequence, text in enumerate(texts):
@@ -139,11 +142,12 @@ class Sampler:
 
     def _plan(self, problems: list[Problem]) -> None:
         """A plan that serves this call and all before it; the old one wherever it does."""
-        if not self._probed.shapes:
-            self._probe()
+        if not self._shapes:
+            self._shapes = self._probe()
         longest_prefix = max(len(problem.prompt_ids) for problem in problems) - 1
         num_problems, suffix_size, old = len(problems), self.sampling.max_new_tokens + 1, self.plan
-        if old and old.serves(num_problems, longest_prefix, suffix_size):
+        has_rows_for_steps = old and self.bucket(old.num_rows) == old.num_rows  # not if it was made without buckets
+        if has_rows_for_steps and old.serves(num_problems, longest_prefix, suffix_size):
             return
         if old:
             num_problems, longest_prefix = max(num_problems, old.num_problems), max(longest_prefix, old.prefix_size)
@@ -164,33 +168,29 @@ class Sampler:
         return bucket(rows) if self.is_static else rows
 
     def _token_bytes(self) -> int:
-        return sum(shape.token_bytes for shape in self._probed.shapes.values())
+        return sum(shape.token_bytes for shape in self._shapes.values())
 
-    def _probe(self) -> None:
-        """Learn from one token what the layers store. ValueError where not all do."""
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
-        forward(self.model, ids, ids, self._probed)
-        found, layers = len(self._probed.shapes), self.model.config.get_text_config().num_hidden_layers
+    def _probe(self) -> dict[int, LayerShape]:
+        """What the layers store, learnt from one token. ValueError where not all do."""
+        ids, probe = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device), Probe()
+        forward(self.model, ids, ids, probe)
+        found, layers = len(probe.shapes), self.model.config.get_text_config().num_hidden_layers
         if found != layers:
             raise ValueError(
                 f"only {found} of {layers} layers of {type(self.model).__name__} use attention that rollout can "
                 "replace; use a model whose layers all have attention"
             )
+        return probe.shapes
 
-    @contextmanager
-    def _prepared(self) -> Iterator[tuple[DecodeStep, Callable]]:
+    def _prepare(self) -> tuple[DecodeStep, Callable]:
         """The decode step by the plan, and what runs it: those of the last call where they are kept and still right."""
         if self._kept and self._kept[0].slab.plan != self.plan:
             self.release()
         if not self._kept:
-            slab = KVSlab(self.plan, self._probed.shapes, self.model.device, self.impl)
+            slab = KVSlab(self.plan, self._shapes, self.model.device, self.impl)
             step = DecodeStep(self.model, slab, self.sampling, sorted(self.ending.eos), self.decode_forward)
             self._kept = step, Graphs(step) if self.has_graphs else step
         step, run = self._kept
         if isinstance(run, Graphs):
             run.check()
-        try:
-            yield step, run
-        finally:
-            if not is_kept(self.planned_bytes(), self.model.device):
-                self.release()
+        return step, run
