@@ -190,7 +190,8 @@ def make_sampler(
         stop=prompter.stop_strings,
         stream=EVALUATION if greedy else TRAINING,
     )
-    limits = {"max_sequences": rollout.max_sequences, "prefill_tokens": rollout.prefill_tokens}
+    limits = {name: getattr(rollout, name) for name in ("max_sequences", "prefill_tokens", "kv_gib")}
+    limits |= {"cuda_graph": rollout.cuda_graph, "compile": rollout.compile}
     options = {"seed": config.seed, "impl": config.impl, "progress": log.progress}
     return Sampler(model, prompter.tokenizer, sampling, **limits, **options)
 

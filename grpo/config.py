@@ -85,6 +85,12 @@ class RolloutConfig:
     """Sequences decoded at a time on one rank; more are done in turns."""
     prefill_tokens: int = 16384
     """Prompt tokens per prefill pass."""
+    kv_gib: float | None = None
+    """Most memory for keys and values while sampling, in GiB; where it is short, sequences take turns. None: 30 % of the device's memory. Only what a rollout can use is allocated; on CUDA it stays between rollouts if it is at most 20 % of the memory."""
+    cuda_graph: bool = True
+    """Replay whole decode steps as CUDA graphs. Where a model cannot be captured, it says why and goes on without."""
+    compile: bool = False
+    """torch.compile the model's forward pass of a decode step: fewer kernels, and a minute or more at the start."""
 
 
 @dataclass(frozen=True)
@@ -427,6 +433,7 @@ INTERVALS = {
     "rollout.temperature": "(0, inf)",
     "rollout.max_sequences": "[1, inf)",
     "rollout.prefill_tokens": "[1, inf)",
+    "rollout.kv_gib": "(0, inf)",
     "objective.clip_low": "(0, 1]",
     "objective.clip_high": "(0, inf)",
     "objective.beta": "[0, inf)",

@@ -9,13 +9,12 @@ import kernels
 from kernels.sample_token.reference import truncate
 
 
-def draw(probs, uniforms, *, temperature=1.0, top_p=1.0, top_k=0):
+def draw(probs, uniforms, *, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
     """Tokens and log-probs for one distribution and many uniforms."""
     logits = torch.tensor(probs).log().expand(len(uniforms), -1)
     uniforms = torch.tensor(uniforms, dtype=torch.float64)
-    token, logprob = kernels.sample_token(
-        logits, uniforms, temperature=temperature, top_p=top_p, top_k=top_k, impl="auto"
-    )
+    options = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    token, logprob = kernels.sample_token(logits, uniforms, **options, impl="auto")
     return token.tolist(), logprob.tolist()
 
 
@@ -51,6 +50,19 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 def test_top_p_applies_to_what_top_k_left():
     # top_k=2 leaves 4/7 and 3/7; 4/7 alone reaches 0.5, though 0.4 of the whole does not.
     assert set(draw([0.1, 0.2, 0.3, 0.4], [0.01, 0.5, 0.99], top_k=2, top_p=0.5)[0]) == {3}
+
+
+def test_min_p_keeps_what_is_at_least_that_share_of_the_most_likely():
+    token, logprob = draw([0.1, 0.21, 0.29, 0.4], [0.01, 0.23, 0.25, 0.55, 0.56, 0.99], min_p=0.5)  # 0.21, 0.29, 0.4
+    assert token == [1, 1, 2, 2, 3, 3]
+    assert logprob == pytest.approx([math.log(p / 0.9) for p in (0.21, 0.21, 0.29, 0.29, 0.4, 0.4)], abs=1e-6)
+    assert set(draw([0.1, 0.2, 0.3, 0.4], [0.01, 0.5, 0.99], min_p=1.0)[0]) == {3}
+
+
+def test_min_p_looks_at_tempered_probabilities_and_after_top_k_and_top_p():
+    # At T = 2 the square roots of 0.04, 0.32, 0.64 count: 0.2 / 0.8 = 0.25 stays, though 0.04 / 0.64 would not.
+    assert set(draw([0.04, 0.32, 0.64], [0.01, 0.4, 0.99], temperature=2.0, min_p=0.24)[0]) == {0, 1, 2}
+    assert set(draw([0.04, 0.32, 0.64], [0.01, 0.4, 0.99], temperature=2.0, min_p=0.24, top_k=2)[0]) == {1, 2}
 
 
 def test_equal_logits_never_make_top_k_keep_more_than_k():

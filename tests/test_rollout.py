@@ -1,15 +1,11 @@
 """What a rollout promises whatever the model: independence, restoration, storage, endings, errors."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.rollout import engine
+from grpo.rollout import draw, engine
 from grpo.rollout.schedule import prefill_chunks
-from grpo.rollout.slab import KVSlab
 from tests.rollout_helpers import EOS, PAD, byte_tokenizer, ids_of, problems, sampler, syllable_tokenizer, tiny_model
 
 LENGTHS = (17, 30, 1, 5, 22)
@@ -44,7 +40,7 @@ def test_tokens_depend_neither_on_company_nor_order_nor_on_how_many_run_at_a_tim
 def test_looking_at_finished_rows_only_now_and_then_as_on_cuda_changes_nothing(model, monkeypatch):
     made = problems(*LENGTHS)
     expected = sampler(model, max_sequences=6).generate(made, step=1)
-    monkeypatch.setattr(engine, "STEPS_BETWEEN_LOOKS", {"cpu": 8})
+    monkeypatch.setattr(draw, "STEPS_BETWEEN_LOOKS", {"cpu": 8})
     found = sampler(model, max_sequences=6).generate(made, step=1)
     assert [[(c.ids, c.text, c.finish) for c in group.completions] for group in found] == [
         [(c.ids, c.text, c.finish) for c in group.completions] for group in expected
@@ -123,42 +119,6 @@ def test_modes_attention_and_random_state_come_back_also_after_an_exception(mode
     assert snapshot(training) == before
     assert training.model.layers[0].gradient_checkpointing
     training(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()  # and it trains on
-
-
-def test_the_slab_has_the_planned_size_and_is_freed_with_the_call(model, monkeypatch):
-    slabs, sizes = [], []
-
-    class Recorded(KVSlab):
-        def layer(self, *args):
-            layer = super().layer(*args)
-            slabs.append(weakref.ref(self))
-            sizes.append(sum(x.nbytes for tensors in self.layers.values() for x in tensors))
-            return layer
-
-    monkeypatch.setattr(engine, "KVSlab", Recorded)
-    sampler(model, max_sequences=7).generate(problems(*LENGTHS), step=0)
-    # key and value * 2 layers * 2 heads * width 8 * 4 bytes = 256 bytes a token:
-    # 4 groups (twice 7 // 3) of 29 prefix tokens, 7 rows of 12 + 1.
-    assert max(sizes) == 256 * (4 * 29 + 7 * 13)
-    gc.collect()
-    assert slabs[0]() is None
-
-
-def test_what_earlier_owners_left_in_the_slab_is_never_read(model, monkeypatch):
-    made = problems(*LENGTHS)
-    clean = ids_of(sampler(model).generate(made, step=1))
-
-    class Poisoned(KVSlab):
-        def keep(self, groups, rows, longest_suffix):
-            super().keep(groups, rows, longest_suffix)
-            for layer in self.layers.values():
-                for tensor in layer[:2]:
-                    tensor[len(groups) :] = float("nan")
-                for tensor in layer[2:]:
-                    tensor[len(rows) :] = float("nan")
-
-    monkeypatch.setattr(engine, "KVSlab", Poisoned)
-    assert ids_of(sampler(model, max_sequences=4).generate(made, step=1)) == clean
 
 
 def test_every_completion_has_exactly_the_ending_that_its_finish_reason_says(model):

@@ -71,6 +71,7 @@ def test_a_word_that_does_not_fit_is_refused(word):
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"top_k": -1}, "top_k=-1"),
+        ({"min_p": 1.1}, r"min_p=1.1 must lie in \[0, 1\]"),
         ({"temperature": -0.5}, "temperature=-0.5"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"group_size": 0}, "group_size=0"),

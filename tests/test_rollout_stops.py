@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo.rollout import engine
+from grpo.rollout import draw
 from grpo.rollout.stops import Ending
 from tests.rollout_helpers import EOS, byte_tokenizer, problems, sampler, syllable_tokenizer, tiny_model
 
@@ -49,7 +49,7 @@ def test_a_stop_before_the_end_of_sequence_token_comes_first():
 
 @pytest.mark.parametrize("look_every", [1, 3, 8])
 def test_stopping_early_gives_the_unstopped_completion_cut_however_rarely_one_looks(look_every, monkeypatch):
-    monkeypatch.setattr(engine, "STEPS_BETWEEN_STOPS", look_every)
+    monkeypatch.setattr(draw, "STEPS_BETWEEN_STOPS", look_every)
     model, tokenizer, made = tiny_model("qwen2"), syllable_tokenizer(), problems(9, 20, 4)
     free = sampler(model, tokenizer=tokenizer, max_new_tokens=40).generate(made, step=0)
     stop = tuple(group.completions[0].text[9:12] for group in free)  # three letters: never one token
@@ -74,12 +74,12 @@ def test_stopped_rows_are_not_decoded_to_the_length_limit():
     sampler(model, tokenizer=tokenizer, group_size=1, max_new_tokens=100, temperature=0.0, stop=(text[9:12],)).generate(
         made, step=0
     )
-    assert len(steps) <= 1 + 12 + engine.STEPS_BETWEEN_STOPS  # prefill; 12 letters take at most 12 tokens
+    assert len(steps) <= 2 + 12 + draw.STEPS_BETWEEN_STOPS  # probe and prefill; 12 letters take at most 12 tokens
 
 
 def test_lm_head_sees_one_position_per_row():
     model, widths = tiny_model("qwen2"), []
     model.lm_head.register_forward_hook(lambda _, inputs, __: widths.append(tuple(inputs[0].shape[:2])))
     sampler(model, max_new_tokens=4).generate(problems(9, 30), step=0)
-    assert widths == [(2, 1)] + [(6, 1)] * 4
+    assert widths == [(1, 1), (2, 1)] + [(6, 1)] * 4  # what is stored for a token is learnt first, from one
     assert torch.is_grad_enabled()

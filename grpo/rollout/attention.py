@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 import kernels
-from grpo.rollout.slab import Decode, KVSlab, Layer
+from grpo.rollout.slab import Decode, KVSlab, Prefill, Probe
 
 NAME = "grpo_slab"
 
@@ -28,13 +28,13 @@ def slab_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    slab: KVSlab,
+    slab: KVSlab | Probe,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """Store key and value, then attend as `slab.layout` says.
+    """Store key and value and attend, as `slab.layout` says; without a layout only attend.
 
     query: [N, H, length, D]; key, value: [N, Hkv, length, D], as transformers calls it.  Returns [N, length, H, D].
     """
@@ -44,43 +44,64 @@ def slab_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer, layout = slab.layer(module.layer_idx, key, value), slab.layout
     if isinstance(layout, Decode):
-        output = _decode(layer, layout, query, key, value, scale, softcap, sliding_window, slab.impl)
+        decode = _compiled_decode if torch.compiler.is_compiling() else _decode
+        output = decode(query, key, value, *layer, *layout.arguments(), scale, softcap, sliding_window, slab.impl)
     else:
-        length = key.shape[2]
-        layer.prefix_key[layout.groups, :, :length] = key
-        layer.prefix_value[layout.groups, :, :length] = value
+        if isinstance(layout, Prefill):
+            length = key.shape[2]
+            layer.prefix_key[layout.groups, :, :length] = key
+            layer.prefix_value[layout.groups, :, :length] = value
         output = _causal(query, key, value, scale, softcap, sliding_window)
     return output.transpose(1, 2), None
 
 
 def _decode(
-    layer: Layer,
-    layout: Decode,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    num_groups: int,
+    seats: int,
+    place: Tensor,
+    row: Tensor,
+    prefix_lengths: Tensor,
+    suffix_lengths: Tensor,
+    longest_prefix: int,
+    longest_suffix: int,
     scale: float,
     softcap: float | None,
     window: int | None,
     impl: str,
 ) -> Tensor:
     """One token of each row. query: [B, H, 1, D].  Returns the same shape."""
-    layer.suffix_key[layout.row, :, layout.suffix_lengths] = key[:, :, 0]
-    layer.suffix_value[layout.row, :, layout.suffix_lengths] = value[:, :, 0]
+    suffix_key[row, :, suffix_lengths] = key[:, :, 0]
+    suffix_value[row, :, suffix_lengths] = value[:, :, 0]
     output = kernels.decode_attention(
         query[:, :, 0],
-        tuple(prefix[: layout.num_groups, :, : layout.longest_prefix] for prefix in layer[:2]),
-        tuple(suffix[: len(query), :, : layout.longest_suffix] for suffix in layer[2:]),
-        seats=layout.seats,
-        place=layout.place,
-        prefix_lengths=layout.prefix_lengths,
-        suffix_lengths=layout.suffix_lengths + 1,
+        (prefix_key[:num_groups, :, :longest_prefix], prefix_value[:num_groups, :, :longest_prefix]),
+        (suffix_key[: len(query), :, :longest_suffix], suffix_value[: len(query), :, :longest_suffix]),
+        seats=seats,
+        place=place,
+        prefix_lengths=prefix_lengths,
+        suffix_lengths=suffix_lengths + 1,
         scale=scale,
         softcap=softcap,
         window=window,
         impl=impl,
     )
     return output[:, :, None]
+
+
+# For torch.compile one opaque operation that says which of its arguments it writes: it then copies no storage.
+_compiled_decode = torch.library.custom_op("grpo::decode", _decode, mutates_args=("suffix_key", "suffix_value"))
+
+
+@_compiled_decode.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *others: object) -> Tensor:
+    return value.new_empty(*query.shape[:3], value.shape[-1])
 
 
 def _causal(
@@ -105,6 +126,8 @@ AttentionInterface.register(NAME, slab_attention)
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
     """ValueError for a model whose attention the slab cannot serve, as far as its config tells."""
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has an encoder; rollout serves decoder-only models")
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if layer_types:

@@ -2,37 +2,48 @@
 
 The model is the unmodified transformers causal LM with its attention replaced for the length of the call
 (grpo.rollout.attention), so any family, and any wrapped linear layer, samples exactly as it trains. train.py and
-eval.py call `Sampler.generate`; nothing is kept between calls.
+eval.py call `Sampler.generate`. What a call leaves behind saves time only, but for the plan of the slab's size.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kernels
 from grpo.records import Completion, Group, Problem
+from grpo.rollout import graphs
 from grpo.rollout.attention import refuse_unsupported, sampling_mode
-from grpo.rollout.sampling import Sampling, refuse_large_words, uniforms
-from grpo.rollout.schedule import SHRINK_BELOW, Rows, prefill_chunks
-from grpo.rollout.slab import KVSlab, Prefill
+from grpo.rollout.draw import Draw
+from grpo.rollout.graphs import Graphs
+from grpo.rollout.sampling import Sampling, refuse_large_words
+from grpo.rollout.schedule import bucket
+from grpo.rollout.slab import (
+    GIB,
+    MEMORY_SHARE,
+    KVSlab,
+    LayerShape,
+    Plan,
+    Probe,
+    is_kept,
+    make_plan,
+    total_memory,
+)
+from grpo.rollout.step import DecodeStep, compiled, forward
 from grpo.rollout.stops import Ending, eos_ids
-
-STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # at which rows live: on CUDA to look is to wait for the device
-STEPS_BETWEEN_STOPS = 8  # to look for stop strings is to decode text
 
 
 class Sampler:
     """Samples `sampling.group_size` completions of each problem. `model` may change its weights between calls.
 
     model, tokenizer: the unwrapped causal LM and its tokenizer.  seed: of every random number.  max_sequences: rows
-    decoded at a time; more take turns.  prefill_tokens: prompt tokens of one prefill pass, with padding.  impl: of
-    the kernels.  progress: told how many sequences are done, and of how many.
+    decoded at a time; more take turns.  prefill_tokens: prompt tokens of one prefill pass, with padding.  kv_gib: most
+    memory for keys and values; None: MEMORY_SHARE of the device's.  cuda_graph: replay decode steps where there is
+    CUDA.  compile: torch.compile the model's decode forward.  impl: of the kernels.  progress: told how many
+    sequences are done, and of how many.
     """
 
     def __init__(
@@ -44,6 +55,9 @@ class Sampler:
         seed: int,
         max_sequences: int,
         prefill_tokens: int,
+        kv_gib: float | None = None,
+        cuda_graph: bool = True,
+        compile: bool = False,
         impl: str = "auto",
         progress: Callable[[int, int], None] | None = None,
     ):
@@ -56,22 +70,35 @@ class Sampler:
             kernels.resolve(op, impl, model.device)
         refuse_unsupported(model)
         self.model, self.sampling, self.impl = model, sampling, impl
-        self.seed, self.max_sequences, self.prefill_tokens = seed, max_sequences, prefill_tokens
+        self.seed, self.max_sequences, self.prefill_tokens, self.kv_gib = seed, max_sequences, prefill_tokens, kv_gib
+        self.has_graphs = cuda_graph and graphs.are_usable(model.device)
+        # A graph or a compiled forward is made for one shape: rows come in buckets, and bounds are those of the slab.
+        self.is_static = self.has_graphs or compile
+        self.decode_forward = compiled(forward) if compile else forward
         self.ending = Ending(tokenizer, eos_ids(model, tokenizer), sampling.stop)
         self.progress = progress or (lambda done, total: None)
+        self.plan: Plan | None = None
+        self._shapes: dict[int, LayerShape] = {}
+        self._kept: tuple[DecodeStep, Callable] | None = None  # of the last call: the step and what runs it
 
     def generate(self, problems: list[Problem], step: int) -> list[Group]:
         """One Group per problem, in the order given; `prompt_ids` must be filled.
 
         A completion depends on the weights, its prompt, `seed`, `step` (the training step), the problem's index and
         its sample number: on nothing else in the call. ValueError before any work for a prompt that is empty or does
-        not fit; FloatingPointError for a log-prob that is not finite.
+        not fit, and for a group that the memory for keys and values cannot hold; FloatingPointError for a log-prob
+        that is not finite.
         """
         self._check(problems, step)
         if not problems:
             return []
         with sampling_mode(self.model):
-            ids, logprobs = _Draw(self, problems, step).run()
+            self._plan(problems)
+            try:
+                ids, logprobs = Draw(self, *self._prepare(), problems, step).run()
+            finally:
+                if not is_kept(self.planned_bytes(), self.model.device):
+                    self.release()
         texts = self.ending.texts(ids)
         completions = []
         for sequence, text in enumerate(texts):
@@ -80,6 +107,24 @@ class Sampler:
             completions.append(Completion(kept, logprobs[sequence][: len(kept)], text, finish, sample))
         size = self.sampling.group_size
         return [Group(problem, completions[i * size : (i + 1) * size], step) for i, problem in enumerate(problems)]
+
+    def state_dict(self) -> dict:
+        """The plan: what a resumed run must share for the last bits to be the same."""
+        return {"plan": asdict(self.plan) if self.plan else None}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on with the plan of another run."""
+        self.plan = Plan(**state["plan"]) if state["plan"] else None
+
+    def planned_bytes(self) -> int:
+        """Of keys and values, by the plan of the calls so far."""
+        return self.plan.num_bytes(self._token_bytes()) if self.plan else 0
+
+    def release(self) -> None:
+        """Give back what a call leaves behind on CUDA: slab, buffers and graphs. The next call makes them again."""
+        self._kept = None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _check(self, problems: list[Problem], step: int) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -95,149 +140,57 @@ class Sampler:
                     f"of {limit}; lower max_new_tokens or use fewer shots"
                 )
 
-
-class _Draw:
-    """One call of `generate`. Results are [N, max_new_tokens + 1], a row per sequence: i of problem p is p * G + i.
-
-    The last column, of results and of the slab's suffix alike, is where a row of full length idles until it is moved
-    away; nothing reads it.
-    """
-
-    def __init__(self, sampler: Sampler, problems: list[Problem], step: int):
-        self.sampler, self.problems, self.step = sampler, problems, step
-        self.model, self.sampling = sampler.model, sampler.sampling
-        device, group_size = self.model.device, self.sampling.group_size
-        shape = (len(problems) * group_size, self.sampling.max_new_tokens + 1)
-        self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.lengths = torch.zeros(shape[0], dtype=torch.int64, device=device)
-        self.eos = torch.tensor(sorted(sampler.ending.eos), device=device)
-        self.waiting = deque(range(len(problems)))
-        self.rows = Rows.empty(device)
-        self.slab = KVSlab(
-            # Twice the groups that fill the rows: as rows leave one by one, a group's last row keeps its prefix.
-            num_groups=min(len(problems), 2 * (sampler.max_sequences // group_size)),
-            num_rows=min(shape[0], sampler.max_sequences),
-            prefix_size=max(len(problem.prompt_ids) for problem in problems) - 1,
-            suffix_size=shape[1],
-            impl=sampler.impl,
-        )
-
-    def run(self) -> tuple[list[list[int]], list[list[float]]]:
-        """Ids and log-probs of every sequence, through its end-of-sequence token or to the length limit."""
-        look = STEPS_BETWEEN_LOOKS[self.model.device.type]
-        steps = 0
-        self._exchange()
-        while len(self.rows):
-            self._decode()
-            steps += 1
-            if self.sampling.stop and steps % STEPS_BETWEEN_STOPS == 0:
-                self._stop_rows()
-            if steps % look == 0:
-                live = int(self.rows.alive.sum())
-                total = len(self.lengths)
-                self.sampler.progress(total - live - len(self.waiting) * self.sampling.group_size, total)
-                if live < SHRINK_BELOW * len(self.rows):
-                    self._exchange()
-        return self._results()
-
-    def _exchange(self) -> None:
-        """Finished rows out, waiting groups in."""
-        self.lengths[self.rows.sequence] = self.rows.length
-        self.rows, groups, kept = self.rows.keep_alive()
-        if len(kept):
-            self.slab.keep(groups, kept, int(self.rows.length.max()))
-        self._admit(len(groups))
-        if len(self.rows):
-            self.slab.layout = self.rows.layout()
-
-    def _admit(self, num_groups: int) -> None:
-        """As many waiting groups as there is room for, behind the num_groups that stay."""
-        group_size, device = self.sampling.group_size, self.model.device
-        room = (self.sampler.max_sequences - len(self.rows)) // group_size
-        room = min(room, self.slab.num_groups - num_groups, len(self.waiting))
-        if room == 0:
+    def _plan(self, problems: list[Problem]) -> None:
+        """A plan that serves this call and all before it; the old one wherever it does."""
+        if not self._shapes:
+            self._shapes = self._probe()
+        longest_prefix = max(len(problem.prompt_ids) for problem in problems) - 1
+        num_problems, suffix_size, old = len(problems), self.sampling.max_new_tokens + 1, self.plan
+        has_rows_for_steps = old and self.bucket(old.num_rows) == old.num_rows  # not if it was made without buckets
+        if has_rows_for_steps and old.serves(num_problems, longest_prefix, suffix_size):
             return
-        indices = [self.waiting.popleft() for _ in range(room)]
-        problems = [self.problems[index] for index in indices]
-        prompts = [problem.prompt_ids for problem in problems]
-        by_row = lambda values: torch.tensor(values, device=device).repeat_interleave(group_size)  # noqa: E731
-        sequence = by_row(indices) * group_size + torch.arange(group_size, device=device).repeat(room)
-        keys = dict(seed=self.sampler.seed, step=self.step, stream=self.sampling.stream)
-        numbers = [problem.index for problem in problems]
-        self.uniforms[sequence] = uniforms(numbers, group_size, self.uniforms.shape[1], **keys, device=device)
-        self.slab.clear(slice(num_groups, num_groups + room), slice(len(self.rows), len(self.rows) + len(sequence)))
-        self._prefill([prompt[:-1] for prompt in prompts], num_groups)
-        self.rows = self.rows.append(
-            sequence=sequence,
-            group=by_row(range(num_groups, num_groups + room)),
-            token=by_row([prompt[-1] for prompt in prompts]),
-            prefix=by_row([len(prompt) - 1 for prompt in prompts]),
+        if old:
+            num_problems, longest_prefix = max(num_problems, old.num_problems), max(longest_prefix, old.prefix_size)
+        budget = MEMORY_SHARE * total_memory(self.model.device) if self.kv_gib is None else self.kv_gib * GIB
+        self.plan = make_plan(
+            self._token_bytes(),
+            int(budget),
+            num_problems=num_problems,
+            group_size=self.sampling.group_size,
+            max_rows=self.max_sequences,
+            longest_prefix=longest_prefix,
+            suffix_size=suffix_size,
+            bucket=self.bucket,
         )
 
-    def _prefill(self, prefixes: list[tuple[int, ...]], first_group: int) -> None:
-        for chunk in prefill_chunks([len(prefix) for prefix in prefixes], self.sampler.prefill_tokens):
-            ids = pad_sequence([torch.tensor(prefixes[index], dtype=torch.int64) for index in chunk], batch_first=True)
-            if ids.shape[1] == 0:  # prompts of one token have no prefix
-                continue
-            ids = ids.to(self.model.device)
-            self.slab.layout = Prefill(groups=torch.tensor(chunk, device=ids.device) + first_group)
-            self._forward(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
+    def bucket(self, rows: int) -> int:
+        """Rows of the step that decodes so many."""
+        return bucket(rows) if self.is_static else rows
 
-    def _decode(self) -> None:
-        """Every row reads a token and draws the next."""
-        rows, sampling = self.rows, self.sampling
-        logits = self._forward(rows.token[:, None], (rows.prefix + rows.length)[:, None])
-        here = (rows.sequence, rows.length)
-        token, logprob = kernels.sample_token(
-            logits,
-            self.uniforms[here],
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            impl=self.sampler.impl,
-        )
-        self.ids[here], self.logprobs[here], rows.token = token, logprob, token
-        rows.length += rows.alive  # in place: the layout holds the same tensor
-        rows.alive &= ~torch.isin(token, self.eos) & (rows.length < sampling.max_new_tokens)
-        self.slab.layout.longest_suffix += 1
+    def _token_bytes(self) -> int:
+        return sum(shape.token_bytes for shape in self._shapes.values())
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits of the last position, [N, V]."""
-        output = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, slab=self.slab)
-        layers = self.model.config.get_text_config().num_hidden_layers
-        if len(self.slab.layers) != layers:
+    def _probe(self) -> dict[int, LayerShape]:
+        """What the layers store, learnt from one token. ValueError where not all do."""
+        ids, probe = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device), Probe()
+        forward(self.model, ids, ids, probe)
+        found, layers = len(probe.shapes), self.model.config.get_text_config().num_hidden_layers
+        if found != layers:
             raise ValueError(
-                f"only {len(self.slab.layers)} of {layers} layers of {type(self.model).__name__} use attention that "
-                "rollout can replace; use a model whose layers all have attention"
+                f"only {found} of {layers} layers of {type(self.model).__name__} use attention that rollout can "
+                "replace; use a model whose layers all have attention"
             )
-        return output.logits[:, -1]
+        return probe.shapes
 
-    def _stop_rows(self) -> None:
-        """End the live rows whose text has come to a stop string. Saves time only: `Ending.finish` finds it anyway."""
-        rows, ending = self.rows, self.sampler.ending
-        ids, lengths, alive = self.ids[rows.sequence].tolist(), rows.length.tolist(), rows.alive.tolist()
-        # New tokens, and enough before them for a stop that began earlier, should each byte of it be a token.
-        window = STEPS_BETWEEN_STOPS + 4 * max(map(len, self.sampling.stop))
-        live = [row for row in range(len(rows)) if alive[row]]
-        tails = ending.texts([ids[row][max(0, lengths[row] - window) : lengths[row]] for row in live])
-        for row, tail in zip(live, tails, strict=True):
-            if ending.stop_at(tail) is not None and ending.stops(ids[row][: lengths[row]]):
-                rows.alive[row] = False
-
-    def _results(self) -> tuple[list[list[int]], list[list[float]]]:
-        lengths = self.lengths.tolist()
-        sampled = torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
-        broken = (sampled & ~self.logprobs.isfinite()).nonzero()
-        if len(broken):
-            sequence, token = broken[0].tolist()
-            problem, sample = divmod(sequence, self.sampling.group_size)
-            raise FloatingPointError(
-                f"step {self.step}: log-prob {self.logprobs[sequence, token].item()} at token {token} of sample "
-                f"{sample} of problem {self.problems[problem].id!r}; the model's weights or logits are not finite"
-            )
-        ids, logprobs = self.ids.tolist(), self.logprobs.tolist()
-        return [row[:n] for row, n in zip(ids, lengths, strict=True)], [
-            row[:n] for row, n in zip(logprobs, lengths, strict=True)
-        ]
+    def _prepare(self) -> tuple[DecodeStep, Callable]:
+        """The decode step by the plan, and what runs it: those of the last call where they are kept and still right."""
+        if self._kept and self._kept[0].slab.plan != self.plan:
+            self.release()
+        if not self._kept:
+            slab = KVSlab(self.plan, self._shapes, self.model.device, self.impl)
+            step = DecodeStep(self.model, slab, self.sampling, sorted(self.ending.eos), self.decode_forward)
+            self._kept = step, Graphs(step) if self.has_graphs else step
+        step, run = self._kept
+        if isinstance(run, Graphs):
+            run.check()
+        return step, run

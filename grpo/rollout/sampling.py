@@ -24,6 +24,7 @@ class Sampling:
     top_p: float  # 1 keeps all
     top_k: int  # 0 keeps all
     stop: tuple[str, ...]  # a completion ends with the token that completes one of these
+    min_p: float = 0.0  # drops tokens less likely than this share of the most likely one; 0 keeps all
     stream: int = TRAINING  # TRAINING or EVALUATION: a word of the random counter, so that the two never share numbers
 
     def __post_init__(self) -> None:
@@ -36,6 +37,8 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be 0 (keeps every token) or more")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must lie in [0, 1]; 0 keeps every token")
         if isinstance(self.stop, str) or "" in self.stop:
             raise ValueError(f"stop={self.stop!r} must be a tuple of non-empty strings")
 

@@ -1,7 +1,8 @@
-"""Which sequences are being decoded, and when they give way to others.
+"""Which sequences are being decoded, in which rows, and when they give way to others.
 
 A group is admitted whole, because its prompt is computed once; a row leaves alone. Rows lie in the order of their
-groups. Finished rows go on decoding, unheard, until the live ones have shrunk enough for a move to pay.
+groups. Finished rows go on decoding, unheard, until the live ones have shrunk enough for a move to pay. All of this
+is known on the host; the device only learns the outcome.
 """
 
 from __future__ import annotations
@@ -11,65 +12,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.rollout.slab import Decode
+SHRINK_BELOW = 0.75  # of the rows still live, where rows come in any number: then move them together
 
-SHRINK_BELOW = 0.75  # of the rows still live: then move them together and fill up with waiting groups
+
+def bucket(rows: int) -> int:
+    """The next of 8, 16, 32, 64, 96, ...: the numbers of rows for which a step is prepared ahead."""
+    return next((size for size in (8, 16) if rows <= size), -(-rows // 32) * 32)
+
+
+def seat(group: Tensor, seats: int, size: int) -> tuple[Tensor, Tensor]:
+    """Places of `size` rows, of which only len(group) have an owner, and which rows those are.
+
+    group: [n] int64, ascending.  Returns place [size] int64, strictly increasing (group * seats + seat), and row [n].
+    Rows without an owner take empty seats, of which there must be enough.
+    """
+    count = torch.bincount(group)
+    place = group * seats + torch.arange(len(group)) - (count.cumsum(0) - count)[group]
+    if size == len(group):
+        return place, torch.arange(size)
+    is_empty = torch.ones(size, dtype=torch.bool)  # of the first `size` seats at most len(group) are taken
+    is_empty[place[place < size]] = False
+    idle = is_empty.nonzero()[: size - len(group), 0]
+    places = torch.cat([place, idle]).sort().values
+    return places, torch.searchsorted(places, place)
 
 
 @dataclass
 class Rows:
-    """One entry per row being decoded: [B] each, on the model's device."""
+    """The rows of one decode step: how many there are and who owns them, [n] each, on the host."""
 
-    sequence: Tensor  # int64: its row in the results
-    group: Tensor  # int64: its group's place in the slab, ascending
-    token: Tensor  # int64: what it reads next
-    prefix: Tensor  # int64: tokens of its prompt, without the last
-    length: Tensor  # int64: tokens sampled so far, and so where the next one goes; a finished row stands still
-    alive: Tensor  # bool
+    size: int  # rows, with those that have no owner
+    seats: int  # of each group
+    row: Tensor  # int64, ascending: the rows that have an owner
+    sequence: Tensor  # int64: its place among the results
+    group: Tensor  # int64: its group in the slab, ascending from 0 without a gap
 
     @classmethod
-    def empty(cls, device: torch.device) -> Rows:
+    def none(cls) -> Rows:
         """No rows."""
-        integers = [torch.empty(0, dtype=torch.int64, device=device) for _ in range(5)]
-        return cls(*integers, alive=torch.empty(0, dtype=torch.bool, device=device))
+        return cls(0, 0, *(torch.empty(0, dtype=torch.int64) for _ in range(3)))
 
-    def __len__(self) -> int:
-        return len(self.sequence)
-
-    def append(self, sequence: Tensor, group: Tensor, token: Tensor, prefix: Tensor) -> Rows:
-        """With fresh rows at the end."""
-        new = Rows(
-            sequence, group, token, prefix, torch.zeros_like(sequence), torch.ones_like(sequence, dtype=torch.bool)
-        )
-        return Rows(*(torch.cat([mine, theirs]) for mine, theirs in zip(self.columns(), new.columns(), strict=True)))
-
-    def columns(self) -> list[Tensor]:
-        """Every column, in the order of the constructor."""
-        return list(vars(self).values())
-
-    def keep_alive(self) -> tuple[Rows, Tensor, Tensor]:
-        """Live rows with their groups renumbered from 0, and which groups and rows those were."""
-        row = self.alive.nonzero()[:, 0]
-        kept = Rows(*(column[row] for column in self.columns()))
-        groups, kept.group = torch.unique_consecutive(kept.group, return_inverse=True)
-        return kept, groups, row
-
-    def layout(self) -> Decode:
-        """Seats for every row of every group. Waits for the device: only called when rows came or went."""
-        count = torch.bincount(self.group)
-        first = count.cumsum(0) - count
-        row = torch.arange(len(self), device=count.device)
-        seats = int(count.max())
-        return Decode(
-            num_groups=len(count),
-            seats=seats,
-            place=self.group * seats + row - first[self.group],
-            row=row,
-            prefix_lengths=self.prefix,
-            suffix_lengths=self.length,
-            longest_prefix=int(self.prefix.max()),
-            longest_suffix=int(self.length.max()) + 1,
-        )
+    def num_groups(self) -> int:
+        """Groups that have a row."""
+        return int(self.group[-1]) + 1 if len(self.group) else 0
 
 
 def prefill_chunks(lengths: list[int], max_tokens: int) -> list[list[int]]:

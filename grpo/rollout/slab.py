@@ -1,16 +1,117 @@
 """Keys and values while sampling: a prefix per group, read by all its rows, and a suffix per row.
 
 The prefix holds the prompt without its last token, the suffix that token and the sampled ones; so a fresh row is like
-any other, and its first sampled token comes from an ordinary decode step. Storage is allocated by the first forward
-pass, layer by layer, with the heads, widths, dtype and device that the model's own keys and values have.
+any other, and its first sampled token comes from an ordinary decode step. How many rows and groups there are is
+planned from a memory budget before anything is allocated, and never exceeded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+MEMORY_SHARE = 0.3  # of the device's memory, the budget where none is given
+KEEP_BELOW = 0.2  # of a CUDA device's memory: the largest slab that stays between two calls
+PREFIX_STEP = 64  # prefix sizes are multiples of it, so that a slightly longer prompt fits the slab of the last call
+GIB = 2**30
+
+
+class LayerShape(NamedTuple):
+    """What one layer stores for one token."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
+
+
+class Probe:
+    """Takes the slab's place in one small forward pass and learns what every layer stores."""
+
+    layout = None
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Remember the layer. key, value: [_, Hkv, _, D], any that it made."""
+        self.shapes[index] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a slab, and the workload that they were chosen for: the longest calls so far.
+
+    How rows take turns follows from it, and with that the last bits of every log-prob: it is saved with a run.
+    """
+
+    num_problems: int
+    num_rows: int
+    num_groups: int
+    prefix_size: int  # tokens
+    suffix_size: int  # tokens: max_new_tokens and one where a row of full length idles
+
+    def num_bytes(self, token_bytes: int) -> int:
+        """Of the whole slab. token_bytes: of one token in all layers."""
+        return token_bytes * (self.num_groups * self.prefix_size + self.num_rows * self.suffix_size)
+
+    def serves(self, num_problems: int, longest_prefix: int, suffix_size: int) -> bool:
+        """Whether a call of this size needs no other plan."""
+        fits = num_problems <= self.num_problems and longest_prefix <= self.prefix_size
+        return fits and suffix_size == self.suffix_size
+
+
+def make_plan(
+    token_bytes: int,
+    budget: int,
+    *,
+    num_problems: int,
+    group_size: int,
+    max_rows: int,
+    longest_prefix: int,
+    suffix_size: int,
+    bucket: Callable[[int], int],
+) -> Plan:
+    """As many rows as `budget` bytes hold, at most max_rows; ValueError where one group is too much.
+
+    Rows come in buckets. With room there are twice the groups that fill the rows: as rows leave one by one, a group's
+    last row keeps its prefix, and others could not come in.
+    """
+    prefix_size = -(-longest_prefix // PREFIX_STEP) * PREFIX_STEP
+    for limit in range(min(max_rows, num_problems * group_size), group_size - 1, -1):
+        rows = bucket(limit)
+        least = -(-rows // group_size)  # every row of a bucket, idle ones too, has a seat in some group
+        for groups in (2 * (limit // group_size), limit // group_size):
+            plan = Plan(num_problems, rows, max(min(groups, num_problems), least), prefix_size, suffix_size)
+            if plan.num_bytes(token_bytes) <= budget:
+                return plan
+    raise ValueError(
+        f"{budget / GIB:.3g} GiB for keys and values hold no group: {group_size} completions of {suffix_size - 1} "
+        f"tokens and a prompt of {longest_prefix + 1} need {plan.num_bytes(token_bytes) / GIB:.3g} GiB; raise "
+        "rollout.kv_gib, or lower group_size, max_new_tokens or the length of the prompts"
+    )
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device's memory; on CPU the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def is_kept(num_bytes: int, device: torch.device) -> bool:
+    """Whether a slab stays while the policy is trained. On CPU none does: there it is made again in no time."""
+    return device.type == "cuda" and num_bytes <= KEEP_BELOW * total_memory(device)
 
 
 class Layer(NamedTuple):
@@ -40,38 +141,47 @@ class Decode:
     longest_prefix: int
     longest_suffix: int  # with the token read now; the two are upper bounds, known without asking the device
 
+    def arguments(self) -> tuple:
+        """Every field, in order: torch.compile takes no dataclass as an operation's argument."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
 
 class KVSlab:
     """The storage, and in `layout` what the attention function must do in the current forward pass."""
 
-    def __init__(self, *, num_groups: int, num_rows: int, prefix_size: int, suffix_size: int, impl: str):
-        self.num_groups, self.num_rows = num_groups, num_rows
-        self.prefix_size, self.suffix_size = prefix_size, suffix_size
+    def __init__(self, plan: Plan, shapes: dict[int, LayerShape], device: torch.device, impl: str):
+        self.plan = plan
         self.impl = impl  # of kernels.decode_attention
-        self.layers: dict[int, Layer] = {}
+        self.layers = {index: self._allocate(shape, device) for index, shape in shapes.items()}
         self.layout: Prefill | Decode | None = None
 
+    def _allocate(self, shape: LayerShape, device: torch.device) -> Layer:
+        """Zeros, each its own tensor: views of one would be copied by torch.compile."""
+        sizes = [(self.plan.num_groups, self.plan.prefix_size), (self.plan.num_rows, self.plan.suffix_size)]
+        widths = [shape.key_width, shape.value_width]
+        make = lambda count, size, width: torch.zeros(count, shape.heads, size, width, dtype=shape.dtype, device=device)  # noqa: E731
+        return Layer(*(make(count, size, width) for count, size in sizes for width in widths))
+
     def layer(self, index: int, key: Tensor, value: Tensor) -> Layer:
-        """The storage of one layer. key, value: [_, Hkv, _, D], any that this layer made."""
-        if index not in self.layers:
-            self.layers[index] = Layer(
-                *(x.new_zeros(self.num_groups, x.shape[1], self.prefix_size, x.shape[3]) for x in (key, value)),
-                *(x.new_zeros(self.num_rows, x.shape[1], self.suffix_size, x.shape[3]) for x in (key, value)),
-            )
+        """The storage of one layer."""
         return self.layers[index]
 
-    def clear(self, groups: slice, rows: slice) -> None:
+    def num_bytes(self) -> int:
+        """Of all storage."""
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)
+
+    def clear(self, groups: slice, rows: Tensor) -> None:
         """Zero what earlier owners left: masked keys get probability 0, but 0 times NaN is NaN."""
         for layer in self.layers.values():
-            for prefix in (layer.prefix_key, layer.prefix_value):
+            for prefix in layer[:2]:
                 prefix[groups] = 0
-            for suffix in (layer.suffix_key, layer.suffix_value):
+            for suffix in layer[2:]:
                 suffix[rows] = 0
 
-    def keep(self, groups: Tensor, rows: Tensor, longest_suffix: int) -> None:
-        """Move these groups and rows (increasing) to the front. The right-hand sides are copies, so overlap is safe."""
+    def move(self, groups: Tensor, rows: Tensor, to: Tensor, longest_suffix: int) -> None:
+        """Groups to the front and rows to the places `to`. The right-hand sides are copies, so overlap is safe."""
         for layer in self.layers.values():
-            for prefix in (layer.prefix_key, layer.prefix_value):
+            for prefix in layer[:2]:
                 prefix[: len(groups)] = prefix[groups]
-            for suffix in (layer.suffix_key, layer.suffix_value):
-                suffix[: len(rows), :, :longest_suffix] = suffix[rows, :, :longest_suffix]
+            for suffix in layer[2:]:
+                suffix[to, :, :longest_suffix] = suffix[rows, :, :longest_suffix]

@@ -1,0 +1,183 @@
+"""One call of `Sampler.generate`: groups come in, rows are decoded until each has ended, groups go out.
+
+The loop is Python on the host; what it repeats is one decode step, which the Sampler prepared.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from grpo.records import Problem
+from grpo.rollout.sampling import uniforms
+from grpo.rollout.schedule import SHRINK_BELOW, Rows, prefill_chunks, seat
+from grpo.rollout.slab import Decode, Prefill
+from grpo.rollout.step import DecodeStep, forward
+
+if TYPE_CHECKING:
+    from grpo.rollout.engine import Sampler
+
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # at which rows live: on CUDA to look is to wait for the device
+STEPS_BETWEEN_STOPS = 8  # to look for stop strings is to decode text
+
+
+class Draw:
+    """Results are [N, max_new_tokens + 1], a row per sequence: i of problem p is p * G + i."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        step: DecodeStep,
+        run_step: Callable,
+        problems: list[Problem],
+        training_step: int,
+    ):
+        self.sampler, self.problems, self.training_step = sampler, problems, training_step
+        self.step, self.run_step, self.sampling = step, run_step, sampler.sampling
+        self.device, self.plan = sampler.model.device, step.slab.plan
+        shape = (len(problems) * self.sampling.group_size, self.plan.suffix_size)
+        self.ids = torch.zeros(shape, dtype=torch.int64)
+        self.logprobs = torch.zeros(shape, dtype=torch.float32)
+        self.lengths = torch.zeros(shape[0], dtype=torch.int64)
+        self.waiting = deque(range(len(problems)))
+        self.rows = Rows.none()
+
+    def run(self) -> tuple[list[list[int]], list[list[float]]]:
+        """Ids and log-probs of every sequence, through its end-of-sequence token or to the length limit."""
+        look = STEPS_BETWEEN_LOOKS[self.device.type]
+        steps, total = 0, len(self.lengths)
+        self._exchange()
+        while self.rows.size:
+            self.run_step(self.layout)
+            self.layout.longest_suffix = min(self.layout.longest_suffix + 1, self.plan.suffix_size)
+            steps += 1
+            if self.sampling.stop and steps % STEPS_BETWEEN_STOPS == 0:
+                self._stop_rows()
+            if steps % look == 0:
+                live = int(self.step.alive[: self.rows.size].sum())
+                self.sampler.progress(total - live - len(self.waiting) * self.sampling.group_size, total)
+                if self._pays_to_exchange(live):
+                    self._exchange()
+        return self._results()
+
+    def _pays_to_exchange(self, live: int) -> bool:
+        if self.sampler.is_static and live and not self.waiting:
+            return self.sampler.bucket(live) < self.rows.size
+        return live < SHRINK_BELOW * self.rows.size
+
+    def _exchange(self) -> None:
+        """Finished rows out, waiting groups in, and the rows that stay close together."""
+        old, group_size = self.rows, self.sampling.group_size
+        alive = self.step.alive.cpu()[old.row]
+        self._collect(old.row[~alive], old.sequence[~alive])
+        kept = old.row[alive]
+        groups, group = torch.unique_consecutive(old.group[alive], return_inverse=True)
+        new = self._next(len(kept), len(groups))
+        sequence = torch.tensor(new, dtype=torch.int64)[:, None] * group_size + torch.arange(group_size)
+        number = torch.arange(len(groups), len(groups) + len(new)).repeat_interleave(group_size)
+        self.rows = self._arrange(torch.cat([old.sequence[alive], sequence.flatten()]), torch.cat([group, number]))
+        if self.rows.size:
+            self._move(groups, kept, self.rows.row[: len(kept)])
+            self._admit([self.problems[index] for index in new], len(groups), self.rows.row[len(kept) :])
+            self.layout = self._layout()
+
+    def _next(self, num_rows: int, num_groups: int) -> list[int]:
+        """Waiting problems for which there is room beside the rows and groups that stay."""
+        room = (min(self.sampler.max_sequences, self.plan.num_rows) - num_rows) // self.sampling.group_size
+        room = min(room, self.plan.num_groups - num_groups, len(self.waiting))
+        return [self.waiting.popleft() for _ in range(room)]
+
+    def _arrange(self, sequence: Tensor, group: Tensor) -> Rows:
+        """Rows and seats for these sequences of these groups."""
+        if not len(group):
+            return Rows.none()
+        size = self.sampler.bucket(len(group))
+        seats = self.sampling.group_size if self.sampler.is_static else int(torch.bincount(group).max())
+        place, row = seat(group, seats, size)
+        self.step.place[:size] = place.to(self.device)
+        return Rows(size, seats, row, sequence, group)
+
+    def _move(self, groups: Tensor, rows: Tensor, to: Tensor) -> None:
+        groups, rows, to = (index.to(self.device) for index in (groups, rows, to))
+        if len(rows):
+            self.step.slab.move(groups, rows, to, int(self.step.length[rows].max()))
+        self.step.move(rows, to)
+
+    def _admit(self, problems: list[Problem], first_group: int, rows: Tensor) -> None:
+        """Prompts of new groups, from first_group on, and their rows."""
+        if not problems:
+            return
+        device, group_size, rows = self.device, self.sampling.group_size, rows.to(self.device)
+        prompts = [problem.prompt_ids for problem in problems]
+        by_row = lambda values: torch.tensor(values, device=device).repeat_interleave(group_size)  # noqa: E731
+        keys = dict(seed=self.sampler.seed, step=self.training_step, stream=self.sampling.stream, device=device)
+        numbers = uniforms([problem.index for problem in problems], group_size, self.plan.suffix_size, **keys)
+        self.step.slab.clear(slice(first_group, first_group + len(problems)), rows)
+        self._prefill([prompt[:-1] for prompt in prompts], first_group)
+        token, prefix = by_row([prompt[-1] for prompt in prompts]), by_row([len(prompt) - 1 for prompt in prompts])
+        self.step.admit(rows, token=token, prefix=prefix, uniforms=numbers)
+
+    def _prefill(self, prefixes: list[tuple[int, ...]], first_group: int) -> None:
+        slab = self.step.slab
+        for chunk in prefill_chunks([len(prefix) for prefix in prefixes], self.sampler.prefill_tokens):
+            ids = pad_sequence([torch.tensor(prefixes[index], dtype=torch.int64) for index in chunk], batch_first=True)
+            if ids.shape[1] == 0:  # prompts of one token have no prefix
+                continue
+            ids = ids.to(self.device)
+            slab.layout = Prefill(groups=torch.tensor(chunk, device=ids.device) + first_group)
+            forward(self.sampler.model, ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), slab)
+
+    def _layout(self) -> Decode:
+        """With the bounds of the rows as they are; in a step made ahead, with those that always hold."""
+        rows, step, plan = self.rows, self.step, self.plan
+        if self.sampler.is_static:
+            bounds = (min(plan.num_groups, rows.size), plan.prefix_size, plan.suffix_size)
+        else:
+            bounds = (rows.num_groups(), int(step.prefix[: rows.size].max()), int(step.length[: rows.size].max()) + 1)
+        num_groups, longest_prefix, longest_suffix = bounds
+        return step.layout(
+            rows.size,
+            num_groups=num_groups,
+            seats=rows.seats,
+            longest_prefix=longest_prefix,
+            longest_suffix=longest_suffix,
+        )
+
+    def _stop_rows(self) -> None:
+        """End the live rows whose text has come to a stop string. Saves time only: `Ending.finish` finds it anyway."""
+        ending, step, size = self.sampler.ending, self.step, self.rows.size
+        ids, lengths, alive = (column[:size].tolist() for column in (step.ids, step.length, step.alive))
+        # New tokens, and enough before them for a stop that began earlier, should each byte of it be a token.
+        window = STEPS_BETWEEN_STOPS + 4 * max(map(len, self.sampling.stop))
+        live = [row for row in range(size) if alive[row]]
+        tails = ending.texts([ids[row][max(0, lengths[row] - window) : lengths[row]] for row in live])
+        for row, tail in zip(live, tails, strict=True):
+            if ending.stop_at(tail) is not None and ending.stops(ids[row][: lengths[row]]):
+                step.alive[row] = False
+
+    def _collect(self, rows: Tensor, sequences: Tensor) -> None:
+        """Results of rows that have finished."""
+        rows, step = rows.to(self.device), self.step
+        self.ids[sequences], self.logprobs[sequences] = step.ids[rows].cpu(), step.logprobs[rows].cpu()
+        self.lengths[sequences] = step.length[rows].cpu()
+
+    def _results(self) -> tuple[list[list[int]], list[list[float]]]:
+        lengths = self.lengths.tolist()
+        sampled = torch.arange(self.ids.shape[1]) < self.lengths[:, None]
+        broken = (sampled & ~self.logprobs.isfinite()).nonzero()
+        if len(broken):
+            sequence, token = broken[0].tolist()
+            problem, sample = divmod(sequence, self.sampling.group_size)
+            raise FloatingPointError(
+                f"step {self.training_step}: log-prob {self.logprobs[sequence, token].item()} at token {token} of "
+                f"sample {sample} of problem {self.problems[problem].id!r}; the weights or logits are not finite"
+            )
+        ids, logprobs = self.ids.tolist(), self.logprobs.tolist()
+        return [row[:n] for row, n in zip(ids, lengths, strict=True)], [
+            row[:n] for row, n in zip(logprobs, lengths, strict=True)
+        ]

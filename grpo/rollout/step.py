@@ -1,0 +1,96 @@
+"""One decode step: every row reads a token and draws the next.
+
+Whatever the step reads or writes lies in buffers that are allocated once, and nothing in it depends on their contents
+or waits for the device. So the same function runs eagerly, and as a CUDA graph that is replayed without Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import kernels
+from grpo.rollout.sampling import Sampling
+from grpo.rollout.slab import Decode, KVSlab, Probe
+
+MOST_SHAPES = 64  # numbers of rows: buckets up to 1,984
+Forward = Callable[[PreTrainedModel, Tensor, Tensor, KVSlab | Probe], Tensor]
+
+
+def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, slab: KVSlab | Probe) -> Tensor:
+    """Logits of the last position, [N, V]. ids, positions: [N, length] int64."""
+    output = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, slab=slab)
+    return output.logits[:, -1]
+
+
+def compiled(forward: Forward) -> Forward:
+    """Compiled once for each number of rows, of which there may be many more than torch.compile expects."""
+    run = torch.compile(forward, fullgraph=True, dynamic=False)
+    return torch._dynamo.config.patch(recompile_limit=MOST_SHAPES)(run)
+
+
+class DecodeStep:
+    """The buffers, an entry per row of the slab, and the step over the first rows of them."""
+
+    def __init__(self, model: PreTrainedModel, slab: KVSlab, sampling: Sampling, eos: list[int], forward: Forward):
+        self.model, self.slab, self.sampling, self.forward = model, slab, sampling, forward
+        num_rows, width, device = slab.plan.num_rows, slab.plan.suffix_size, model.device
+        make = lambda dtype, *shape: torch.zeros(num_rows, *shape, dtype=dtype, device=device)  # noqa: E731
+        self.token = make(torch.int64)  # what it reads next
+        self.prefix = make(torch.int64)  # tokens of its prompt, without the last
+        self.length = make(torch.int64)  # sampled so far, and so where the next one goes; a finished row stands still
+        self.alive = make(torch.bool)
+        # By position. The last column, here and in the slab's suffix, is where a row of full length idles.
+        self.uniforms = make(torch.float64, width)
+        self.ids = make(torch.int64, width)
+        self.logprobs = make(torch.float32, width)
+        self.owned = (self.token, self.prefix, self.length, self.alive, self.uniforms, self.ids, self.logprobs)
+        self.place = make(torch.int64)  # its seat, see kernels/decode_attention
+        self.row = torch.arange(num_rows, device=device)
+        self.eos = torch.tensor(eos, device=device)
+
+    def __call__(self, layout: Decode) -> None:
+        """The step, for the rows of `layout`."""
+        sampling, size = self.sampling, len(layout.row)
+        token, length, alive = self.token[:size], self.length[:size], self.alive[:size]
+        self.slab.layout = layout
+        logits = self.forward(self.model, token[:, None], (self.prefix[:size] + length)[:, None], self.slab)
+        here = (layout.row, length)
+        drawn, logprob = kernels.sample_token(
+            logits,
+            self.uniforms[here],
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            impl=self.slab.impl,
+        )
+        self.ids[here], self.logprobs[here] = drawn, logprob
+        token.copy_(drawn)
+        length += alive
+        alive &= (drawn[:, None] != self.eos).all(1) & (length < sampling.max_new_tokens)
+
+    def layout(self, size: int, **bounds: int) -> Decode:
+        """What the attention of a step over the first `size` rows needs to know."""
+        return Decode(
+            place=self.place[:size],
+            row=self.row[:size],
+            prefix_lengths=self.prefix[:size],
+            suffix_lengths=self.length[:size],
+            **bounds,
+        )
+
+    def move(self, rows: Tensor, to: Tensor) -> None:
+        """Rows to the places `to`; every other row is left without an owner: finished, and of no length."""
+        for buffer in self.owned:
+            kept = buffer[rows]
+            buffer.zero_()
+            buffer[to] = kept
+
+    def admit(self, rows: Tensor, *, token: Tensor, prefix: Tensor, uniforms: Tensor) -> None:
+        """New owners of `rows`, with nothing sampled yet."""
+        self.token[rows], self.prefix[rows], self.uniforms[rows] = token, prefix, uniforms
+        self.alive[rows] = True
