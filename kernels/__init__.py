@@ -1,11 +1,15 @@
 """The public ops and the one place that chooses how each is computed.
 
 Every op is a folder: `reference.py` is its definition in plain PyTorch; a Triton kernel, where there is one, sits
-beside it and is imported here only. `impl` travels as an argument: auto, torch or triton.
+beside it and is imported here only, once it is needed. `impl` travels as an argument: auto, torch or triton.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -17,6 +21,12 @@ from kernels.sample_token import reference as sample_token_reference
 
 OPS = ("linear_logprob", "decode_attention", "sample_token")
 IMPLS = ("auto", "torch", "triton")
+TRITON = {  # op: what its kernel does not do; torch does that
+    "decode_attention": "head widths other than 16, 32, 64, 128 and 256 in torch",
+    "sample_token": "top-k, top-p and min-p in torch",
+}
+
+logger = logging.getLogger(__name__)
 
 
 class Choice(NamedTuple):
@@ -31,11 +41,43 @@ def resolve(op: str, impl: str, device: torch.device | str) -> Choice:
     assert op in OPS, f"unknown op {op!r}; the ops are {OPS}"
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is none of {', '.join(IMPLS)}")
+    if impl == "torch":
+        return Choice("torch", "asked for")
+    obstacle = _obstacle(op, impl, torch.device(device))
+    if obstacle is None:
+        return Choice("triton", TRITON[op])
     if impl == "triton":
-        raise ValueError(
-            f"impl=triton on {torch.device(device).type}: {op} has no Triton kernel; use impl=auto or impl=torch"
-        )
-    return Choice("torch", "asked for" if impl == "torch" else "no Triton kernel for this op")
+        raise ValueError(f"impl=triton: {obstacle}; use impl=auto or impl=torch")
+    return Choice("torch", obstacle)
+
+
+def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
+    """Why no Triton kernel can compute `op` on `device`, or None."""
+    if op not in TRITON:
+        return f"{op} has no Triton kernel"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # tests: Triton's interpreter, far slower than torch
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"Triton kernels need compute capability 8.0, not {capability}"
+
+
+def _serves(op: str, impl: str, obstacle: str | None) -> bool:
+    """Whether the kernel of `op` takes this call; if not, ValueError or, for auto, torch and one word about it."""
+    if obstacle is None:
+        return True
+    if impl == "triton":
+        raise ValueError(f"impl=triton: {op}: {obstacle}; use impl=auto or impl=torch")
+    _say_once(f"{op} runs in torch: {obstacle}")
+    return False
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def dispatch_table(impl: str, device: torch.device | str) -> dict[str, Choice]:
@@ -49,13 +91,26 @@ def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, *, impl: str,
     return linear_logprob_reference.linear_logprob(hidden, weight, target, **options)
 
 
-def decode_attention(query: Tensor, prefix: tuple, suffix: tuple, *, impl: str, **layout) -> Tensor:
-    """One query per row against its group's prefix and its own suffix; see kernels/decode_attention/reference.py."""
-    resolve("decode_attention", impl, query.device)
-    return decode_attention_reference.decode_attention(query, prefix, suffix, **layout)
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, prefix: tuple, suffix: tuple, *, impl: str, **layout
+) -> Tensor:
+    """Store each row's newest key and value, then attend to its group's prefix and its own suffix.
+
+    See kernels/decode_attention/reference.py.
+    """
+    if resolve("decode_attention", impl, query.device).impl == "triton":
+        from kernels.decode_attention import kernel
+
+        if _serves("decode_attention", impl, kernel.obstacle(query, key, value, prefix, suffix)):
+            return kernel.decode_attention(query, key, value, prefix, suffix, **layout)
+    return decode_attention_reference.decode_attention(query, key, value, prefix, suffix, **layout)
 
 
 def sample_token(logits: Tensor, uniforms: Tensor, *, impl: str, **options) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob; see kernels/sample_token/reference.py."""
-    resolve("sample_token", impl, logits.device)
+    if resolve("sample_token", impl, logits.device).impl == "triton":
+        from kernels.sample_token import kernel
+
+        if _serves("sample_token", impl, kernel.obstacle(logits, **options)):
+            return kernel.sample_token(logits, uniforms, temperature=options["temperature"])
     return sample_token_reference.sample_token(logits, uniforms, **options)

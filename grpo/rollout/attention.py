@@ -34,7 +34,7 @@ def slab_attention(
     softcap: float | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """Store key and value, then attend as `slab.layout` says.
+    """Store key and value and attend as `slab.layout` says.
 
     query: [N, H, length, D]; key, value: [N, Hkv, length, D], as transformers calls it.  Returns [N, length, H, D].
     """
@@ -65,16 +65,16 @@ def _decode(
     impl: str,
 ) -> Tensor:
     """One token of each row. query: [B, H, 1, D].  Returns the same shape."""
-    layer.suffix_key[layout.row, :, layout.suffix_lengths] = key[:, :, 0]
-    layer.suffix_value[layout.row, :, layout.suffix_lengths] = value[:, :, 0]
     output = kernels.decode_attention(
         query[:, :, 0],
+        key[:, :, 0],
+        value[:, :, 0],
         tuple(prefix[: layout.num_groups, :, : layout.longest_prefix] for prefix in layer[:2]),
         tuple(suffix[: len(query), :, : layout.longest_suffix] for suffix in layer[2:]),
         seats=layout.seats,
         place=layout.place,
         prefix_lengths=layout.prefix_lengths,
-        suffix_lengths=layout.suffix_lengths + 1,
+        suffix_lengths=layout.suffix_lengths,
         scale=scale,
         softcap=softcap,
         window=window,
