@@ -45,14 +45,14 @@ def sampling(name: str, own_types: dict, **constants) -> Kernel:
 DRAWN = {"uniforms": "*fp64:16", "token": "*i64:16", "logprob": "*fp32:16", "tiles": "i32"}
 CAPPED = dict(HAS_SOFTCAP=True, HAS_WINDOW=True)
 USUAL = {
-    "prefix, Qwen2.5-0.5B": attend_prefix("bf16", REPEATS=7, WIDTH=64),
     "prefix, Qwen2.5-7B": attend_prefix("bf16", REPEATS=7, WIDTH=128),
-    "suffix, Qwen2.5-0.5B": attend_suffix("bf16", REPEATS=7, WIDTH=64),
     "suffix, Qwen2.5-7B": attend_suffix("bf16", REPEATS=7, WIDTH=128),
     "weigh tiles": sampling("weigh_tiles", {}),
     "pick": sampling("pick", DRAWN, GREEDY=False, PADDED_TILES=64),
 }
 HARD = {
+    "prefix, Qwen2.5-0.5B": attend_prefix("bf16", REPEATS=7, WIDTH=64),
+    "suffix, Qwen2.5-0.5B": attend_suffix("bf16", REPEATS=7, WIDTH=64),
     "prefix, Gemma 2": attend_prefix("bf16", REPEATS=2, WIDTH=256, **CAPPED),
     "prefix, 8 heads of 256": attend_prefix("bf16", REPEATS=8, WIDTH=256, **CAPPED),
     "prefix, fp32": attend_prefix("fp32", REPEATS=7, WIDTH=128, **CAPPED),
@@ -73,12 +73,12 @@ def test_no_kernel_spills_or_wants_more_shared_memory_than_there_is_and_attentio
     assert reports.keys() == SHARED_MEMORY.keys() and all_faults(USUAL, reports) == {}
     # 16 query rows, as in a suffix, are too few for wgmma and tcgen05.
     for gpu, widest in {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}.items():
-        tensor = [report.tensor for report in reports[gpu]]
-        assert all(widest in used for used in tensor[:2]) and all("HMMA" in used for used in tensor[2:4])
+        prefix, suffix, *_ = reports[gpu]
+        assert widest in prefix.tensor and "HMMA" in suffix.tensor
 
 
 @pytest.mark.slow
-def test_wide_heads_soft_caps_and_fp32_do_not_spill_either():
+def test_narrow_and_wide_heads_soft_caps_and_fp32_do_not_spill_either():
     assert all_faults(HARD, build(list(HARD.values()))) == {}
 
 

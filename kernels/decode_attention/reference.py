@@ -25,14 +25,14 @@ def decode_attention(
 ) -> Tensor:
     """Store the key and value of each row's newest token at its suffix_lengths[b], then `attend` with it.
 
-    key, value: [B, Hkv, D].  suffix_lengths: [B] int64, without the newest token; -1 is an idle row: nothing of it is
-    stored and its output is 0. The rest is `attend`'s. The device is never waited for.
+    key, value: [B, Hkv, D].  suffix_lengths: [B] int64, without the newest token; -1 is an idle row: its output is 0,
+    and its suffix may be anything afterwards. The rest is `attend`'s. The device is never waited for.
     """
-    idle = (suffix_lengths < 0)[:, None, None]
-    here = (torch.arange(len(query), device=query.device), slice(None), suffix_lengths.clamp_min(0))
+    row = torch.arange(len(query), device=query.device)
     for stored, newest in zip(suffix, (key, value), strict=True):
-        stored[here] = torch.where(idle, stored[here], newest)
-    return attend(query, prefix, suffix, suffix_lengths=suffix_lengths + 1, **layout).masked_fill(idle, 0)
+        stored[row, :, suffix_lengths] = newest  # -1 is the last position: of an idle row nobody reads it
+    output = attend(query, prefix, suffix, suffix_lengths=suffix_lengths + 1, **layout)
+    return output.masked_fill_((suffix_lengths < 0)[:, None, None], 0)
 
 
 def attend(
