@@ -24,6 +24,8 @@ OPS = ("linear_logprob", "decode_attention", "sample_token")
 IMPLS = ("auto", "torch", "triton")
 TRITON = {  # op: what its kernel does not do; torch does that
     "linear_logprob": "fp64 in torch",
+    "decode_attention": "head widths other than 16, 32, 64, 128 and 256 in torch",
+    "sample_token": "top-k, top-p and min-p in torch",
 }
 
 logger = logging.getLogger(__name__)
@@ -142,13 +144,26 @@ def _log_prob_head(
     return modes.Head(weight, bias, temper, rows, modes.rows_per_chunk(len(weight), hidden.device.type))
 
 
-def decode_attention(query: Tensor, prefix: tuple, suffix: tuple, *, impl: str, **layout) -> Tensor:
-    """One query per row against its group's prefix and its own suffix; see kernels/decode_attention/reference.py."""
-    resolve("decode_attention", impl, query.device)
-    return decode_attention_reference.decode_attention(query, prefix, suffix, **layout)
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, prefix: tuple, suffix: tuple, *, impl: str, **layout
+) -> Tensor:
+    """Store each row's newest key and value, then attend to its group's prefix and its own suffix.
+
+    See kernels/decode_attention/reference.py.
+    """
+    if resolve("decode_attention", impl, query.device).impl == "triton":
+        from kernels.decode_attention import kernel
+
+        if _serves("decode_attention", impl, kernel.obstacle(query, key, value, prefix, suffix)):
+            return kernel.decode_attention(query, key, value, prefix, suffix, **layout)
+    return decode_attention_reference.decode_attention(query, key, value, prefix, suffix, **layout)
 
 
 def sample_token(logits: Tensor, uniforms: Tensor, *, impl: str, **options) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob; see kernels/sample_token/reference.py."""
-    resolve("sample_token", impl, logits.device)
+    if resolve("sample_token", impl, logits.device).impl == "triton":
+        from kernels.sample_token import kernel
+
+        if _serves("sample_token", impl, kernel.obstacle(logits, **options)):
+            return kernel.sample_token(logits, uniforms, temperature=options["temperature"])
     return sample_token_reference.sample_token(logits, uniforms, **options)

@@ -1,83 +1,210 @@
-"""decode_attention against a loop over rows, heads and keys in fp64."""
+"""decode_attention, reference and Triton kernel, against a softmax in fp64 row by row.
+
+Triton runs in its interpreter on CPU, where bf16 products are wrong, and compiled on CUDA.
+"""
 
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import Tensor
 
 import kernels
+from kernels.decode_attention import kernel, reference
 
-PREFIX, SUFFIX, SEATS, WIDTH = 9, 6, 3, 4
-GROUP, SEAT = [0, 0, 0, 1, 2, 2], [0, 1, 2, 0, 0, 1]  # three groups with 3, 1 and 2 rows left
-PREFIX_LENGTHS, SUFFIX_LENGTHS = [9, 9, 9, 0, 5, 5], [1, 6, 3, 2, 4, 1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STALE = {"torch": 1e4, "triton": math.nan}  # the reference wants finite numbers where nothing is stored
 
 
-def inputs(heads, kv_heads, dtype=torch.float32, seed=0):
+@dataclass
+class Case:
+    """What one step reads. `suffix` holds each row's newest token, last; row b is idle where suffix_lengths[b] is 0."""
+
+    query: Tensor
+    prefix: tuple[Tensor, Tensor]
+    suffix: tuple[Tensor, Tensor]
+    seats: int
+    place: list[int]
+    prefix_lengths: list[int]  # of the groups
+    suffix_lengths: list[int]  # with the newest token
+
+    def rows(self) -> list[tuple[int, int, int, int]]:
+        """row, its group, and how much of prefix and suffix it has."""
+        groups = [place // self.seats for place in self.place]
+        return [(b, g, self.prefix_lengths[g], self.suffix_lengths[b]) for b, g in enumerate(groups)]
+
+
+def make(heads, kv_heads, width, prefix_lengths, suffix_lengths, *, seats=3, place=None, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    make = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
-    rows, groups = len(GROUP), max(GROUP) + 1
-    query = make(rows, heads, WIDTH) * 2
-    prefix = (make(groups, kv_heads, PREFIX, WIDTH), make(groups, kv_heads, PREFIX, WIDTH))
-    suffix = (make(rows, kv_heads, SUFFIX, WIDTH), make(rows, kv_heads, SUFFIX, WIDTH))
-    return query, prefix, suffix
+    normal = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
+    place = list(range(len(suffix_lengths))) if place is None else place
+    prefix = (len(prefix_lengths), kv_heads, max(prefix_lengths), width)
+    suffix = (len(place), kv_heads, max(suffix_lengths) + 1, width)
+    query = normal(len(place), heads, width) * 2
+    slabs = (normal(*prefix), normal(*prefix)), (normal(*suffix), normal(*suffix))
+    return Case(query, *slabs, seats, place, prefix_lengths, suffix_lengths)
 
 
-def attend(query, prefix, suffix, **terms):
-    return kernels.decode_attention(
-        query,
-        prefix,
-        suffix,
-        seats=SEATS,
-        place=torch.tensor([group * SEATS + seat for group, seat in zip(GROUP, SEAT, strict=True)]),
-        prefix_lengths=torch.tensor(PREFIX_LENGTHS),
-        suffix_lengths=torch.tensor(SUFFIX_LENGTHS),
+# Three groups with 3, 1 and 2 of their 3 seats taken; the second has no prefix.
+SMALL = dict(width=16, prefix_lengths=[9, 0, 5], suffix_lengths=[1, 6, 3, 2, 4, 1], place=[0, 1, 2, 3, 6, 7])
+
+
+def attend(case, impl, *, stale=None, **terms):
+    """Output, and the suffix slab afterwards. The call stores the newest tokens; before, there is stale stuff."""
+    stale = STALE[impl] if stale is None else stale
+    prefix = [stored.clone() for stored in case.prefix]
+    suffix = [stored.clone() for stored in case.suffix]
+    newest = [torch.zeros_like(stored[:, :, 0]) for stored in suffix]
+    for row, group, prefix_length, suffix_length in case.rows():
+        for stored in prefix:
+            stored[group, :, prefix_length:] = stale
+        for stored, new in zip(suffix, newest, strict=True):
+            new[row] = stored[row, :, suffix_length - 1]
+            stored[row, :, max(0, suffix_length - 1) :] = stale
+    output = kernels.decode_attention(
+        case.query,
+        *newest,
+        tuple(prefix),
+        tuple(suffix),
+        seats=case.seats,
+        place=torch.tensor(case.place, device=DEVICE),
+        prefix_lengths=torch.tensor([length for _, _, length, _ in case.rows()], device=DEVICE),
+        suffix_lengths=torch.tensor(case.suffix_lengths, device=DEVICE) - 1,
         scale=0.5,
-        impl="torch",
+        impl=impl,
         **terms,
     )
+    return output, suffix
 
 
-def oracle(query, prefix, suffix, *, softcap=None, window=None):
-    """One row, one head, one key at a time."""
-    query, prefix, suffix = query.double(), [x.double() for x in prefix], [x.double() for x in suffix]
-    output = torch.zeros_like(query)
-    for row, group in enumerate(GROUP):
-        p, s = PREFIX_LENGTHS[row], SUFFIX_LENGTHS[row]
-        for head in range(query.shape[1]):
-            shared = head * suffix[0].shape[1] // query.shape[1]
-            keys = [*prefix[0][group, shared, :p], *suffix[0][row, shared, :s]][-(window or p + s) :]
-            values = [*prefix[1][group, shared, :p], *suffix[1][row, shared, :s]][-(window or p + s) :]
-            scores = [0.5 * float(query[row, head] @ key) for key in keys]
+def truth(case, *, softcap=None, window=None):
+    output = torch.zeros_like(case.query, dtype=torch.float64)
+    repeats = case.query.shape[1] // case.suffix[0].shape[1]
+    for row, group, prefix_length, suffix_length in case.rows():
+        if suffix_length:
+            keys, values = (
+                torch.cat([shared[group, :, :prefix_length], own[row, :, :suffix_length]], 1)[:, -(window or 10**6) :]
+                for shared, own in zip(case.prefix, case.suffix, strict=True)
+            )
+            keys, values = (x.double().repeat_interleave(repeats, 0) for x in (keys, values))
+            scores = 0.5 * (keys @ case.query[row].double()[:, :, None])[:, :, 0]
             if softcap:
-                scores = [softcap * math.tanh(score / softcap) for score in scores]
-            total = sum(map(math.exp, scores))
-            for score, value in zip(scores, values, strict=True):
-                output[row, head] += math.exp(score) / total * value
+                scores = softcap * torch.tanh(scores / softcap)
+            output[row] = (torch.softmax(scores, -1)[:, None] @ values)[:, 0]
     return output
 
 
+IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])
+
+
+@IMPLS
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 3), (5, 1)])
 @pytest.mark.parametrize("terms", [{}, {"window": 4}, {"window": 1}, {"softcap": 1.5}, {"softcap": 1.5, "window": 7}])
-def test_it_is_one_softmax_over_prefix_and_suffix(heads, kv_heads, terms):
-    given = inputs(heads, kv_heads)
-    assert (attend(*given, **terms) - oracle(*given, **terms)).abs().max() < 2e-6
+def test_it_is_one_softmax_over_prefix_and_suffix(impl, heads, kv_heads, terms):
+    case = make(heads, kv_heads, **SMALL)
+    output, _ = attend(case, impl, **terms)
+    assert (output - truth(case, **terms)).abs().max() < 3e-6
 
 
-def test_bf16_scores_are_not_rounded_before_the_softmax():
-    query, prefix, suffix = inputs(4, 2, dtype=torch.bfloat16, seed=4)
-    query = query * 8  # scores near 10, where bf16 numbers lie 0.06 apart
-    output = attend(query, prefix, suffix)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "heads, kv_heads, width, prefix_lengths, suffix_lengths, terms",
+    [
+        (14, 2, 64, [129, 1, 0], [129, 17, 1, 64, 65], {}),
+        (4, 1, 128, [300, 127], [1, 127, 128, 2, 40], {}),  # a prefix in chunks
+        (2, 2, 64, [300, 17], [1, 127, 20, 2, 40], {"window": 130}),  # that sees some chunks in part, some not at all
+        (7, 1, 64, [129, 127], [70, 1, 3, 2, 40], {"window": 65, "softcap": 3.0}),
+    ],
+)
+def test_the_kernel_is_as_exact_as_the_reference(heads, kv_heads, width, prefix_lengths, suffix_lengths, terms, dtype):
+    case = make(heads, kv_heads, width, prefix_lengths, suffix_lengths, place=[0, 2, 3, 4, 5], dtype=dtype)
+    expected = truth(case, **terms)
+    error = {impl: (attend(case, impl, **terms)[0] - expected).abs().max() for impl in STALE}
+    assert error["triton"] <= error["torch"] + {torch.float32: 2e-6, torch.float16: 5e-4}[dtype]
+
+
+@IMPLS
+@pytest.mark.parametrize("seats", [1, 20])  # one query row to a tile of 16; several tiles to a group
+def test_rows_may_sit_anywhere(impl, seats):
+    place = [0, 2] if seats == 1 else [3, 4, 19, 40, 50, 51, 59]  # a whole group of the three is empty
+    case = make(6, 2, 16, [20, 31, 17], [1 + i for i in range(len(place))], seats=seats, place=place)
+    assert (attend(case, impl)[0] - truth(case)).abs().max() < 3e-6
+
+
+@IMPLS
+def test_the_newest_key_and_value_are_stored_and_nothing_else_changes(impl):
+    case = make(4, 2, **SMALL | {"suffix_lengths": [1, 6, 0, 2, 4, 0]})
+    _, suffix = attend(case, impl, stale=7.0)
+    for stored, expected in zip(suffix, case.suffix, strict=True):
+        for row, _, _, length in case.rows():
+            assert torch.equal(stored[row, :, :length], expected[row, :, :length])
+            assert (stored[row, :, length:] == 7).all() or (length == 0 and impl == "torch")
+
+
+@IMPLS
+def test_an_idle_row_gives_zero_and_disturbs_nobody(impl):
+    busy = make(4, 2, **SMALL)
+    idle = replace(busy, suffix_lengths=[1, 6, 0, 0, 4, 1])  # one beside others, one alone in a group without prefix
+    output, _ = attend(idle, impl)
+    assert (output[[2, 3]] == 0).all()
+    assert torch.equal(output[[0, 1, 4, 5]], attend(busy, impl)[0][[0, 1, 4, 5]])
+
+
+@IMPLS
+def test_no_rows_at_all_but_idle_ones(impl):
+    assert (attend(make(4, 2, **SMALL | {"suffix_lengths": [0] * 6}), impl)[0] == 0).all()
+
+
+def test_a_neighbours_length_does_not_change_a_bit_of_a_rows_output():
+    lengths = [5, 90, 3]
+    case = make(4, 2, 16, [150], lengths)
+    other = replace(case, suffix_lengths=[5, 20, 90])
+    for terms in ({}, {"window": 60}):
+        assert torch.equal(attend(case, "triton", **terms)[0][0], attend(other, "triton", **terms)[0][0])
+
+
+@pytest.mark.parametrize("impl", ["torch"] + ["triton"] * (DEVICE == "cuda"))
+def test_bf16_scores_are_not_rounded_before_the_softmax(impl):
+    case = make(4, 2, **SMALL, dtype=torch.bfloat16, seed=4)
+    case.query *= 4  # scores near 10, where bf16 numbers lie 0.06 apart
+    output, _ = attend(case, impl)
     assert output.dtype == torch.bfloat16
-    # Measured: 0.008; with scores rounded to bf16, 0.079.
-    assert (output.double() - oracle(query, prefix, suffix)).abs().max() < 0.02
+    assert (output - truth(case)).abs().max() < 0.02
 
 
-def test_what_is_stored_beyond_a_length_has_no_effect():
-    query, prefix, suffix = inputs(4, 2)
-    clean = attend(query, prefix, suffix)
-    for row, group in enumerate(GROUP):
-        for tensor in prefix:
-            tensor[group, :, PREFIX_LENGTHS[row] :] = 1e4
-        for tensor in suffix:
-            tensor[row, :, SUFFIX_LENGTHS[row] :] = -1e4
-    assert torch.equal(attend(query, prefix, suffix), clean)
+def test_the_reference_reads_what_is_stored_and_nothing_beyond():
+    case = make(4, 2, **SMALL)
+    assert torch.equal(attend(case, "torch", stale=1e4)[0], attend(case, "torch", stale=0.0)[0])
+
+
+def test_prefix_chunks_cover_every_key_once_and_fill_the_device():
+    for size in (1, 17, 127, 129, 700, 4096):
+        chunk = kernel.chunk_size(size, programs=64, block=64)
+        assert chunk % 64 == 0 and (chunk >= kernel.CHUNK or chunk >= size)
+        assert -(-size // chunk) * chunk >= size > (-(-size // chunk) - 1) * chunk
+    assert kernel.chunk_size(700, programs=64, block=64) == 192  # 4 x 64 programs, close to PROGRAMS
+    assert kernel.chunk_size(700, programs=10_000, block=64) >= 700
+
+
+@pytest.mark.parametrize(
+    "width, dtype, reason",
+    [
+        (24, torch.float32, "head width 24 is none of"),
+        (16, torch.float64, "float64"),
+        (256, torch.float32, "exceeds 512 bytes"),
+    ],
+)
+def test_the_kernel_refuses_what_it_cannot_do_and_names_the_remedy(width, dtype, reason):
+    case = make(4, 2, width, [3], [1, 2], dtype=dtype)
+    with pytest.raises(ValueError, match=f"impl=triton: decode_attention: .*{reason}.*; use impl=auto or impl=torch"):
+        attend(case, "triton")
+
+
+def test_the_reference_stores_and_then_attends():
+    case = make(4, 2, **SMALL)
+    rows = torch.tensor([length for _, _, length, _ in case.rows()], device=DEVICE)
+    layout = dict(seats=case.seats, place=torch.tensor(case.place, device=DEVICE), prefix_lengths=rows, scale=0.5)
+    lengths = torch.tensor(case.suffix_lengths, device=DEVICE)
+    attended = reference.attend(case.query, case.prefix, case.suffix, suffix_lengths=lengths, **layout)
+    assert torch.allclose(attended, attend(case, "torch")[0], atol=1e-6)

@@ -1,5 +1,6 @@
-"""sample_token against hand-worked numbers and an fp64 oracle; the dispatch table."""
+"""sample_token, reference and Triton kernel (interpreted on CPU), against hand-worked numbers; the dispatch table."""
 
+import logging
 import math
 
 import pytest
@@ -8,26 +9,35 @@ import torch
 import kernels
 from kernels.sample_token.reference import truncate
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])
 
-def draw(probs, uniforms, *, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
-    """Tokens and log-probs for one distribution and many uniforms."""
-    logits = torch.tensor(probs).log().expand(len(uniforms), -1)
-    uniforms = torch.tensor(uniforms, dtype=torch.float64)
+
+def sample(logits, uniforms, *, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, impl="auto"):
+    logits, uniforms = logits.to(DEVICE), torch.as_tensor(uniforms, dtype=torch.float64, device=DEVICE)
     options = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-    token, logprob = kernels.sample_token(logits, uniforms, **options, impl="auto")
+    drawn = kernels.sample_token(logits, uniforms, **options, impl=impl)
+    return drawn[0].cpu(), drawn[1].cpu()
+
+
+def draw(probs, uniforms, **options):
+    """Tokens and log-probs for one distribution and many uniforms."""
+    token, logprob = sample(torch.tensor(probs).log().expand(len(uniforms), -1), uniforms, **options)
     return token.tolist(), logprob.tolist()
 
 
-def test_a_uniform_picks_the_token_whose_share_of_the_cdf_it_falls_into():
-    token, logprob = draw([0.1, 0.2, 0.3, 0.4], [0.05, 0.25, 0.35, 0.59, 0.61, 0.999])
+@IMPLS
+def test_a_uniform_picks_the_token_whose_share_of_the_cdf_it_falls_into(impl):
+    token, logprob = draw([0.1, 0.2, 0.3, 0.4], [0.05, 0.25, 0.35, 0.59, 0.61, 0.999], impl=impl)
     assert token == [0, 1, 2, 2, 3, 3]
     assert logprob == pytest.approx([math.log(p) for p in (0.1, 0.2, 0.3, 0.3, 0.4, 0.4)], abs=1e-6)
-    assert draw([0.5, 0.5], [0.5 - 1e-12, 0.5])[0] == [0, 1]  # the border belongs to the token above it
+    assert draw([0.5, 0.5], [0.5 - 1e-12, 0.5], impl=impl)[0] == [0, 1]  # the border belongs to the token above it
 
 
-def test_temperature_one_half_squares_the_odds_and_the_log_prob_says_so():
+@IMPLS
+def test_temperature_one_half_squares_the_odds_and_the_log_prob_says_so(impl):
     # p = [1/4, 3/4] at T = 1/2 becomes [1, 9] / 10.
-    token, logprob = draw([0.25, 0.75], [0.09, 0.11], temperature=0.5)
+    token, logprob = draw([0.25, 0.75], [0.09, 0.11], temperature=0.5, impl=impl)
     assert token == [0, 1]
     assert logprob == pytest.approx([math.log(0.1), math.log(0.9)], abs=1e-6)
 
@@ -70,9 +80,10 @@ def test_equal_logits_never_make_top_k_keep_more_than_k():
     assert kept.tolist() == [[True] * 3 + [False] * 4]
 
 
-def test_greedy_takes_the_argmax_and_its_log_prob_under_the_whole_untempered_distribution():
+@IMPLS
+def test_greedy_takes_the_argmax_and_its_log_prob_under_the_whole_untempered_distribution(impl):
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.6, 0.2, 0.1, 0.1]]).log()
-    token, logprob = kernels.sample_token(logits, torch.rand(2), temperature=0.0, top_p=0.1, top_k=1, impl="torch")
+    token, logprob = sample(logits, [0.3, 0.9], temperature=0.0, top_p=0.1, top_k=1, impl=impl)
     assert token.tolist() == [3, 0]
     assert logprob.tolist() == pytest.approx([math.log(0.4), math.log(0.6)], abs=1e-6)
 
@@ -85,29 +96,106 @@ def test_evenly_spaced_uniforms_reproduce_the_distribution():
     assert (share - probs).abs().max() <= 1.5 / count  # each border lies between two neighbours of the grid
 
 
-def test_tokens_of_probability_zero_are_never_drawn():
-    token, _ = draw([0.0, 0.5, 0.0, 0.5, 0.0], [1e-16, 0.4999999, 0.5000001, 1 - 2.0**-53])
+@IMPLS
+def test_tokens_of_probability_zero_are_never_drawn(impl):
+    token, _ = draw([0.0, 0.5, 0.0, 0.5, 0.0], [1e-16, 0.4999999, 0.5000001, 1 - 2.0**-53], impl=impl)
     assert token == [1, 1, 3, 3]
 
 
-def test_the_tail_of_a_large_vocabulary_is_reached_token_by_token():
+@IMPLS
+def test_the_tail_of_a_large_vocabulary_is_reached_token_by_token(impl):
     # 149,999 tokens share 1e-4. Each adds 7e-10 to a sum near 1, where fp32 numbers lie 6e-8 apart.
     logits = torch.full((1, 150_000), math.log(1e-4 / 149_999))
     logits[:, 0] = math.log(1 - 1e-4)
-    uniforms = 1 - 5e-5 + torch.arange(40, dtype=torch.float64) * 1e-4 / 149_999
-    token, _ = kernels.sample_token(logits.expand(40, -1), uniforms, temperature=1.0, top_p=1.0, top_k=0, impl="auto")
-    assert token.diff().tolist() == [1] * 39
-    assert abs(token[0].item() - 75_000) < 200  # the fp32 softmax itself moves borders by about 1e-7
+    uniforms = 1 - 5e-5 + torch.arange(12, dtype=torch.float64) * 1e-4 / 149_999
+    token, _ = sample(logits.expand(12, -1), uniforms, impl=impl)
+    assert token.diff().tolist() == [1] * 11
+    assert abs(token[0].item() - 75_000) < 200  # fp32 weights themselves move borders by about 1e-7
 
 
-def test_auto_resolves_to_torch_and_says_why():
+def borders(logits, token, temperature):
+    """The cumulative distribution in fp64 before and after each token: [B], [B]."""
+    cdf = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    after = cdf.gather(-1, token[:, None])[:, 0]
+    return torch.where(token > 0, cdf.gather(-1, (token - 1).clamp_min(0)[:, None])[:, 0], 0.0), after
+
+
+@pytest.mark.parametrize(
+    "vocabulary, temperature", [(1, 1.0), (17, 0.7), (127, 1.0), (129, 1.3), (4097, 0.7), (9000, 1.0)]
+)
+def test_the_kernel_draws_the_references_tokens(vocabulary, temperature):
+    rows = 40
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(rows, vocabulary, generator=generator) * 3
+    uniforms = torch.rand(rows, generator=generator, dtype=torch.float64)
+    token, logprob = sample(logits, uniforms, temperature=temperature, impl="triton")
+    expected, expected_logprob = sample(logits, uniforms, temperature=temperature, impl="torch")
+    before, after = borders(logits, token, temperature)
+    assert (before - 1e-6 < uniforms).all() and (uniforms < after + 1e-6).all()
+    assert torch.equal(token, expected)  # the seeds leave every uniform farther from a border than rounding reaches
+    assert (logprob - expected_logprob).abs().max() < 3e-6
+
+
+def test_the_kernel_reads_half_precision_and_rows_of_a_wider_tensor():
+    logits = torch.randn(5, 3, 300, generator=torch.Generator().manual_seed(1)).half()[:, -1, :290]
+    uniforms = torch.linspace(0.05, 0.95, 5, dtype=torch.float64)
+    token, logprob = sample(logits, uniforms, impl="triton")
+    expected, expected_logprob = sample(logits.float(), uniforms, impl="torch")
+    assert torch.equal(token, expected)
+    assert (logprob - expected_logprob).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_barred_with_minus_infinity_may_fill_whole_tiles_of_the_kernel(temperature):
+    logits = torch.full((3, 9000), -math.inf)
+    logits[0, 5000], logits[1, 8999], logits[2, 0] = 1.0, -40.0, 0.0
+    token, logprob = sample(logits, [1e-17, 0.5, 1 - 2.0**-53], temperature=temperature, impl="triton")
+    assert token.tolist() == [5000, 8999, 0]
+    assert logprob.abs().max() < 1e-6
+
+
+@IMPLS
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_logits_give_a_token_that_exists_and_a_log_prob_that_tells(impl, temperature, bad):
+    logits = torch.zeros(2, 4500)
+    logits[0, 3] = bad
+    token, logprob = sample(logits, [0.5, 0.5], temperature=temperature, impl=impl)
+    assert 0 <= token[0] < 4500 and not logprob[0].isfinite()
+    assert logprob[1].item() == pytest.approx(-math.log(4500), abs=1e-5)
+
+
+def test_the_kernel_takes_the_first_of_equal_maxima():
+    logits = torch.zeros(1, 5000)
+    logits[0, [4100, 4200]] = 1.0
+    assert sample(logits, [0.9], temperature=0.0, impl="triton")[0].tolist() == [4100]
+
+
+def test_auto_resolves_to_torch_on_a_cpu_and_says_why():
     table = kernels.dispatch_table("auto", "cpu")
     assert set(table) == set(kernels.OPS)
     assert all(choice.impl == "torch" and "Triton" in choice.why for choice in table.values())
 
 
-def test_asking_for_what_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="sample_token has no Triton kernel; use impl=auto"):
-        kernels.sample_token(torch.zeros(1, 2), torch.zeros(1), temperature=0.0, top_p=1.0, top_k=0, impl="triton")
+def test_triton_on_a_cpu_is_refused_unless_interpreted(monkeypatch):
+    assert kernels.resolve("sample_token", "torch", "cpu").why == "asked for"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.resolve("sample_token", "triton", "cpu").impl == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="impl=triton: Triton kernels need a CUDA device, not cpu; use impl=auto"):
+        kernels.resolve("sample_token", "triton", "cpu")
     with pytest.raises(ValueError, match="impl='cuda' is none of auto, torch, triton"):
         kernels.resolve("sample_token", "cuda", "cpu")
+
+
+def test_truncation_goes_to_torch_and_is_said_once_or_refused(monkeypatch, caplog):
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    with pytest.raises(ValueError, match="impl=triton: sample_token: top_p=1.0, top_k=2.* cut the distribution"):
+        sample(logits, [0.42], top_k=2, impl="triton")
+    monkeypatch.setattr(kernels, "_obstacle", lambda op, impl, device: None)  # as on a CUDA device
+    with caplog.at_level(logging.WARNING):
+        tokens = [sample(logits, [0.42], top_k=2, impl="auto")[0].item() for _ in range(2)]
+    assert tokens == [2, 2]
+    assert [record.message for record in caplog.records] == [
+        "sample_token runs in torch: top_p=1.0, top_k=2, min_p=0.0 cut the distribution"
+    ]

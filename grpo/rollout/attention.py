@@ -77,16 +77,16 @@ def _decode(
     impl: str,
 ) -> Tensor:
     """One token of each row. query: [B, H, 1, D].  Returns the same shape."""
-    suffix_key[row, :, suffix_lengths] = key[:, :, 0]
-    suffix_value[row, :, suffix_lengths] = value[:, :, 0]
     output = kernels.decode_attention(
         query[:, :, 0],
+        key[:, :, 0],
+        value[:, :, 0],
         (prefix_key[:num_groups, :, :longest_prefix], prefix_value[:num_groups, :, :longest_prefix]),
         (suffix_key[: len(query), :, :longest_suffix], suffix_value[: len(query), :, :longest_suffix]),
         seats=seats,
         place=place,
         prefix_lengths=prefix_lengths,
-        suffix_lengths=suffix_lengths + 1,
+        suffix_lengths=suffix_lengths,
         scale=scale,
         softcap=softcap,
         window=window,

@@ -1,7 +1,8 @@
 """The definition, in PyTorch: one softmax over the keys of a shared prefix and of a row's own suffix.
 
-All rows of a group read their prefix in one matmul: each row has a seat in a [groups, seats] grid, and the queries of
-a group's seats are stacked. An empty seat costs a little arithmetic and no memory traffic: rows may leave one by one.
+Before it the newest key and value of each row are stored. All rows of a group read their prefix in one matmul: each
+row has a seat in a [groups, seats] grid, and the queries of a group's seats are stacked. An empty seat costs a little
+arithmetic and no memory traffic: rows may leave one by one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,28 @@ from torch import Tensor
 
 
 def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    suffix: tuple[Tensor, Tensor],
+    *,
+    suffix_lengths: Tensor,
+    **layout,
+) -> Tensor:
+    """Store the key and value of each row's newest token at its suffix_lengths[b], then `attend` with it.
+
+    key, value: [B, Hkv, D].  suffix_lengths: [B] int64, without the newest token; -1 is an idle row: its output is 0,
+    and its suffix may be anything afterwards. The rest is `attend`'s. The device is never waited for.
+    """
+    row = torch.arange(len(query), device=query.device)
+    for stored, newest in zip(suffix, (key, value), strict=True):
+        stored[row, :, suffix_lengths] = newest  # -1 is the last position: of an idle row nobody reads it
+    output = attend(query, prefix, suffix, suffix_lengths=suffix_lengths + 1, **layout)
+    return output.masked_fill_((suffix_lengths < 0)[:, None, None], 0)
+
+
+def attend(
     query: Tensor,
     prefix: tuple[Tensor, Tensor],
     suffix: tuple[Tensor, Tensor],

@@ -1,0 +1,249 @@
+"""Two Triton kernels, memory bound: every stored key and value is read once per step, a prefix once per group.
+
+`attend_prefix` takes a tile of a group's seats, so that one load of the prefix serves seats x heads-per-kv-head query
+rows (at least 16: the tensor cores' least), over one chunk of the prefix; it leaves an output and its log-sum-exp.
+`attend_suffix` takes one row: it stores the newest key and value, attends to the row's own suffix and folds the
+chunks in, as one softmax in fp32. Shapes alone decide the launch: nothing waits for the device, and a CUDA graph may
+capture both. What lies beyond a length is never loaded, whatever it holds; and blocks begin at fixed keys, so that a
+row's output does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDTHS = (16, 32, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TILE_BYTES = 128  # of a column of a prefix tile's queries: 64 rows of bf16 are one warp group's wgmma
+BLOCK_BYTES = 8192  # of keys read at a time; with more, wide heads spill registers (tests/test_kernels_compile.py)
+CHUNK = 128  # least keys of a prefix chunk; below, writing and folding its partial result costs as much as reading it
+PROGRAMS = 264  # to aim for: two for each multiprocessor of an H100
+LOG2E = tl.constexpr(1.4426950408889634)
+NOTHING = tl.constexpr(-1.0e30)  # a finite score of no key: -inf - -inf would be NaN
+
+
+def obstacle(query: Tensor, key: Tensor, value: Tensor, prefix: tuple, suffix: tuple) -> str | None:
+    """Why the kernels cannot compute this, or None."""
+    width, dtype = query.shape[-1], query.dtype
+    if width not in WIDTHS:
+        return f"head width {width} is none of {WIDTHS}"
+    tensors = (query, key, value, *prefix, *suffix)
+    if width * query.element_size() > 512:
+        return f"head width {width} in {dtype} exceeds 512 bytes"
+    if dtype not in DTYPES or any(x.dtype != dtype for x in tensors):
+        return f"dtypes {sorted({str(x.dtype) for x in tensors})}: all must be one of {[str(x) for x in DTYPES]}"
+    if any(x.shape[-1] != width or x.stride(-1) != 1 for x in tensors):
+        return "keys and values must be as wide as queries, with neighbouring elements side by side"
+    if any(one.stride() != other.stride() for one, other in ((key, value), prefix, suffix)):
+        return "keys and values must lie in memory alike"
+    return None
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    suffix: tuple[Tensor, Tensor],
+    *,
+    seats: int,
+    place: Tensor,
+    prefix_lengths: Tensor,
+    suffix_lengths: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """What reference.decode_attention says; what lies beyond a length may be anything here, NaN too."""
+    num_rows, num_heads, width = query.shape
+    num_groups, kv_heads, prefix_size, _ = prefix[0].shape
+    repeats = num_heads // kv_heads
+    tile_seats, padded_repeats = tile_shape(seats, repeats, query.element_size())
+    tiles = triton.cdiv(seats, tile_seats)
+    block = block_size(width, query.element_size())
+    chunk = chunk_size(prefix_size, num_groups * tiles * kv_heads, block)
+    chunks = triton.cdiv(prefix_size, chunk)
+    partial = query.new_empty(num_rows, num_heads, chunks, width, dtype=torch.float32)
+    lse = query.new_empty(num_rows, num_heads, chunks, dtype=torch.float32)
+    output = query.new_empty(num_rows, num_heads, width)
+    common = dict(
+        scale=scale, softcap=softcap or 0.0, window=window or 0, REPEATS=repeats, WIDTH=width, BLOCK=block, CHUNK=chunk
+    )
+    common.update(HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, num_warps=4)
+    if chunks:
+        attend_prefix[(num_groups * tiles, kv_heads, chunks)](
+            query, *query.stride()[:2], *prefix, *prefix[0].stride()[:3], place, prefix_lengths, suffix_lengths,
+            partial, lse, num_rows, seats, tiles, chunks,
+            TILE_SEATS=tile_seats, PADDED_REPEATS=padded_repeats, PADDED_ROWS=triton.next_power_of_2(num_rows),
+            **common,
+        )  # fmt: skip
+    attend_suffix[(num_rows, kv_heads)](
+        query, *query.stride()[:2], key, value, *key.stride()[:2], *suffix, *suffix[0].stride()[:3],
+        prefix_lengths, suffix_lengths, partial, lse, output, chunks,
+        PADDED_REPEATS=max(16, triton.next_power_of_2(repeats)), **common,
+    )  # fmt: skip
+    return output
+
+
+def tile_shape(seats: int, repeats: int, element_size: int) -> tuple[int, int]:
+    """Seats of a prefix tile and query rows of a seat, both powers of two; their product is 16 or more."""
+    padded_repeats = triton.next_power_of_2(repeats)
+    tile_seats = min(triton.next_power_of_2(seats), TILE_BYTES // element_size // padded_repeats)
+    return max(tile_seats, 16 // padded_repeats, 1), padded_repeats
+
+
+def block_size(width: int, element_size: int) -> int:
+    """Keys read at a time."""
+    return max(16, min(64, BLOCK_BYTES // (width * element_size)))
+
+
+def chunk_size(prefix_size: int, programs: int, block: int) -> int:
+    """Keys of a prefix chunk, a multiple of `block`: long chunks, but enough programs to fill the device."""
+    chunks = max(1, min(triton.cdiv(PROGRAMS, programs), prefix_size // CHUNK))
+    return triton.cdiv(max(1, triton.cdiv(prefix_size, chunks)), block) * block
+
+
+@triton.jit
+def _score(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scores in units of log 2, so that weights are powers of two: the one exponential that the hardware has."""
+    scores = products * scale
+    if HAS_SOFTCAP:
+        scores = softcap * (1 - 2 / (tl.exp2(scores / softcap * (2 * LOG2E)) + 1))  # tanh
+    return scores * LOG2E
+
+
+@triton.jit
+def _attend(
+    query, keys, values, stride_key, low, high, first, last, best, total, sums,
+    scale, softcap, HAS_SOFTCAP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Fold keys [low, high) into an online softmax. query: [M, WIDTH]; row m sees the keys [first_m, last_m)."""
+    column = tl.arange(0, WIDTH)
+    for start in range(low, high, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        stored = at[:, None] * stride_key + column[None, :]
+        is_read = (at < high)[:, None]
+        key = tl.load(keys + stored, mask=is_read, other=0.0)
+        value = tl.load(values + stored, mask=is_read, other=0.0)
+        scores = _score(tl.dot(query, tl.trans(key), input_precision="tf32x3"), scale, softcap, HAS_SOFTCAP)
+        visible = (at[None, :] >= first[:, None]) & (at[None, :] < last[:, None])
+        scores = tl.where(visible, scores, NOTHING)
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.where(visible, tl.exp2(scores - new_best[:, None]), 0.0)
+        shrink = tl.exp2(best - new_best)
+        total = total * shrink + tl.sum(weights, 1)
+        sums = tl.dot(weights.to(value.dtype), value, sums * shrink[:, None], input_precision="tf32x3")
+        best = new_best
+    return best, total, sums
+
+
+@triton.jit
+def attend_prefix(
+    query, stride_query_row, stride_query_head, keys, values, stride_group, stride_head, stride_key,
+    place, prefix_lengths, suffix_lengths, partial, lse, num_rows, seats, tiles, chunks, scale, softcap, window,
+    REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    TILE_SEATS: tl.constexpr, PADDED_REPEATS: tl.constexpr, PADDED_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program (group and tile of its seats, kv head, chunk) -> partial[row, head, chunk] and its lse, log base 2."""
+    ROWS: tl.constexpr = TILE_SEATS * PADDED_REPEATS
+    group = tl.program_id(0) // tiles
+    kv_head = tl.program_id(1)
+    start = tl.program_id(2) * CHUNK
+
+    # Which row sits where: places increase, so as many rows come before a seat as have a smaller place.
+    every = tl.arange(0, PADDED_ROWS)
+    places = tl.load(place + every, mask=every < num_rows, other=(group + 1) * seats)
+    seat = (tl.program_id(0) % tiles) * TILE_SEATS + tl.arange(0, TILE_SEATS)
+    mine = (group * seats + seat)[:, None]
+    sitting = tl.sum((places[None, :] < mine).to(tl.int32), 1)
+    is_taken = (tl.sum((places[None, :] == mine).to(tl.int32), 1) > 0) & (seat < seats)
+    sitting = tl.where(is_taken, sitting, -1)
+    row = tl.reshape(tl.broadcast_to(sitting[:, None], [TILE_SEATS, PADDED_REPEATS]), [ROWS])
+    repeat = tl.arange(0, ROWS) % PADDED_REPEATS
+    stored = tl.load(suffix_lengths + row, mask=row >= 0, other=-1).to(tl.int32)
+    is_live = (stored >= 0) & (repeat < REPEATS)
+    last = tl.load(prefix_lengths + row, mask=is_live, other=0).to(tl.int32)
+    first = tl.zeros([ROWS], tl.int32)
+    if HAS_WINDOW:
+        first = tl.maximum(first, tl.where(is_live, last + stored + 1 - window, 2147483647))
+    low = tl.maximum(start, tl.min(first, 0) // BLOCK * BLOCK)
+    high = tl.minimum(start + CHUNK, tl.max(last, 0))
+    if low < high:
+        head = kv_head * REPEATS + repeat
+        column = tl.arange(0, WIDTH)
+        rows = query + row.to(tl.int64) * stride_query_row + head * stride_query_head
+        stacked = tl.load(rows[:, None] + column[None, :], mask=is_live[:, None], other=0.0)
+        best, total, sums = _attend(
+            stacked,
+            keys + group.to(tl.int64) * stride_group + kv_head * stride_head,
+            values + group.to(tl.int64) * stride_group + kv_head * stride_head,
+            stride_key, low, high, first, last,
+            tl.full([ROWS], NOTHING, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32),
+            scale, softcap, HAS_SOFTCAP, WIDTH, BLOCK,
+        )  # fmt: skip
+        # A row that sees nothing here, while another row of its tile does, leaves zeros and a weight of 2^NOTHING = 0.
+        target = (row * tl.num_programs(1) * REPEATS + head).to(tl.int64) * chunks + tl.program_id(2)
+        total = tl.where(total > 0, total, 1.0)
+        mean = sums / total[:, None]
+        tl.store(partial + target[:, None] * WIDTH + column[None, :], mean, mask=is_live[:, None])
+        tl.store(lse + target, best + tl.log2(total), mask=is_live)
+
+
+@triton.jit
+def attend_suffix(
+    query, stride_query_row, stride_query_head, key, value, stride_new_row, stride_new_head,
+    keys, values, stride_row, stride_head, stride_key, prefix_lengths, suffix_lengths, partial, lse, output, chunks,
+    scale, softcap, window,
+    REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, PADDED_REPEATS: tl.constexpr,
+):  # fmt: skip
+    """Program (row, kv head): store, attend, fold the prefix's chunks in, write the row's output."""
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    repeat = tl.arange(0, PADDED_REPEATS)
+    column = tl.arange(0, WIDTH)
+    is_head = (repeat < REPEATS)[:, None]
+    head = row * tl.num_programs(1) * REPEATS + kv_head * REPEATS + repeat  # of all rows: [B * H]
+    stored = tl.load(suffix_lengths + row).to(tl.int32)
+    result = tl.zeros([PADDED_REPEATS, WIDTH], tl.float32)
+    if stored >= 0:
+        new = row * stride_new_row + kv_head * stride_new_head + column
+        key_new, value_new = tl.load(key + new), tl.load(value + new)
+        keys += row * stride_row + kv_head * stride_head
+        values += row * stride_row + kv_head * stride_head
+        tl.store(keys + stored * stride_key + column, key_new)
+        tl.store(values + stored * stride_key + column, value_new)
+
+        mine = row * stride_query_row + (kv_head * REPEATS + repeat) * stride_query_head
+        stacked = tl.load(query + mine[:, None] + column[None, :], mask=is_head, other=0.0)
+        # The newest token is taken from registers: other threads' stores to the slab are not yet to be seen.
+        product = tl.sum(stacked.to(tl.float32) * key_new.to(tl.float32)[None, :], 1)
+        best = _score(product, scale, softcap, HAS_SOFTCAP)
+        total = tl.full([PADDED_REPEATS], 1.0, tl.float32)
+        sums = tl.zeros([PADDED_REPEATS, WIDTH], tl.float32) + value_new.to(tl.float32)[None, :]
+        length = tl.load(prefix_lengths + row).to(tl.int32)
+        seen = 0  # the first key visible, counted from the start of the prefix
+        if HAS_WINDOW:
+            seen = tl.maximum(0, length + stored + 1 - window)
+        first = tl.maximum(0, seen - length)
+        none = tl.zeros([PADDED_REPEATS], tl.int32)
+        best, total, sums = _attend(
+            stacked, keys, values, stride_key, first // BLOCK * BLOCK, stored, none + first, none + stored,
+            best, total, sums, scale, softcap, HAS_SOFTCAP, WIDTH, BLOCK,
+        )  # fmt: skip
+
+        for chunk in range(seen // CHUNK, tl.where(seen < length, tl.cdiv(length, CHUNK), 0)):
+            theirs = tl.load(lse + head * chunks + chunk, mask=repeat < REPEATS, other=NOTHING)
+            part = (head * chunks + chunk)[:, None] * WIDTH + column[None, :]
+            mean = tl.load(partial + part, mask=is_head, other=0.0)
+            new_best = tl.maximum(best, theirs)
+            shrink, weight = tl.exp2(best - new_best), tl.exp2(theirs - new_best)
+            total = total * shrink + weight
+            sums = sums * shrink[:, None] + mean * weight[:, None]
+            best = new_best
+        result = sums / total[:, None]
+    tl.store(output + head[:, None] * WIDTH + column[None, :], result.to(output.dtype.element_ty), mask=is_head)
