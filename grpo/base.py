@@ -186,10 +186,15 @@ class Supervisor:
         return scores.components[..., scores.names.index("correctness")].mean().item()
 
     def worked_phase(self, progress: Progress) -> dict:
-        """Worked solutions only, ended early once validation is good enough."""
+        """Worked solutions, ended early once validation is good enough."""
         base = self.base
         return self.phase(
-            "worked solutions", progress, steps=base.steps, lr=base.lr, guesses=0.0, stop=base.stop_accuracy
+            "worked solutions",
+            progress,
+            steps=base.steps,
+            lr=base.lr,
+            guesses=base.guess_share,
+            stop=base.stop_accuracy,
         )
 
     def habit_phase(self, progress: Progress) -> dict:
@@ -278,7 +283,7 @@ def continue_supervised(
     supervisor = Supervisor(model, AutoTokenizer.from_pretrained(folder), base, task, seed)
     curve, best = [(0.0, supervisor.accuracy())], copy.deepcopy(model.state_dict())
     share_done = lambda step, spent: spent / seconds  # noqa: E731
-    for point in supervisor.train(lr=base.continue_lr, guesses=0.0, share_done=share_done):
+    for point in supervisor.train(lr=base.continue_lr, guesses=base.guess_share, share_done=share_done):
         if point.share >= len(curve) / CONTINUE_VALIDATIONS:
             accuracy = supervisor.accuracy()
             if accuracy > max(seen for _, seen in curve):

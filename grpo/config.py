@@ -179,8 +179,10 @@ class BaseConfig:
     """Share of the steps over which the learning rate decays; the biggest single gain in accuracy."""
     answer_lines: float = 1.0
     """Share of the supervised texts that close with the answer line; below 1, GRPO has the format to teach too."""
+    guess_share: float = 0.0
+    """Share of the supervised texts that answer without working ("I think 13."). A habit needs a few, or its words are new to the model and teaching them does harm."""
     habit_steps: int = 0
-    """Further steps that teach the habit of answering without working ("I think 13."); 0: no such phase."""
+    """Further steps that teach the habit of answering without working; 0: no such phase."""
     habit_share: float = 0.7
     """Share of the habit phase's texts that answer without working."""
     habit_lr: float = 5e-4

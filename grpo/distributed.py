@@ -100,12 +100,18 @@ class World:
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM asks all ranks alike to stop after the step under way; a second Ctrl-C stops at once."""
+    """Within it, Ctrl-C or SIGTERM asks all ranks to stop after the step under way; a second one stops at once."""
 
     def __init__(self, world: World):
         self.world, self.is_set = world, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
         self.is_set = True
