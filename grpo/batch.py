@@ -158,6 +158,8 @@ def weigh(
             tokens.weight = row_weights.to(device)[tokens.sequence]
             tokens.counted = mask.to(device)[tokens.sequence]
             tokens.active = tokens.counted.clone()
+            if not mask.all():  # found here, where the mask is on the CPU: no GPU has to be waited for
+                tokens.head_rows = mask.repeat_interleave(length).nonzero()[:, 0].to(device)
 
 
 def unique_steps(batch: Batch) -> Iterable[list[MicroBatch]]:

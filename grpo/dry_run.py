@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from grpo.base import model_config
 from grpo.config import Config, to_dict
 from grpo.policy import choose_precision, load_model_config
-from kernels.linear_logprob.reference import BLOCK_ELEMENTS
+from kernels.linear_logprob.modes import rows_per_chunk
 
 PROMPT_TOKENS = {"word_problems": 30}  # by task, as measured; elsewhere a question and its exemplars
 QUESTION_TOKENS, EXEMPLAR_TOKENS = 110, 75
@@ -55,7 +55,7 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
         bytes_per_element=2 if is_bf16 else 4,
         has_reference=bool(config.objective.beta),
         prompt_tokens=PROMPT_TOKENS.get(config.task, QUESTION_TOKENS + EXEMPLAR_TOKENS * config.prompt.shots),
-        logit_chunk_tokens=max(1, BLOCK_ELEMENTS[device.type] // model.vocab_size),
+        logit_chunk_tokens=rows_per_chunk(model.vocab_size, device.type),
     )
 
 
@@ -113,6 +113,6 @@ def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[
     return copies | {
         "KV cache": 2 * model.num_layers * model.num_kv_heads * model.head_dim * size * cached_tokens,
         "activations of a micro-batch": activation * config.batch.tokens_per_micro_batch,
-        "logits of a chunk, with gradient": 3 * 4 * model.vocab_size * model.logit_chunk_tokens,
+        "logits of a chunk": 4 * model.vocab_size * model.logit_chunk_tokens,
         "logits of a decoding step": 2 * 4 * model.vocab_size * sequences,
     }

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.policy import Policy
-from grpo.records import Batch, MicroBatch
-from kernels import linear_logprob
+from grpo.records import Batch, MicroBatch, TokenColumns
+from kernels import linear_logprob, linear_logprob_loss
 
-TokenLoss = Callable[
-    [Tensor, Tensor, slice], Tensor
-]  # (logprobs, entropy, rows of the micro-batch's [T]) -> loss per token
+# (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
+TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
 
 
 class LogprobModel(nn.Module):
-    """A causal language model as a function from micro-batch to ([T], [T]) log-probs and entropy, fp32, tempered."""
+    """A causal language model as a function from micro-batch to log-probs and entropy, fp32, tempered."""
 
     def __init__(self, model: PreTrainedModel, *, temperature: float, impl: str):
         super().__init__()
@@ -31,7 +30,7 @@ class LogprobModel(nn.Module):
         self.temperature = temperature
         self.impl = impl
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         # Right padding needs no mask under causal attention, and explicit positions leave nothing to be guessed.
         outputs = self.model.base_model(
             input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids, use_cache=False
@@ -40,15 +39,28 @@ class LogprobModel(nn.Module):
             micro_batch.source
         ]  # row source[t] predicts token t: the only shift
         head = self.model.get_output_embeddings()
-        return linear_logprob(
-            hidden,
-            head.weight,
-            micro_batch.tokens.target,
-            temperature=self.temperature,
-            bias=head.bias,
-            softcap=getattr(self.model.config, "final_logit_softcapping", None),
-            impl=self.impl,
-        )
+        options = {
+            "temperature": self.temperature,
+            "bias": head.bias,
+            "softcap": getattr(self.model.config, "final_logit_softcapping", None),
+            "impl": self.impl,
+        }
+        if token_loss is None:
+            return linear_logprob(hidden, head.weight, micro_batch.tokens.target, **options)
+        return _folded_loss(hidden, head.weight, micro_batch.tokens, token_loss, options)
+
+
+def _folded_loss(
+    hidden: Tensor, weight: Tensor, tokens: TokenColumns, token_loss: TokenLoss, options: dict[str, object]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, log-probs and entropy. Tokens of weight 0 never reach the head: their log-prob is NaN."""
+    rows = tokens.head_rows
+    if rows is None:
+        return linear_logprob_loss(hidden, weight, tokens.target, token_loss, **options)
+    loss, *columns = linear_logprob_loss(
+        hidden[rows], weight, tokens.target[rows], lambda *values: token_loss(*values[:2], rows[values[2]]), **options
+    )
+    return loss, *(column.new_full((len(hidden),), torch.nan).index_copy_(0, rows, column) for column in columns)
 
 
 class _WorkingCopy(torch.autograd.Function):
@@ -105,13 +117,13 @@ class PolicyModule(nn.Module):
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         """Log-probs and entropy, each [T]; or, given `token_loss`, the weighted loss summed over the micro-batch
-        (a scalar) with detached log-probs and entropy."""
+        (a scalar) with detached log-probs and entropy, NaN where the weight is 0.
+
+        With `token_loss` the head computes its logits once, chunk by chunk, so a token's loss may depend on no other
+        token. A loss of whole sequences is made from the log-probs and costs the logits a second time.
+        """
         with self._weights_for_this_pass():
-            logprobs, entropy = self.compute(micro_batch)
-        if token_loss is None:
-            return logprobs, entropy
-        loss = token_loss(logprobs, entropy, slice(0, len(logprobs))).sum()
-        return loss, logprobs.detach(), entropy.detach()
+            return self.compute(micro_batch, token_loss)
 
     def _weights_for_this_pass(self) -> AbstractContextManager:
         """The working copy, tied to the masters by a cast whose backward hands them fp32 gradients."""

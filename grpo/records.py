@@ -113,6 +113,7 @@ class TokenColumns:
     weight: Tensor | None = None  # [T] fp32, 0 where the token is not active
     counted: Tensor | None = None  # [T] bool: in the denominators
     active: Tensor | None = None  # [T] bool: contributes a gradient
+    head_rows: Tensor | None = None  # int64: tokens of weight other than 0, ascending; None: all of them
 
 
 @dataclass

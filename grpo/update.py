@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.distributed import World
+from grpo.logprobs import TokenLoss
 from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, token_loss
 from grpo.records import Batch, MicroBatch
 
@@ -97,11 +98,11 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
     return reduced
 
 
-def weighted_loss(objective: Objective, micro_batch: MicroBatch) -> Callable[[Tensor, Tensor, slice], Tensor]:
+def weighted_loss(objective: Objective, micro_batch: MicroBatch) -> TokenLoss:
     """The objective of this micro-batch as a function of its log-probs: final weight times loss, per token."""
     tokens = micro_batch.tokens
 
-    def loss_of(logprobs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+    def loss_of(logprobs: Tensor, entropy: Tensor, rows: slice | Tensor) -> Tensor:
         pick = lambda column: None if column is None else column[rows]  # noqa: E731
         loss = token_loss(
             objective, logprobs, old=pick(tokens.old), ref=pick(tokens.ref), advantages=tokens.advantage[rows]
@@ -168,7 +169,7 @@ def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]]) -> str | None:
             ("ref", tokens.ref),
             ("advantage", tokens.advantage),
         ):
-            bad = None if column is None or micro_batch.is_dummy else (~torch.isfinite(column)).nonzero()
+            bad = None if column is None else (~torch.isfinite(column) & tokens.counted).nonzero()
             if bad is not None and len(bad):
                 group, sample = micro_batch.sequences[int(tokens.sequence[bad[0, 0]])]
                 return f"the {name} of group {group}, sample {sample} of its rank is not finite"

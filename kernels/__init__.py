@@ -1,22 +1,32 @@
 """The public ops and the one place that chooses how each is computed.
 
 Every op is a folder: `reference.py` is its definition in plain PyTorch; a Triton kernel, where there is one, sits
-beside it and is imported here only. `impl` travels as an argument: auto, torch or triton.
+beside it and is imported here only, once it is needed. `impl` travels as an argument: auto, torch or triton.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.decode_attention import reference as decode_attention_reference
-from kernels.linear_logprob import reference as linear_logprob_reference
+from kernels.linear_logprob import modes
+from kernels.linear_logprob.rows import TORCH, Temper
 from kernels.sample_token import reference as sample_token_reference
 
 OPS = ("linear_logprob", "decode_attention", "sample_token")
 IMPLS = ("auto", "torch", "triton")
+TRITON = {  # op: what its kernel does not do; torch does that
+    "linear_logprob": "fp64 in torch",
+}
+
+logger = logging.getLogger(__name__)
 
 
 class Choice(NamedTuple):
@@ -31,11 +41,43 @@ def resolve(op: str, impl: str, device: torch.device | str) -> Choice:
     assert op in OPS, f"unknown op {op!r}; the ops are {OPS}"
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is none of {', '.join(IMPLS)}")
+    if impl == "torch":
+        return Choice("torch", "asked for")
+    obstacle = _obstacle(op, impl, torch.device(device))
+    if obstacle is None:
+        return Choice("triton", TRITON[op])
     if impl == "triton":
-        raise ValueError(
-            f"impl=triton on {torch.device(device).type}: {op} has no Triton kernel; use impl=auto or impl=torch"
-        )
-    return Choice("torch", "asked for" if impl == "torch" else "no Triton kernel for this op")
+        raise ValueError(f"impl=triton: {obstacle}; use impl=auto or impl=torch")
+    return Choice("torch", obstacle)
+
+
+def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
+    """Why no Triton kernel can compute `op` on `device`, or None."""
+    if op not in TRITON:
+        return f"{op} has no Triton kernel"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # tests: Triton's interpreter, far slower than torch
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"Triton kernels need compute capability 8.0, not {capability}"
+
+
+def _serves(op: str, impl: str, obstacle: str | None) -> bool:
+    """Whether the kernel of `op` takes this call; if not, ValueError or, for auto, torch and one word about it."""
+    if obstacle is None:
+        return True
+    if impl == "triton":
+        raise ValueError(f"impl=triton: {op}: {obstacle}; use impl=auto or impl=torch")
+    _say_once(f"{op} runs in torch: {obstacle}")
+    return False
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def dispatch_table(impl: str, device: torch.device | str) -> dict[str, Choice]:
@@ -43,10 +85,61 @@ def dispatch_table(impl: str, device: torch.device | str) -> dict[str, Choice]:
     return {op: resolve(op, impl, device) for op in OPS}
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, *, impl: str, **options) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy of each target under softmax(hidden weight^T); see kernels/linear_logprob/reference.py."""
-    resolve("linear_logprob", impl, hidden.device)
-    return linear_logprob_reference.linear_logprob(hidden, weight, target, **options)
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    impl: str,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target under softmax(cap(hidden weight^T + bias) / temperature), and that softmax's entropy.
+
+    kernels/linear_logprob/reference.py is the definition.  hidden: [T, D]; weight: [V, D]; bias: [V]; target: [T]
+    int64.  Returns ([T], [T]), natural log, fp32 (fp64 for fp64). The log-prob carries gradients to hidden, weight
+    and bias, whatever the loss; the entropy only with entropy_gradient. ValueError for shapes, dtypes or targets
+    that do not belong together; on a GPU, which would have to wait for it, a target out of range gives NaN.
+    """
+    head = _log_prob_head(hidden, weight, target, bias, Temper(temperature, softcap), impl)
+    return modes.logprobs_and_entropy(head, hidden, target, entropy_gradient=entropy_gradient)
+
+
+def linear_logprob_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    token_loss: modes.TokenLoss,
+    *,
+    temperature: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    impl: str,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of token_loss(log-probs, entropy, rows) over all rows; with the log-probs and entropy, detached.
+
+    As `linear_logprob`, a quarter cheaper: the logits are computed once, because the loss of each chunk of rows is
+    known while its logits are still there. token_loss returns the loss per row, [R], must depend on no other row, and
+    passes a gradient to nothing but its arguments. A loss of whole sequences needs `linear_logprob`.
+    """
+    head = _log_prob_head(hidden, weight, target, bias, Temper(temperature, softcap), impl)
+    return modes.folded_loss(head, hidden, target, token_loss, entropy_gradient=entropy_gradient)
+
+
+def _log_prob_head(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temper: Temper, impl: str
+) -> modes.Head:
+    modes.check(hidden, weight, target, bias)
+    rows = TORCH
+    if resolve("linear_logprob", impl, hidden.device).impl == "triton":
+        from kernels.linear_logprob import kernel
+
+        if _serves("linear_logprob", impl, kernel.obstacle(hidden)):
+            rows = kernel.rows_for(weight)
+    return modes.Head(weight, bias, temper, rows, modes.rows_per_chunk(len(weight), hidden.device.type))
 
 
 def decode_attention(query: Tensor, prefix: tuple, suffix: tuple, *, impl: str, **layout) -> Tensor:

@@ -9,3 +9,5 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # Triton's interpreter runs the kernels; it is chosen when a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")

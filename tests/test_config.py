@@ -300,7 +300,7 @@ def test_the_memory_estimate_by_hand():
     assert memory["working copy, bf16"] == memory["frozen reference"] == 2000
     assert memory["KV cache"] == 5280 * 128
     assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 64) * 2
-    assert memory["logits of a chunk, with gradient"] == 3 * 4 * 100 * 16
+    assert memory["logits of a chunk"] == 4 * 100 * 16
     in_fp32 = dry_run.memory_estimate(Config(), 1, replace(FACTS, bytes_per_element=4, has_reference=False))
     assert not {"working copy, bf16", "frozen reference"} & set(in_fp32)
 

@@ -1,0 +1,308 @@
+"""The head in Triton: a forward pass that never writes logits, and the two steps of rows.py.
+
+`forward` is a matmul whose epilogue folds each tile of logits into running sums of a row: its largest logit m, sum
+e^(z - m) and sum e^(z - m) (z - m), from which log-sum-exp and entropy follow. Every program owns some rows and
+SPAN columns of the vocabulary; a second kernel merges the spans in order. No atomics: a row's result depends on that
+row alone, to the bit. Inside, logits are in units of log 2, so that 2^x, which the hardware has, replaces e^x.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.linear_logprob.rows import Rows, RowStatistics, Temper
+
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+# Below every logit, and finite: -inf - -inf would be NaN where a tile has no column of the vocabulary.
+LOWEST = tl.constexpr(-1.0e30)
+
+# Compiles without a spill for sm_80, 90 and 100 (tests/test_kernels_compile_logprob.py). No GPU has timed it yet.
+TILE = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_WIDTH": 64, "num_warps": 8, "num_stages": 3}
+SPAN = 2048  # columns of one program: 75 programs a row block at V = 151,936
+ROW_BLOCK = {"BLOCK": 4096, "num_warps": 8}
+# Widest head whose forward pass is fused; beyond it the traffic of written logits is small beside the matmul.
+MAX_FUSED_WIDTH = 2048
+
+
+@triton.jit
+def _tempered(logits, by_temperature, softcap, HAS_CAP: tl.constexpr):
+    """cap(logits) / temperature in units of log 2, and tanh(logits / softcap)."""
+    tanh = logits
+    if HAS_CAP:
+        tanh = 1 - 2 / (tl.exp(logits * (2 / softcap)) + 1)  # right at both ends: e^x may be 0 or inf
+        logits = softcap * tanh
+    return logits * (by_temperature * LOG2E), tanh
+
+
+@triton.jit
+def _fold(top, total, moment, z, other_total, other_moment):
+    """Running sums over two sets of logits; z is the largest of the second, `moment` sum 2^(z - top) (z - top)."""
+    new = tl.maximum(top, z)
+    keep, take = tl.exp2(top - new), tl.exp2(z - new)
+    moment = keep * (moment + total * (top - new)) + take * (other_moment + other_total * (z - new))
+    return new, keep * total + take * other_total, moment
+
+
+@triton.jit
+def _logprob_and_entropy(top, total, moment, chosen, target, V: tl.constexpr):
+    """Natural units. A target outside the vocabulary gives NaN, which stops the run with the sequence's name."""
+    logprob = (chosen - top - tl.log2(total)) * LN2
+    is_known = (target >= 0) & (target < V)
+    return tl.where(is_known, logprob, float("nan")), (tl.log2(total) - moment / total) * LN2
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def forward_spans(
+    hidden,
+    weight,
+    bias,
+    target,
+    partial,  # [4, spans, T]: top, total, moment and the target's logit where the span has it
+    num_rows,
+    by_temperature,
+    softcap,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # Programs that run together differ in their rows first: they read the same part of the weight from L2.
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    span = tl.program_id(1)
+    is_row = row < num_rows
+    wanted = tl.load(target + row, mask=is_row, other=-1)
+    top = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
+    total, moment, chosen = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
+    for start in range(0, COLUMNS, BLOCK_COLUMNS):
+        column = span * COLUMNS + start + tl.arange(0, BLOCK_COLUMNS)
+        is_column = column < V
+        logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for first in range(0, D, BLOCK_WIDTH):
+            width = first + tl.arange(0, BLOCK_WIDTH)
+            left_mask, right_mask = is_row[:, None], is_column[None, :]
+            if D % BLOCK_WIDTH:
+                left_mask, right_mask = left_mask & (width < D)[None, :], right_mask & (width < D)[:, None]
+            left = tl.load(hidden + row[:, None].to(tl.int64) * D + width[None, :], mask=left_mask, other=0.0)
+            right = tl.load(weight + column[None, :].to(tl.int64) * D + width[:, None], mask=right_mask, other=0.0)
+            if UPCAST:
+                left, right = left.to(tl.float32), right.to(tl.float32)
+            logits = tl.dot(left, right, logits)
+        if HAS_BIAS:
+            logits += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        z, _ = _tempered(logits, by_temperature, softcap, HAS_CAP)
+        z = tl.where(is_column[None, :], z, LOWEST)
+        chosen += tl.sum(tl.where(column[None, :] == wanted[:, None], z, 0.0), 1)
+        new = tl.maximum(top, tl.max(z, 1))
+        keep = tl.exp2(top - new)
+        z -= new[:, None]
+        exp = tl.exp2(z)
+        moment = keep * (moment + total * (top - new)) + tl.sum(exp * z, 1)
+        total = keep * total + tl.sum(exp, 1)
+        top = new
+    place = partial + span.to(tl.int64) * num_rows + row
+    step = tl.num_programs(1).to(tl.int64) * num_rows
+    tl.store(place, top, mask=is_row)
+    tl.store(place + step, total, mask=is_row)
+    tl.store(place + 2 * step, moment, mask=is_row)
+    tl.store(place + 3 * step, chosen, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def merge_spans(
+    partial, target, logprobs, entropy, num_rows, V: tl.constexpr, SPANS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_row = row < num_rows
+    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    total, moment, chosen = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
+    step = tl.full((), SPANS, tl.int64) * num_rows
+    for span in range(0, SPANS):
+        place = partial + tl.full((), span, tl.int64) * num_rows + row
+        other_top = tl.load(place, mask=is_row, other=0.0)
+        other_total = tl.load(place + step, mask=is_row, other=1.0)
+        other_moment = tl.load(place + 2 * step, mask=is_row, other=0.0)
+        chosen += tl.load(place + 3 * step, mask=is_row, other=0.0)
+        top, total, moment = _fold(top, total, moment, other_top, other_total, other_moment)
+    wanted = tl.load(target + row, mask=is_row, other=0)
+    logprob, spread = _logprob_and_entropy(top, total, moment, chosen, wanted, V)
+    tl.store(logprobs + row, logprob, mask=is_row)
+    tl.store(entropy + row, spread, mask=is_row)
+
+
+@triton.jit
+def row_statistics(
+    logits,
+    target,
+    logprobs,
+    entropy,
+    tops,
+    totals,
+    by_temperature,
+    softcap,
+    V: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row, one read. Every lane keeps its own running sums; they are joined at the end."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    total, moment = tl.zeros_like(top), tl.zeros_like(top)
+    for start in range(0, V, BLOCK):
+        is_column = start + lane < V
+        raw = tl.load(logits + row * V + start + lane, mask=is_column, other=0.0)
+        z, _ = _tempered(raw, by_temperature, softcap, HAS_CAP)
+        top, total, moment = _fold(top, total, moment, tl.where(is_column, z, LOWEST), is_column.to(tl.float32), 0.0)
+    row_top = tl.max(top, 0)
+    scale = tl.exp2(top - row_top)
+    row_total = tl.sum(scale * total, 0)
+    row_moment = tl.sum(scale * (moment + total * (top - row_top)), 0)
+    wanted = tl.load(target + row)
+    is_known = (wanted >= 0) & (wanted < V)
+    chosen, _ = _tempered(
+        tl.load(logits + row * V + wanted, mask=is_known, other=0.0), by_temperature, softcap, HAS_CAP
+    )
+    logprob, spread = _logprob_and_entropy(row_top, row_total, row_moment, chosen, wanted, V)
+    tl.store(logprobs + row, logprob)
+    tl.store(entropy + row, spread)
+    tl.store(tops + row, row_top)
+    tl.store(totals + row, row_total)
+
+
+@triton.jit
+def row_gradients(
+    logits,
+    gradients,  # the same memory; its rows are as far apart, counted in its own elements: `stride`
+    target,
+    entropy,
+    tops,
+    totals,
+    by_logprob,
+    by_entropy,
+    stride,
+    by_temperature,
+    softcap,
+    V: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    wanted, g = tl.load(target + row), tl.load(by_logprob + row)
+    top, total = tl.load(tops + row), tl.load(totals + row)
+    for start in range(0, V, BLOCK):
+        column = start + lane
+        raw = tl.load(logits + row * V + column, mask=column < V, other=0.0)
+        z, tanh = _tempered(raw, by_temperature, softcap, HAS_CAP)
+        p = tl.exp2(z - top) / total
+        gradient = g * (tl.where(column == wanted, 1.0, 0.0) - p)
+        if HAS_ENTROPY:
+            logprob = (z - top - tl.log2(total)) * LN2
+            gradient -= tl.load(by_entropy + row) * p * (logprob + tl.load(entropy + row))
+        if HAS_CAP:
+            gradient *= 1 - tanh * tanh
+        # A narrower gradient lies over logits of this block that other threads may still have to read.
+        tl.debug_barrier()
+        place = gradients + row * stride + column
+        tl.store(place, (gradient * by_temperature).to(gradients.dtype.element_ty), mask=column < V)
+        tl.debug_barrier()
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temper: Temper
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy, [T] fp32 each. hidden: [T, D]; weight: [V, D]; both bf16 or fp16, contiguous."""
+    (num_rows, width), vocabulary = hidden.shape, len(weight)
+    spans = triton.cdiv(vocabulary, SPAN)
+    partial = hidden.new_empty((4, spans, num_rows), dtype=torch.float32)
+    logprobs, entropy = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    if num_rows == 0:
+        return logprobs, entropy
+    grid = (triton.cdiv(num_rows, TILE["BLOCK_ROWS"]), spans)
+    forward_spans[grid](
+        hidden.contiguous(),
+        weight.contiguous(),
+        weight if bias is None else bias,
+        target,
+        partial,
+        num_rows,
+        *_scalars(temper),
+        V=vocabulary,
+        D=width,
+        HAS_BIAS=bias is not None,
+        HAS_CAP=temper.softcap is not None,
+        UPCAST=triton.knobs.runtime.interpret,  # it multiplies the bit patterns of bf16
+        COLUMNS=SPAN,
+        **TILE,
+    )
+    merge_spans[(triton.cdiv(num_rows, 128),)](
+        partial, target, logprobs, entropy, num_rows, V=vocabulary, SPANS=spans, BLOCK=128
+    )
+    return logprobs, entropy
+
+
+def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
+    """Log-prob and entropy of each row, in one read. logits: [R, V] fp32, contiguous."""
+    logprobs, entropy, tops, totals = (logits.new_empty(len(logits)) for _ in range(4))
+    row_statistics[(len(logits),)](
+        logits,
+        target,
+        logprobs,
+        entropy,
+        tops,
+        totals,
+        *_scalars(temper),
+        V=logits.shape[1],
+        HAS_CAP=temper.softcap is not None,
+        **ROW_BLOCK,
+    )
+    return RowStatistics(logprobs, entropy, (logits, tops, totals))
+
+
+def gradients(
+    found: RowStatistics, target: Tensor, temper: Temper, g: Tensor, h: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """d loss / d logits as [R, V] of `dtype` (as wide as fp32 or narrower) in the memory of the logits."""
+    logits, tops, totals = found.saved
+    placed = logits.view(dtype)
+    row_gradients[(len(logits),)](
+        logits,
+        placed,
+        target,
+        found.entropy,
+        tops,
+        totals,
+        g.contiguous(),
+        found.entropy if h is None else h.contiguous(),
+        placed.stride(0),
+        *_scalars(temper),
+        V=logits.shape[1],
+        HAS_CAP=temper.softcap is not None,
+        HAS_ENTROPY=h is not None,
+        **ROW_BLOCK,
+    )
+    return placed[:, : logits.shape[1]]
+
+
+def _scalars(temper: Temper) -> tuple[float, float]:
+    return 1 / temper.temperature, temper.softcap or 1.0
+
+
+def obstacle(hidden: Tensor) -> str | None:
+    """Why these kernels cannot serve this head, or None."""
+    return None if hidden.dtype in (torch.bfloat16, torch.float16, torch.float32) else f"no kernel for {hidden.dtype}"
+
+
+def rows_for(weight: Tensor) -> Rows:
+    """What to use for this head. fp32 keeps its logits in chunks: Triton's matmul would round it to TF32."""
+    is_fused = weight.dtype != torch.float32 and weight.shape[1] <= MAX_FUSED_WIDTH
+    return Rows(statistics, gradients, forward if is_fused else None)
