@@ -201,7 +201,7 @@ def row_gradients(
     top, total = tl.load(tops + row), tl.load(totals + row)
     for start in range(0, V, BLOCK):
         column = start + lane
-        raw = tl.load(logits + row * V + column, mask=column < V, other=0.0)
+        raw = tl.load(logits + row * V + column, mask=column < V, other=LOWEST)
         z, tanh = _tempered(raw, by_temperature, softcap, HAS_CAP)
         p = tl.exp2(z - top) / total
         gradient = g * (tl.where(column == wanted, 1.0, 0.0) - p)

@@ -1,0 +1,163 @@
+"""The Triton head against fp64: compiled where there is a GPU, interpreted elsewhere.
+
+The interpreter multiplies the bit patterns of bf16, so bf16 is for the GPU; its matmul of fp32 would be TF32, so fp32
+is for the interpreter.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernels  # noqa: E402
+from kernels.linear_logprob import kernel, modes  # noqa: E402
+from kernels.linear_logprob.rows import TORCH, Rows, Temper  # noqa: E402
+from tests.test_linear_logprob import naive  # noqa: E402
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+DTYPES = [torch.bfloat16, torch.float16] if HAS_GPU else [torch.float32, torch.float16]
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of a gradient stored in it, relative
+TRITON = Rows(kernel.statistics, kernel.gradients, kernel.forward)
+# rows, width, vocabulary: off every block edge; the last needs two spans
+SHAPES = [(1, 17, 129), (127, 96, 127), (129, 64, kernel.SPAN + 1)]
+TEMPERS = [Temper(1.0), Temper(0.7, softcap=5.0)]
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def targets(num_rows, vocabulary):
+    """Random, with both ends of the vocabulary."""
+    target = torch.randint(0, vocabulary, (num_rows,), generator=torch.Generator().manual_seed(1))
+    target[0], target[-1] = 0, vocabulary - 1
+    return target.to(DEVICE)
+
+
+def worst(found, exact):
+    return (found.double() - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temper, has_bias", [(TEMPERS[0], False), (TEMPERS[1], True)], ids=["plain", "cap and bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_fused_forward_is_as_exact_as_fp32(shape, temper, has_bias, dtype):
+    num_rows, width, vocabulary = shape
+    hidden, weight = random(num_rows, width, dtype=dtype), 0.3 * random(vocabulary, width, seed=1, dtype=dtype)
+    bias = random(vocabulary, seed=2, dtype=dtype) if has_bias else None
+    target = targets(num_rows, vocabulary)
+    double, single = (
+        naive(
+            hidden.to(to),
+            weight.to(to),
+            target,
+            temperature=temper.temperature,
+            softcap=temper.softcap,
+            bias=bias if bias is None else bias.to(to),
+        )
+        for to in (torch.float64, torch.float32)
+    )
+    found = kernel.forward(hidden, weight, bias, target, temper)
+    for ours, exact, of_torch in zip(found, double, single, strict=True):
+        assert worst(ours, exact) <= worst(of_torch, exact) + 4e-6
+
+
+def test_a_row_is_the_same_to_the_bit_alone_in_company_and_twice():
+    dtype = DTYPES[1]
+    hidden, weight, target = random(129, 64, dtype=dtype), random(kernel.SPAN + 1, 64, dtype=dtype), targets(129, 300)
+    together = kernel.forward(hidden, weight, None, target, TEMPERS[0])
+    again = kernel.forward(hidden, weight, None, target, TEMPERS[0])
+    alone = kernel.forward(hidden[128:], weight, None, target[128:], TEMPERS[0])
+    for a, b, c in zip(together, again, alone, strict=True):
+        assert torch.equal(a, b) and torch.equal(a[128:], c)
+
+
+@pytest.mark.parametrize("implementation", [TRITON, TORCH], ids=["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, DTYPES[1]], ids=str)
+@pytest.mark.parametrize("has_entropy", [False, True], ids=["log-prob", "and entropy"])
+@pytest.mark.parametrize("temper", TEMPERS, ids=["plain", "cap"])
+@pytest.mark.parametrize("vocabulary", [1, 129, kernel.ROW_BLOCK["BLOCK"] + 3])
+def test_rows_give_values_and_logit_gradients(vocabulary, temper, has_entropy, dtype, implementation):
+    num_rows = 5
+    logits, target = 3 * random(num_rows, vocabulary), targets(num_rows, vocabulary)
+    by_logprob, by_entropy = random(2, num_rows, seed=3)
+    exact = logits.double().requires_grad_()
+    logprobs, entropy = naive(
+        exact, torch.eye(vocabulary, device=DEVICE, dtype=torch.float64), target, **temper._asdict()
+    )
+    loss = by_logprob * logprobs + (by_entropy * entropy if has_entropy else 0)
+    (expected,) = torch.autograd.grad(loss.sum(), exact)
+
+    found = implementation.statistics(logits, target, temper)
+    assert worst(found.logprobs, logprobs) < 5e-6 and worst(found.entropy, entropy) < 5e-6
+    gradient = implementation.gradients(found, target, temper, by_logprob, by_entropy if has_entropy else None, dtype)
+    assert gradient.dtype == dtype
+    assert worst(gradient, expected) <= ROUNDING[dtype] * expected.abs().max().item() + 1e-6
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+def test_large_and_very_negative_logits_keep_their_precision(offset):
+    logits = torch.tensor([[0.5, 1.0, -2.0], [0.0, 0.0, 0.0], [-1e4, 0.0, 1e4]], device=DEVICE)
+    logits[:2] += offset
+    target = torch.tensor([1, 2, 0], device=DEVICE)
+    exact = torch.log_softmax(logits.double(), -1)
+    found = kernel.statistics(logits.clone(), target, TEMPERS[0])
+    # logits are scaled by log2(e) in fp32: 1e4 keeps 2e-3 of absolute precision
+    assert worst(found.logprobs[:2], exact[[0, 1], [1, 2]]) < (1e-6 if offset == 0 else 2e-3)
+    assert found.logprobs[2].item() == pytest.approx(-2e4, rel=1e-6)
+    assert worst(found.entropy, -(exact.exp() * exact).sum(-1)) < (1e-6 if offset == 0 else 2e-3)
+    gradient = kernel.gradients(found, target, TEMPERS[0], torch.ones(3, device=DEVICE), None, torch.float32)
+    assert gradient.isfinite().all() and gradient[2].tolist() == [1.0, 0.0, -1.0]
+
+
+def test_a_target_outside_the_vocabulary_or_a_nan_logit_gives_nan_in_its_row_only():
+    dtype = DTYPES[1]
+    hidden, weight = random(4, 16, dtype=dtype), random(40, 16, dtype=dtype)
+    hidden[2, 3] = float("nan")
+    target = torch.tensor([0, 40, 5, 39], device=DEVICE)
+    logits = hidden.float() @ weight.float().T
+    for logprobs in (
+        kernel.forward(hidden, weight, None, target, TEMPERS[0])[0],
+        kernel.statistics(logits, target, TEMPERS[0]).logprobs,
+    ):
+        assert logprobs.isnan().tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "trained"])
+def test_every_mode_gives_what_torch_gives(is_frozen, monkeypatch):
+    """A, B or D, and C: the same autograd functions over the other rows."""
+    monkeypatch.setattr(modes, "CHUNK_ELEMENTS", {DEVICE.type: 3 * 129})
+    monkeypatch.setattr(modes, "CHUNK_MULTIPLE", {DEVICE.type: 1})
+    dtype = DTYPES[0]
+    hidden, weight, target = random(7, 24, dtype=dtype), random(129, 24, seed=1, dtype=dtype), targets(7, 129)
+    parameters = [hidden.requires_grad_()] + ([] if is_frozen else [weight.requires_grad_()])
+    scale = torch.linspace(-1, 1, 7, device=DEVICE)
+
+    def all_modes(impl):
+        options = {"temperature": 0.7, "impl": impl}
+        with torch.no_grad():
+            results = [*kernels.linear_logprob(hidden, weight, target, **options)]
+        logprobs, entropy = kernels.linear_logprob(hidden, weight, target, **options)
+        results += [logprobs, entropy, *torch.autograd.grad((scale * logprobs.exp()).sum(), parameters)]
+        loss_of = lambda logprobs, entropy, rows: scale[rows] * logprobs.exp() * entropy  # noqa: E731
+        loss, *columns = kernels.linear_logprob_loss(hidden, weight, target, loss_of, entropy_gradient=True, **options)
+        return [*results, loss, *columns, *torch.autograd.grad(loss, parameters)]
+
+    for ours, of_torch in zip(all_modes("triton"), all_modes("torch"), strict=True):
+        torch.testing.assert_close(ours, of_torch, rtol=10 * ROUNDING[dtype], atol=2 * ROUNDING[dtype])
+
+
+def test_the_dispatch_names_what_it_chose_and_why():
+    choice = kernels.resolve("linear_logprob", "auto", DEVICE)
+    assert choice.impl == ("triton" if HAS_GPU else "torch")
+    assert HAS_GPU or "CUDA" in choice.why
+    assert kernel.obstacle(torch.zeros(1, dtype=torch.float64)) == "no kernel for torch.float64"
+    with pytest.raises(ValueError, match="no kernel for torch.float64"):
+        kernels.linear_logprob(
+            random(2, 4, dtype=torch.float64),
+            random(5, 4, dtype=torch.float64),
+            targets(2, 5),
+            temperature=1.0,
+            impl="triton",
+        )
