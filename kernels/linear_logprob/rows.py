@@ -44,17 +44,18 @@ class Rows(NamedTuple):
 
 
 def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
-    """Log-prob and entropy of each row. logits: [R, V] fp32 or fp64, overwritten by log p; target: [R] int64."""
-    lse, entropy = torch.empty_like(logits[:, :1]), torch.empty_like(logits[:, 0])
+    """Log-prob and entropy of each row. logits: [R, V] fp32 or fp64, overwritten by e^(z - max z)."""
+    logprobs, entropy, top, total = (torch.empty_like(logits[:, 0]) for _ in range(4))
     for rows in _blocks(logits):
         z = _temper_(logits[rows], temper)
-        top = z.amax(-1, keepdim=True)
-        exp = torch.exp(z.sub_(top))  # after subtracting the largest: logits of 1e4 keep their precision
-        total = exp.sum(-1, keepdim=True)
-        entropy[rows] = (total.log() - torch.linalg.vecdot(exp, z)[:, None] / total)[:, 0]
-        lse[rows] = top + total.log()
-        z.sub_(total.log())
-    return RowStatistics(logits.gather(1, target[:, None])[:, 0], entropy, (logits, lse))
+        top[rows] = z.amax(-1)
+        z = z - top[rows, None]  # logits of 1e4 keep their precision
+        exp = torch.exp(z, out=logits[rows])
+        total[rows] = exp.sum(-1)
+        log_total = total[rows].log()
+        logprobs[rows] = z.gather(1, target[rows, None])[:, 0] - log_total
+        entropy[rows] = log_total - z.mul_(exp).sum(-1) / total[rows]  # pairwise, as a dot product is not
+    return RowStatistics(logprobs, entropy, (logits, top, total))
 
 
 def gradients(
@@ -64,17 +65,23 @@ def gradients(
 
     g, h: [R], derivatives of the loss by log-prob and by entropy; h None where the entropy has no part in the loss.
     """
-    logprobs, lse = found.saved
-    for rows in _blocks(logprobs):
-        block, by_logprob = logprobs[rows], (g[rows] / temper.temperature)[:, None]
-        slope = _cap_slope(block + lse[rows], temper) if temper.softcap is not None else None
-        factor = by_logprob
+    exps, top, total = (column if column.dim() == 2 else column[:, None] for column in found.saved)
+    by_target, by_logprob = target[:, None], (g / temper.temperature)[:, None]
+    for rows in _blocks(exps):
+        exp, factor = exps[rows], by_logprob[rows] / -total[rows]
+        if h is None and temper.softcap is None:
+            exp.mul_(factor).scatter_add_(1, by_target[rows], by_logprob[rows])
+            continue
+        # Where e^(z - max z) is 0, log p matters at the target alone, and there it is known.
+        logprobs = (exp / total[rows]).clamp_min_(torch.finfo(exp.dtype).tiny).log_()
+        logprobs.scatter_(1, by_target[rows], found.logprobs[rows, None])
         if h is not None:
-            factor = (block + found.entropy[rows, None]).mul_(h[rows, None] / temper.temperature).add_(by_logprob)
-        block.exp_().mul_(factor).neg_().scatter_add_(1, target[rows, None], by_logprob)
-        if slope is not None:
-            block.mul_(slope)
-    return logprobs.to(dtype)
+            by_entropy = h[rows, None] / temper.temperature
+            factor = (logprobs + found.entropy[rows, None]).mul_(by_entropy).add_(by_logprob[rows]).div_(-total[rows])
+        exp.mul_(factor).scatter_add_(1, by_target[rows], by_logprob[rows])
+        if temper.softcap is not None:
+            exp.mul_(_cap_slope(logprobs + (top[rows] + total[rows].log()), temper))
+    return exps.to(dtype)
 
 
 def _blocks(logits: Tensor) -> list[slice]:

@@ -1,0 +1,319 @@
+"""Time, memory and error of the log-prob head beside its peers: python -m kernels.linear_logprob.bench
+
+Three jobs: values without a gradient; a frozen head, with the gradient of the hidden states; training, with that of
+the weight too. The loss of a token is its coefficient times the probability ratio. Contenders take turns within
+every repeat. Seconds are of the clock on CUDA, of the process (one thread) on CPU; the peak is what a run adds to
+the memory that its inputs fill; the limit is that of the matmuls alone at 800 TFLOP/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.linear_logprob.reference import linear_logprob as checkpointed
+
+MATMULS = {"values": 1, "frozen head": 2, "training": 3}  # of 2TDV flops: the least that a job can need
+SUSTAINED_FLOPS = 800e12  # of one H100, dense bf16
+SHAPES = {  # device: (rows T, width D, vocabulary V)
+    "cpu": [(512, 896, 8_192), (192, 896, 151_936)],
+    "cuda": [(16_384, 896, 151_936), (16_384, 4_096, 151_936)],
+}
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
+MIB = 2**20
+
+
+class Inputs(NamedTuple):
+    """hidden [T, D], weight [V, D], target [T], coefficient [T] fp32."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    coefficient: Tensor
+
+
+@dataclass
+class Result:
+    """Milliseconds of each repeat, the peak of one run, and errors against the definition in higher precision."""
+
+    rows: int
+    width: int
+    vocabulary: int
+    job: str
+    contender: str
+    milliseconds: list[float]
+    peak_mib: float
+    limit_fraction: float | None  # on CUDA: time of the matmuls alone / time taken
+    gradient_error: float | None  # ||found - exact|| / ||exact|| over 64 rows of the hidden states' gradient
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds)
+
+
+def ratio_loss(logprobs: Tensor, coefficient: Tensor) -> Tensor:
+    return coefficient * torch.exp(logprobs - logprobs.detach())
+
+
+def eager(inputs: Inputs) -> Tensor:
+    """All logits at once."""
+    logits = (inputs.hidden @ inputs.weight.t()).to(torch.promote_types(inputs.hidden.dtype, torch.float32))
+    logprobs = torch.log_softmax(logits, -1).gather(1, inputs.target[:, None])[:, 0]
+    return ratio_loss(logprobs, inputs.coefficient).sum()
+
+
+def recomputed(inputs: Inputs) -> Tensor:
+    """reference.py: blocks of rows, each computed again in the backward pass."""
+    logprobs, _ = checkpointed(inputs.hidden, inputs.weight, inputs.target, temperature=1.0)
+    return ratio_loss(logprobs, inputs.coefficient).sum()
+
+
+def any_loss(impl: str) -> Callable[[Inputs], Tensor]:
+    """Modes A, B and D, by what needs a gradient."""
+
+    def run(inputs: Inputs) -> Tensor:
+        logprobs, _ = kernels.linear_logprob(*inputs[:3], temperature=1.0, impl=impl)
+        return ratio_loss(logprobs, inputs.coefficient).sum()
+
+    return run
+
+
+def folded(impl: str) -> Callable[[Inputs], Tensor]:
+    """Mode C."""
+
+    def run(inputs: Inputs) -> Tensor:
+        loss_of = lambda logprobs, entropy, rows: ratio_loss(logprobs, inputs.coefficient[rows])  # noqa: E731
+        return kernels.linear_logprob_loss(*inputs[:3], loss_of, temperature=1.0, impl=impl)[0]
+
+    return run
+
+
+def trl_chunked() -> Callable[[Inputs], Tensor]:
+    """What TRL's GRPO runs since 1.16."""
+    importlib.import_module("trl.trainer.utils")  # which its backward imports: better missed now than then
+    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+
+    def run(inputs: Inputs) -> Tensor:
+        logprobs = function.apply(
+            inputs.hidden, inputs.weight, None, inputs.target, 1.0, 32_768, None, 1.0, ("entropy",)
+        )
+        return ratio_loss(logprobs[0], inputs.coefficient).sum()
+
+    return run
+
+
+def liger_scaled() -> Callable[[Inputs], Tensor]:
+    module = importlib.import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    function = module.LigerFusedLinearScaledCrossEntropyFunction
+
+    def run(inputs: Inputs) -> Tensor:
+        loss, _ = function.apply(*inputs[:3], 1.0, -100, 1, True)
+        return ratio_loss(-loss, inputs.coefficient).sum()
+
+    return run
+
+
+def liger_grpo(length: int = 128) -> Callable[[Inputs], Tensor]:
+    """Rows as sequences of 128 tokens, each with one advantage, so its gradient is of a loss of its own."""
+    make = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
+    function = make(beta=0.0, compiled=True, use_ref_model=False, loss_type="bnpo")
+
+    def run(inputs: Inputs) -> Tensor:
+        target = inputs.target.view(-1, length)
+        hidden = inputs.hidden.view(*target.shape, -1)
+        return function(hidden, inputs.weight, target, torch.ones_like(target), inputs.coefficient[::length])[0]
+
+    return run
+
+
+def apple_cce() -> Callable[[Inputs], Tensor]:
+    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda inputs: ratio_loss(-function(*inputs[:3], reduction="none"), inputs.coefficient).sum()
+
+
+PEERS = {  # name: (how to make it, whether it needs CUDA, jobs)
+    "torch.compile": (lambda: torch.compile(eager), True, ("training",)),
+    "TRL chunked log-prob": (trl_chunked, False, tuple(MATMULS)),
+    "Liger scaled CE": (liger_scaled, True, tuple(MATMULS)),
+    "Liger fused GRPO": (liger_grpo, True, ("training",)),
+    "Apple CCE": (apple_cce, True, tuple(MATMULS)),
+}
+
+
+def contenders(device: torch.device) -> tuple[dict[str, dict[str, Callable]], dict[str, str]]:
+    """By job: name -> function; and why others were left out."""
+    own = {"eager": eager, "recomputed": recomputed}
+    implementations = ["torch", "triton"] if device.type == "cuda" else ["torch"]
+    jobs = {job: dict(own) for job in MATMULS}
+    for impl in implementations:
+        jobs["values"][f"A {impl}"] = jobs["frozen head"][f"B {impl}"] = jobs["training"][f"D {impl}"] = any_loss(impl)
+        jobs["frozen head"][f"C {impl}"] = jobs["training"][f"C {impl}"] = folded(impl)
+    skipped = {}
+    for name, (make, needs_cuda, own_jobs) in PEERS.items():
+        if needs_cuda and device.type != "cuda":
+            skipped[name] = "needs CUDA"
+            continue
+        try:
+            function = make()
+        except ImportError as error:
+            skipped[name] = str(error)
+            continue
+        for job in own_jobs:
+            jobs[job][name] = function
+    return jobs, skipped
+
+
+def make_inputs(rows: int, width: int, vocabulary: int, job: str, device: torch.device) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden = torch.randn(rows, width, generator=generator).to(device, dtype)
+    weight = (torch.randn(vocabulary, width, generator=generator) * 3 / width**0.5).to(device, dtype)
+    target = torch.randint(0, vocabulary, (rows,), generator=generator).to(device)
+    coefficient = torch.randn(rows, generator=generator).to(device) / rows
+    return Inputs(hidden.requires_grad_(job != "values"), weight.requires_grad_(job == "training"), target, coefficient)
+
+
+def run_once(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor | None:
+    """Forward and, where anything needs a gradient, backward. Returns the hidden states' gradient."""
+    inputs.hidden.grad = inputs.weight.grad = None
+    with torch.set_grad_enabled(inputs.hidden.requires_grad):
+        loss = function(inputs)
+    if loss.requires_grad:
+        loss.backward()
+    return inputs.hidden.grad
+
+
+def seconds_of(function: Callable[[Inputs], Tensor], inputs: Inputs) -> float:
+    """One run, waited for."""
+    if not inputs.hidden.is_cuda:
+        start = time.process_time()
+        run_once(function, inputs)
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run_once(function, inputs)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_of(function: Callable[[Inputs], Tensor], inputs: Inputs) -> float:
+    """MiB that one run adds to what is there before it. On CPU from the kernel's high-water mark (Linux)."""
+    inputs.hidden.grad = inputs.weight.grad = None
+    if inputs.hidden.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_once(function, inputs)
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
+    before = _status_mib("VmRSS")
+    run_once(function, inputs)
+    return _status_mib("VmHWM") - before
+
+
+def _status_mib(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def exact_gradient(inputs: Inputs, rows: int = 64) -> Tensor:
+    """Of the hidden states, from all logits in fp32, or fp64 where the weight is small enough to be copied."""
+    dtype = torch.float64 if inputs.weight.numel() <= 2**25 and not inputs.hidden.is_cuda else torch.float32
+    hidden = inputs.hidden.detach()[:rows].to(dtype).requires_grad_()
+    few = Inputs(hidden, inputs.weight.detach().to(dtype), inputs.target[:rows], inputs.coefficient[:rows].to(dtype))
+    return torch.autograd.grad(eager(few), hidden)[0]
+
+
+def measure(
+    job: str, functions: dict[str, Callable], shape: tuple[int, int, int], repeats: int, device
+) -> list[Result]:
+    """Every contender of one job at one shape."""
+    rows, width, vocabulary = shape
+    inputs = make_inputs(*shape, job, device)
+    exact = exact_gradient(inputs) if job != "values" else None
+    peaks, errors = {}, dict.fromkeys(functions)
+    for name, function in functions.items():  # also warms up
+        peaks[name] = peak_of(function, inputs)
+        if exact is not None and name != "Liger fused GRPO":
+            found = inputs.hidden.grad[: len(exact)].to(exact.dtype)
+            errors[name] = ((found - exact).norm() / exact.norm()).item()
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function, inputs))
+    limit = MATMULS[job] * 2 * rows * width * vocabulary / SUSTAINED_FLOPS
+    return [
+        Result(
+            *shape,
+            job,
+            name,
+            [1e3 * value for value in seconds[name]],
+            peaks[name],
+            limit / statistics.median(seconds[name]) if device.type == "cuda" else None,
+            errors[name],
+        )
+        for name in functions
+    ]
+
+
+def show(results: list[Result]) -> None:
+    first = results[0]
+    print(f"\n{first.job}: T={first.rows:,} D={first.width:,} V={first.vocabulary:,}")
+    print(f"{'':<24}{'median ms':>10}{'least':>10}{'most':>10}{'peak MiB':>10}{'of limit':>10}{'gradient error':>16}")
+    for result in results:
+        limit = "" if result.limit_fraction is None else f"{result.limit_fraction:.0%}"
+        error = "" if result.gradient_error is None else f"{result.gradient_error:.1e}"
+        print(
+            f"{result.contender:<24}{result.median:>10.1f}{min(result.milliseconds):>10.1f}"
+            f"{max(result.milliseconds):>10.1f}{result.peak_mib:>10.0f}{limit:>10}{error:>16}"
+        )
+
+
+def versions() -> dict[str, str | None]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("T", "D", "V"))
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    jobs, skipped = contenders(device)
+    for name, reason in skipped.items():
+        print(f"without {name}: {reason}")
+    results = []
+    for shape in options.shape or SHAPES[device.type]:
+        for job, functions in jobs.items():
+            results += measure(job, functions, tuple(shape), options.repeats, device)
+            show(results[-len(functions) :])
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    rows = [asdict(result) | {"median_ms": result.median} for result in results]
+    print(json.dumps({"device": hardware, "versions": versions(), "skipped": skipped, "results": rows}))
+
+
+if __name__ == "__main__":
+    main()
