@@ -1,4 +1,7 @@
-"""Settings that must hold before torch is imported: one thread a process, and no test reaches the network."""
+"""Settings that must hold before torch is imported: one thread a process, and no test reaches the network.
+
+Where there is no CUDA device Triton's kernels are interpreted, which they learn when they are imported.
+"""
 
 import os
 
@@ -9,5 +12,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():  # Triton's interpreter runs the kernels; it is chosen when a kernel is defined
+
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("T", "D", "V"))
+    parser.add_argument("--job", choices=MATMULS, nargs="+", default=list(MATMULS))
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":
@@ -307,9 +308,9 @@ def main() -> None:
         print(f"without {name}: {reason}")
     results = []
     for shape in options.shape or SHAPES[device.type]:
-        for job, functions in jobs.items():
-            results += measure(job, functions, tuple(shape), options.repeats, device)
-            show(results[-len(functions) :])
+        for job in options.job:
+            results += measure(job, jobs[job], tuple(shape), options.repeats, device)
+            show(results[-len(jobs[job]) :])
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     rows = [asdict(result) | {"median_ms": result.median} for result in results]
     print(json.dumps({"device": hardware, "versions": versions(), "skipped": skipped, "results": rows}))
