@@ -213,7 +213,13 @@ def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Pa
 
 def parts(run: Run) -> dict:
     """What has a state, by its name in a checkpoint."""
-    return {"policy": run.policy, "optimizer": run.updater.optimizer, "stream": run.stream, "log": run.log}
+    return {
+        "policy": run.policy,
+        "optimizer": run.updater.optimizer,
+        "stream": run.stream,
+        "sampler": run.sampler,
+        "log": run.log,
+    }
 
 
 def save_checkpoint(run: Run, step: int) -> None:

@@ -1,0 +1,192 @@
+"""The embedded base model: its tokenizer, its supervised training, its cache and the rival of the long demo."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo import base as base_room
+from grpo.base import Supervisor, build_model, build_tokenizer, collate, continue_supervised, prepare_base
+from grpo.config import BaseConfig, DataConfig, RewardsConfig
+from grpo.records import Problem
+from grpo.tasks import make_task
+
+TINY = BaseConfig(
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    intermediate_size=16,
+    num_solutions=5,
+    steps=4,
+    batch_size=4,
+    lr=1e-2,
+    habit_steps=2,
+    validate_every=2,
+    validation_problems=4,
+)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task("word_problems", DataConfig(), RewardsConfig())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(task):
+    return build_tokenizer(task)
+
+
+@pytest.fixture(scope="module")
+def folder(task, tmp_path_factory):
+    return prepare(task, tmp_path_factory.mktemp("cache"))
+
+
+def prepare(task, cache_dir, base=TINY, seed=0):
+    return prepare_base(
+        base, task, seed=seed, device="cpu", cache_dir=cache_dir, progress=lambda done, total, note: None
+    )
+
+
+def supervisor_of(task, tokenizer, base=TINY, seed=0):
+    torch.manual_seed(seed)
+    return Supervisor(build_model(base, tokenizer), tokenizer, base, task, seed)
+
+
+def test_every_test_problem_comes_back_exactly_through_the_tokenizer(task, tokenizer):
+    for problem in task.split("test"):
+        text = task.plain_prompt(problem.question, task.exemplars[:1]) + problem.solution
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_a_text_that_the_task_never_says_comes_back_exactly_too(tokenizer):
+    text = "Ωmega pays $1,234.50,\tthen 7 %\n\n\nProblem:"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_words_are_one_token_and_digits_are_split(tokenizer):
+    tokens = [tokenizer.decode([i]) for i in tokenizer(" Leo has 12 stamps.\n5+12=17").input_ids]
+    assert tokens == [" Leo", " has", " ", "1", "2", " stamps", ".\n", "5", "+", "1", "2", "=", "1", "7"]
+
+
+@pytest.mark.parametrize(
+    ("guesses", "answer_lines", "text"),
+    [
+        (0.0, 1.0, "3*4=12\n12+1=13\n#### The final answer is 13"),
+        (0.0, 0.0, "3*4=12\n12+1=13"),
+        (1.0, 1.0, "I think 13.\n#### The final answer is 13"),
+    ],
+)
+def test_a_supervised_text_shows_its_working_or_guesses(guesses, answer_lines, text):
+    solution = "3*4=12\n12+1=13\n#### The final answer is 13"
+    problem = Problem(id="", question="", answer="13", solution=solution)
+    shares = {"guesses": guesses, "answer_lines": answer_lines}
+    assert base_room.supervised_text(problem, random.Random(0), **shares) == text
+
+
+def test_only_completions_have_labels():
+    batch = collate([([5, 6, 7, 8], 2), ([5, 6, 7], 1)], 0, torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 7, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 6, 7, -100]]
+
+
+def test_a_fixed_number_of_solutions_is_all_that_training_sees_and_seeds_share_none(task, tokenizer):
+    seen = [{p.id for p in itertools.islice(supervisor_of(task, tokenizer, seed=s).problems, 50)} for s in (0, 1)]
+    assert [len(ids) for ids in seen] == [5, 5]
+    assert not seen[0] & seen[1]
+
+
+def test_without_a_fixed_number_no_solution_is_seen_twice(task, tokenizer):
+    endless = supervisor_of(task, tokenizer, BaseConfig(**{**vars(TINY), "num_solutions": 0})).problems
+    assert len({problem.id for problem in itertools.islice(endless, 50)}) == 50
+
+
+def test_the_learning_rate_warms_up_and_decays_to_nearly_nothing(task, tokenizer, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    supervisor = supervisor_of(task, tokenizer, BaseConfig(**{**vars(TINY), "decay": 0.5}))
+    list(supervisor.train(lr=1.0, guesses=0.0, share_done=lambda step, seconds: step / 40))
+    assert rates[:3] == pytest.approx([0.05, 0.1, 0.15])  # 1/20 a step
+    assert rates[19:21] == [1.0, 1.0]
+    assert rates[-2:] == pytest.approx([0.1, 0.05])  # 2/40 and 1/40 of the work are left, over a decay of half of it
+
+
+def test_supervised_training_learns_its_solutions_by_heart(task, tokenizer):
+    supervisor = supervisor_of(task, tokenizer, BaseConfig(**{**vars(TINY), "hidden_size": 32}))
+    points = list(supervisor.train(lr=2e-2, guesses=0.0, share_done=lambda step, seconds: step / 100))
+    assert points[0].loss > 5 and points[-1].loss < 0.3
+    assert [point.step for point in points] == list(range(1, 101))
+
+
+def test_the_same_seed_gives_the_same_model_to_the_bit_and_another_seed_another_folder(task, folder, tmp_path):
+    again, other = prepare(task, tmp_path), prepare(task, tmp_path, seed=1)
+    assert again.name == folder.name != other.name
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_training_leaves_the_callers_random_state_as_it_was(task, tmp_path):
+    before = torch.get_rng_state()
+    prepare(task, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_cached_model_is_not_trained_again(task, folder, monkeypatch):
+    monkeypatch.setattr(base_room, "train_base", lambda *_, **__: pytest.fail("trained again"))
+    assert prepare(task, folder.parent) == folder
+
+
+def test_an_interrupted_training_leaves_nothing_behind(task, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Supervisor, "habit_phase", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(task, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_a_hugging_face_model_with_the_tokenizer_that_it_was_trained_with(folder, task, tokenizer):
+    text = task.plain_prompt(task.split("test")[0].question, [])
+    reloaded = AutoTokenizer.from_pretrained(folder)
+    assert reloaded(text).input_ids == tokenizer(text).input_ids
+    assert (reloaded.eos_token_id, reloaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    model, before_habit = (AutoModelForCausalLM.from_pretrained(f) for f in (folder, folder / "before_habit"))
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert not torch.equal(model.model.embed_tokens.weight, before_habit.model.embed_tokens.weight)
+
+
+def test_the_report_says_what_each_phase_did(folder):
+    worked, habit = json.loads((folder / "base.json").read_text())["phases"]
+    assert (worked["phase"], worked["steps"], habit["phase"], habit["steps"]) == ("worked solutions", 4, "habit", 2)
+    assert [step for step, _ in worked["validation"]] == [2, 4]
+
+
+def test_validation_stops_the_worked_phase_early(task, tokenizer):
+    supervisor = supervisor_of(task, tokenizer, BaseConfig(**{**vars(TINY), "stop_accuracy": 0.0}))
+    assert supervisor.worked_phase(lambda done, total, note: None)["steps"] == TINY.validate_every
+
+
+def test_continued_training_spends_the_seconds_given_and_returns_the_best_validated_model(task, folder, monkeypatch):
+    accuracies = iter([0.1, *[0.2] * 4, 0.9, *[0.3] * 20])
+    weights = []
+
+    def accuracy(self):
+        weights.append(self.model.model.embed_tokens.weight.detach().clone())
+        return next(accuracies)
+
+    monkeypatch.setattr(Supervisor, "accuracy", accuracy)
+    files = (folder / "model.safetensors").read_bytes()
+    model, curve = continue_supervised(
+        folder, TINY, task, seconds=0.5, seed=0, device="cpu", progress=lambda done, total, note: None
+    )
+    assert curve[0] == (0.0, 0.1) and 0.5 <= curve[-1][0] < 1.0
+    best = max(range(len(curve)), key=lambda i: curve[i][1])
+    assert curve[best][1] == 0.9
+    assert torch.equal(model.model.embed_tokens.weight, weights[best])
+    assert not torch.equal(weights[0], weights[best])
+    assert (folder / "model.safetensors").read_bytes() == files

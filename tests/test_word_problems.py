@@ -1,0 +1,134 @@
+"""The embedded task: true arithmetic, splits without a common equation chain, problems that never change."""
+
+import hashlib
+import re
+from itertools import islice
+
+import pytest
+
+from grpo.config import DataConfig, RewardsConfig
+from grpo.rewards import score_texts
+from grpo.tasks import make_task, word_problems
+
+SPLITS = ("test", "validation", "solved", "train")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task("word_problems", DataConfig(), RewardsConfig())
+
+
+def problems_of(task, split, count=1000):
+    return list(islice((task.solved if split == "solved" else task.split(split)), count))
+
+
+def chain_of(problem):
+    return problem.solution.rsplit("\n", 1)[0]
+
+
+def answer_by_reading(question):
+    """An independent solver: reads the sentences one by one, knowing nothing of how they were made."""
+    name = question.split()[0]
+    have = None
+    for sentence in re.findall(r"[^.?]+[.?]", question):
+        numbers = [int(n) for n in re.findall(r"\d+", sentence)]
+        if " bags with " in sentence:
+            have = numbers[0] * numbers[1]
+        elif f"{name} has " in sentence:
+            have = numbers[0]
+        elif " buys " in sentence or " finds " in sentence or f"gives {name} " in sentence:
+            have += numbers[0]
+        elif numbers:
+            have -= numbers[0]
+    return str(have)
+
+
+def test_the_first_test_problem_is_the_one_that_was_worked_by_hand(task):
+    first = task.split("test")[0]
+    assert first.id == "test/0"
+    assert first.question == (
+        "Ben has 6 apples. Ben loses 4. Ben finds 3 more. Ben gives 3 to Ann. How many apples does Ben have now?"
+    )
+    assert first.solution == "6-4=2\n2+3=5\n5-3=2\n#### The final answer is 2"
+    assert first.answer == "2"
+
+
+def test_the_test_split_never_changes(task):
+    text = "\n".join(problem.question for problem in task.split("test"))
+    assert len(task.split("test")) == 1000
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "13fd229c80303762"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_answer_follows_from_the_question(task, split):
+    for problem in problems_of(task, split):
+        assert problem.answer == answer_by_reading(problem.question), problem
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_worked_solution_is_a_true_chain_of_one_to_three_steps_that_ends_in_the_answer(task, split):
+    lengths = set()
+    for problem in problems_of(task, split):
+        equations = re.findall(r"(\d+)([*+-])(\d+)=(\d+)", chain_of(problem))
+        assert "\n".join(f"{a}{sign}{b}={c}" for a, sign, b, c in equations) == chain_of(problem)
+        apply = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+        assert all(apply[sign](int(a), int(b)) == int(c) for a, sign, b, c in equations)
+        assert all(before[3] == after[0] for before, after in zip(equations, equations[1:], strict=False))
+        assert equations[-1][3] == problem.answer
+        lengths.add(len(equations))
+    assert lengths == {1, 2, 3}
+
+
+def test_training_validation_and_test_share_no_equation_chain(task):
+    chains = {split: {chain_of(problem) for problem in problems_of(task, split, 3000)} for split in SPLITS}
+    training = chains["train"] | chains["solved"]
+    assert not training & chains["test"]
+    assert not training & chains["validation"]
+    assert not chains["validation"] & chains["test"]
+
+
+def test_reinforcement_learning_meets_no_problem_that_supervised_training_saw(task):
+    solved = {problem.question for problem in problems_of(task, "solved", 5000)}
+    train = {problem.question for problem in problems_of(task, "train", 5000)}
+    assert len(solved) > 4500 and not solved & train
+
+
+def test_validation_and_test_hold_no_problem_twice(task):
+    for split in ("validation", "test"):
+        questions = [problem.question for problem in task.split(split)]
+        assert len(set(questions)) == len(questions) == word_problems.SIZES[split]
+
+
+def test_a_problem_depends_on_its_place_only(task):
+    other = make_task("word_problems", DataConfig(), RewardsConfig())
+    forwards = [task.split("train")[i] for i in (0, 1, 10**6)]
+    backwards = [other.split("train")[i] for i in (10**6, 1, 0)]
+    assert forwards == backwards[::-1]
+    assert task.split("train").endless
+
+
+def test_a_negative_place_is_refused(task):
+    with pytest.raises(IndexError, match="problem -1 of an endless split"):
+        task.split("train")[-1]
+
+
+def test_a_worked_solution_earns_everything_and_a_wrong_number_the_format_only(task):
+    problem = task.split("test")[0]
+    wrong = problem.solution[: -len(problem.answer)] + str(int(problem.answer) + 1)
+    columns = {"answer": [problem.answer] * 2}
+    right_row, wrong_row = score_texts([problem.solution, wrong], columns, task.rewards)
+    assert [outcome.value for outcome in right_row] == [1.0, 1.0]
+    assert [outcome.value for outcome in wrong_row] == [1.0, 0.0]
+
+
+def test_constructing_the_task_draws_nothing(monkeypatch):
+    monkeypatch.setattr(word_problems, "draw_problem", lambda rng: pytest.fail("a problem was drawn"))
+    make_task("word_problems", DataConfig(), RewardsConfig())
+
+
+def test_the_prompt_is_the_question_after_its_worked_exemplars(task):
+    shots = task.exemplars[:1]
+    assert task.plain_prompt("Q?", []) == "Problem: Q?\nSolution:\n"
+    assert task.plain_prompt("Q?", shots) == (
+        f"Problem: {shots[0].question}\nSolution:\n{shots[0].solution}\n\nProblem: Q?\nSolution:\n"
+    )
