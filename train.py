@@ -19,12 +19,13 @@ from transformers.utils import logging as transformers_logging
 
 from grpo import base, checkpoint, distributed
 from grpo.advantages import normalise, zero_spread_share
+from grpo.attention import choose_layout
 from grpo.batch import pack, weigh
 from grpo.config import Command, Config, ObjectiveConfig, check, parse_command, save
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
-from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
+from grpo.logprobs import LogprobModel, PolicyModule, check_packing, frozen_logprobs
 from grpo.metrics import RunLogger, completion_records, environment, length_metrics
 from grpo.objectives import resolve
 from grpo.policy import Policy, load_model_config, load_policy, load_reference
@@ -52,6 +53,7 @@ class Run:
     stream: ProblemStream
     policy: Policy
     module: PolicyModule
+    layout: str  # of micro-batches: packed or padded
     reference: LogprobModel | None
     sampler: Sampler
     updater: Updater
@@ -71,7 +73,9 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         mine = score_groups(groups, run.task.rewards, require_finish=config.rewards.require_finish)
         scores = merge_scores(world.gather(mine))
     with timer("update"):
-        layout = asdict(config.batch)
+        layout = asdict(config.batch) | {"layout": run.layout}
+        if run.layout == "packed" and step == run.steps_done + 1:
+            check_packing(run.module, groups, world.device)
         batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
         frozen_logprobs(batch, run.module, run.reference)
         advantages = normalise(objective.advantages, scores.total, scores.scored)
@@ -148,6 +152,8 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     objective = resolve(**asdict(config.objective))
     options = {"temperature": config.rollout.temperature, "impl": config.impl}
     module = PolicyModule(policy, **options, checkpointing=config.model.gradient_checkpointing)
+    layout, why = choose_layout(config.batch.layout, policy.model)
+    log.say(f"layout of micro-batches: {layout} ({why})")
     optim = config.optim
     optimizer = make_optimizer(
         list(module.parameters()), optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
@@ -162,6 +168,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         stream=ProblemStream(task.split("train"), seed=config.seed),
         policy=policy,
         module=module,
+        layout=layout,
         reference=LogprobModel(load_reference(policy), **options) if objective.beta else None,
         sampler=make_sampler(config, policy.model, prompter, log),
         updater=Updater(ddp, optimizer, objective, world, optim.max_grad_norm, policy.refresh),

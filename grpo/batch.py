@@ -1,19 +1,23 @@
 """Groups -> optimizer steps of micro-batches, and the weight of every token. The only file that packs, masks,
 splits or weights tokens.
 
-`pack` lays tokens out before any reward is needed; `weigh` then writes advantages and final weights. Weights are
+`pack` lays tokens out before any reward is needed: groups in one row with every prompt once (`packed`), or a row per
+sequence (`padded`) for models that cannot share a prompt. `weigh` then writes advantages and final weights. Weights are
 fixed per optimizer step over all ranks before it is split, so that the size of a micro-batch, the packing and the
 number of ranks cannot change the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from grpo.records import Batch, Completion, Group, MicroBatch, TokenColumns
+from grpo.records import Batch, Completion, Group, MicroBatch, SharedPrefix, TokenColumns
 
 Reduce = Callable[[Tensor], Tensor]  # over all ranks
 
@@ -36,6 +40,11 @@ def constant(lengths: Tensor, num_sequences: float, num_tokens: float, max_new_t
 AGGREGATIONS = {"sequence_mean": sequence_mean, "token_mean": token_mean, "constant": constant}
 
 
+Members = list[tuple[int, int]]  # (group, sample) of each sequence of a micro-batch
+
+ROW_MULTIPLE = {"cuda": 128}  # packed rows end on a whole block of keys there: flex_attention's backward asks for it
+
+
 def pack(
     groups: list[Group],
     *,
@@ -44,47 +53,149 @@ def pack(
     tokens_per_micro_batch: int,
     max_over_ranks: Reduce,
     device: torch.device,
+    layout: str = "packed",
 ) -> Batch:
     """Lay out this rank's groups: passes * minibatches optimizer steps, equally many micro-batches on all ranks.
 
     A minibatch is a contiguous block of prompts; since prompt i lives on rank i mod W, a rank's share of it is a
-    contiguous block of its own groups, and membership does not depend on W. tokens_per_micro_batch counts padded
-    tokens; a single longer sequence gets a micro-batch to itself.
+    contiguous block of its own groups, and membership does not depend on W. Neither the layout (`packed` or `padded`)
+    nor tokens_per_micro_batch, which counts the tokens of that layout, can change the gradient; a single sequence that
+    is longer gets a micro-batch to itself.
     """
     if len(groups) % minibatches:
         raise ValueError(
             f"{len(groups)} groups on this rank are not divisible by batch.minibatches={minibatches}; use a divisor"
         )
+    divide, build = LAYOUTS[layout]
     per_minibatch = len(groups) // minibatches
     steps = []
     for start in range(0, len(groups), per_minibatch):
-        members = [(g, s) for g in range(start, start + per_minibatch) for s in range(len(groups[g].completions))]
-        rows = split_by_tokens(members, groups, tokens_per_micro_batch)
-        missing = int(max_over_ranks(torch.tensor(len(rows)))) - len(rows)
-        micro_batches = [build_micro_batch(groups, row) for row in rows]
-        micro_batches += [dummy_micro_batch(groups[start]) for _ in range(missing)]
-        steps.append([micro_batch.to(device) for micro_batch in micro_batches])
+        chosen = range(start, start + per_minibatch)
+        shares = divide(chosen, groups, tokens_per_micro_batch, max_over_ranks)
+        steps.append(
+            [build(groups, share, device) if share else dummy(build, groups[start], device) for share in shares]
+        )
     return Batch(steps * passes)
 
 
-def split_by_tokens(members: list[tuple[int, int]], groups: list[Group], budget: int) -> list[list[tuple[int, int]]]:
-    """Sequences (group, sample), longest first, cut into runs whose padded size stays within the budget."""
+# Packed: every prompt once -------------------------------------------------------------------------------------------
+
+
+def divide_groups(chosen: range, groups: list[Group], budget: int, max_over_ranks: Reduce) -> list[Members]:
+    """Whole groups to micro-batches within the budget, balanced by tokens. A group over the budget is split by
+    completions, and its prompt computed once in each part."""
+    parts, sizes = [], []
+    for g in chosen:
+        prompt = len(groups[g].prompt_ids)
+        lengths = [len(completion.ids) - 1 for completion in groups[g].completions]
+        for part in fill(lengths, fewest_bins(lengths, budget - prompt)):
+            parts.append([(g, s) for s in part])
+            sizes.append(prompt + sum(lengths[s] for s in part))
+    count = int(max_over_ranks(torch.tensor(fewest_bins(sizes, budget))))
+    return [[member for i in share for member in parts[i]] for share in fill(sizes, count)]
+
+
+def fewest_bins(sizes: list[int], capacity: int) -> int:
+    """How many bins `fill` needs for each to hold no more than the capacity, or a single item."""
+    for count in range(max(1, math.ceil(sum(sizes) / max(1, capacity))), len(sizes)):
+        if all(len(items) == 1 or sum(sizes[i] for i in items) <= capacity for items in fill(sizes, count)):
+            return count
+    return len(sizes)
+
+
+def fill(sizes: list[int], count: int) -> list[list[int]]:
+    """The items (by index) in each of `count` bins: largest first, always into the bin with least in it."""
+    bins = [(0, 0, place) for place in range(count)]  # load, number of items: an empty bin comes before one of load 0
+    contents: list[list[int]] = [[] for _ in bins]
+    for item in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):
+        load, number, place = bins[0]
+        contents[place].append(item)
+        heapq.heapreplace(bins, (load + sizes[item], number + 1, place))
+    return contents
+
+
+def packed_row(groups: list[Group], members: Members, device: torch.device) -> MicroBatch:
+    """One row: of each group its prompt, then its completions. A last token is a target, never an input."""
+    members = sorted(members)
+    ids: list[int] = []
+    source: list[int] = []
+    spans: list[tuple[slice, list[slice]]] = []
+
+    def append(tokens: Sequence[int]) -> slice:
+        ids.extend(tokens)
+        return slice(len(ids) - len(tokens), len(ids))
+
+    for g, in_group in itertools.groupby(members, key=lambda member: member[0]):
+        prompt = append(groups[g].prompt_ids)
+        completions = [append(groups[g].completions[s].ids[:-1]) for _, s in in_group]
+        for span in completions:  # the prompt's last row predicts the first token of every completion
+            source += [prompt.stop - 1, *range(span.start, span.stop)]
+        spans.append((prompt, completions))
+    padding = -len(ids) % ROW_MULTIPLE.get(device.type, 1)
+    if padding:
+        spans.append((append([0] * padding), []))  # a group without completions: sees itself only, predicts nothing
+    shared_prefix = lay_out(spans)
+    return MicroBatch(
+        input_ids=torch.tensor([ids]),
+        position_ids=shared_prefix.position[None],
+        source=torch.tensor(source),
+        tokens=token_columns([groups[g].completions[s] for g, s in members]),
+        sequences=members,
+        shared_prefix=shared_prefix,
+    ).to(device)
+
+
+def lay_out(spans: list[tuple[slice, list[slice]]]) -> SharedPrefix:
+    """Everything that attention backends need to know of a packed row, from where its prompts and completions are."""
+    group, completion, position, key_rows, lengths = [], [], [], [], []
+    for index, (prompt, completions) in enumerate(spans):
+        prompt_rows = torch.arange(prompt.start, prompt.stop)
+        for number, span in enumerate([prompt, *completions]):
+            rows = torch.arange(span.start, span.stop)
+            group.append(torch.full_like(rows, index))
+            completion.append(torch.full_like(rows, number))
+            position.append(rows - span.start + (len(prompt_rows) if number else 0))
+            if len(rows):
+                keys = torch.cat([prompt_rows, rows]) if number else prompt_rows
+                key_rows.append(keys)
+                lengths.append((len(rows), len(keys)))
+    starts = torch.tensor([(0, 0), *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    longest_query, longest_key = (max(column) for column in zip(*lengths, strict=True))
+    return SharedPrefix(
+        groups=spans,
+        group=torch.cat(group),
+        completion=torch.cat(completion),
+        position=torch.cat(position),
+        key_rows=torch.cat(key_rows),
+        query_starts=starts[:, 0].contiguous(),
+        key_starts=starts[:, 1].contiguous(),
+        longest_query=longest_query,
+        longest_key=longest_key,
+    )
+
+
+# Padded: a row per sequence, for models that cannot share a prompt ---------------------------------------------------
+
+
+def divide_sequences(chosen: range, groups: list[Group], budget: int, max_over_ranks: Reduce) -> list[Members]:
+    """Sequences, longest first, cut into runs whose padded size stays within the budget; as many runs on every rank."""
 
     def length(member: tuple[int, int]) -> int:
         group = groups[member[0]]
         return len(group.prompt_ids) + len(group.completions[member[1]].ids) - 1
 
-    runs: list[list[tuple[int, int]]] = []
+    members = [(g, s) for g in chosen for s in range(len(groups[g].completions))]
+    runs: list[Members] = []
     width = 0
     for member in sorted(members, key=lambda member: (-length(member), member)):
         if not runs or (len(runs[-1]) + 1) * width > budget:
             runs.append([])
             width = length(member)
         runs[-1].append(member)
-    return runs
+    return runs + [[] for _ in range(int(max_over_ranks(torch.tensor(len(runs)))) - len(runs))]
 
 
-def build_micro_batch(groups: list[Group], members: list[tuple[int, int]]) -> MicroBatch:
+def padded_rows(groups: list[Group], members: Members, device: torch.device) -> MicroBatch:
     """One row per sequence: prompt and completion, padded on the right. The last token is a target, never an input."""
     pairs = [(groups[g].prompt_ids, groups[g].completions[s]) for g, s in members]
     width = max(len(prompt) + len(completion.ids) - 1 for prompt, completion in pairs)
@@ -101,7 +212,12 @@ def build_micro_batch(groups: list[Group], members: list[tuple[int, int]]) -> Mi
         source=torch.cat(sources),
         tokens=token_columns([completion for _, completion in pairs]),
         sequences=members,
-    )
+    ).to(device)
+
+
+# Either ---------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {"packed": (divide_groups, packed_row), "padded": (divide_sequences, padded_rows)}
 
 
 def token_columns(completions: list[Completion]) -> TokenColumns:
@@ -116,12 +232,11 @@ def token_columns(completions: list[Completion]) -> TokenColumns:
     )
 
 
-def dummy_micro_batch(group: Group) -> MicroBatch:
+def dummy(build: Callable[..., MicroBatch], group: Group, device: torch.device) -> MicroBatch:
     """One token of weight 0: its backward pass touches every parameter, so that a rank with less work keeps in step."""
     first = group.completions[0]
     token = Completion(first.ids[:1], first.logprobs[:1], "", first.finish, 0)
-    prompt_only = Group(group.problem, [token], group.step)
-    micro_batch = build_micro_batch([prompt_only], [(0, 0)])
+    micro_batch = build([Group(group.problem, [token], group.step)], [(0, 0)], device)
     micro_batch.is_dummy = True
     micro_batch.sequences = []
     return micro_batch

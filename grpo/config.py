@@ -109,8 +109,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
+    layout: Literal["auto", "packed", "padded"] = "auto"
+    """packed: whole groups in one row, each prompt computed once. padded: a row per sequence, the prompt in each. auto: packed, but padded for a model whose layers cannot share a prompt. Speed and memory only."""
     tokens_per_micro_batch: int = 16384
-    """Padded tokens of one forward and backward pass on one rank. Memory only: it cannot change the gradient."""
+    """Tokens, as laid out, of one forward and backward pass on one rank. Memory only: it cannot change the gradient."""
     minibatches: int = 1
     """Optimizer steps per pass over a rollout: contiguous blocks of prompts."""
     passes: int = 1

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo.attention import NAME as SHARED_PREFIX
+from grpo.attention import attention_mode
+from grpo.batch import packed_row, padded_rows
 from grpo.policy import Policy
-from grpo.records import Batch, MicroBatch
+from grpo.records import Batch, Group, MicroBatch
 from kernels import linear_logprob
 
 TokenLoss = Callable[
@@ -32,13 +35,8 @@ class LogprobModel(nn.Module):
         self.impl = impl
 
     def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        # Right padding needs no mask under causal attention, and explicit positions leave nothing to be guessed.
-        outputs = self.model.base_model(
-            input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids, use_cache=False
-        )
-        hidden = outputs.last_hidden_state.flatten(0, 1)[
-            micro_batch.source
-        ]  # row source[t] predicts token t: the only shift
+        # row source[t] predicts token t: the only shift
+        hidden = self._hidden(micro_batch).flatten(0, 1)[micro_batch.source]
         head = self.model.get_output_embeddings()
         return linear_logprob(
             hidden,
@@ -49,6 +47,15 @@ class LogprobModel(nn.Module):
             softcap=getattr(self.model.config, "final_logit_softcapping", None),
             impl=self.impl,
         )
+
+    def _hidden(self, micro_batch: MicroBatch) -> Tensor:
+        """Last hidden states, [rows, length, D]."""
+        inputs = {"input_ids": micro_batch.input_ids, "position_ids": micro_batch.position_ids, "use_cache": False}
+        if micro_batch.shared_prefix is None:
+            # Right padding needs no mask under causal attention, and explicit positions leave nothing to be guessed.
+            return self.model.base_model(**inputs).last_hidden_state
+        with attention_mode(self.model, SHARED_PREFIX):
+            return self.model.base_model(**inputs, shared_prefix=micro_batch.shared_prefix).last_hidden_state
 
 
 class _WorkingCopy(torch.autograd.Function):
@@ -124,9 +131,14 @@ class PolicyModule(nn.Module):
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """For the forward pass of a checkpointed layer, and for its second computation in the backward pass."""
-        if self._shares_weights:
-            return nullcontext(), nullcontext()
-        return nullcontext(), using_weights(self.compute.model, self._weights)
+        return nullcontext(), self._as_now(self.compute.model.config._attn_implementation, self._weights)
+
+    @contextmanager
+    def _as_now(self, attention: str, weights: dict[str, Tensor]) -> Iterator[None]:
+        """The attention and the weights of this forward pass: both are put back long before its backward pass runs."""
+        model = self.compute.model
+        with attention_mode(model, attention), using_weights(model, weights) if weights else nullcontext():
+            yield
 
 
 @torch.no_grad()
@@ -141,3 +153,30 @@ def frozen_logprobs(batch: Batch, policy: PolicyModule, reference: LogprobModel 
             micro_batch.tokens.old = policy(micro_batch)[0]
         if reference is not None:
             micro_batch.tokens.ref = reference(micro_batch)[0]
+
+
+@torch.no_grad()
+def check_packing(policy: PolicyModule, groups: list[Group], device: torch.device) -> tuple[float, float]:
+    """Mean and largest error of the packed log-probs of one group, in nats; ValueError where rounding explains neither.
+
+    Error: distance from the padded log-probs of the fp32 masters. Allowed: four times that of padded rows in the
+    policy's own precision, and a little. A completion that saw another, or missed its prompt, is off by far more.
+    The group: the smallest with two different completions, if there is any.
+    """
+    differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
+    size = lambda group: len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)  # noqa: E731
+    group = min(differing or groups, key=size)
+    members = [(0, s) for s in range(len(group.completions))]
+    packed, padded = (build([group], members, device) for build in (packed_row, padded_rows))
+    options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
+    truth = LogprobModel(policy.masters, **options)(padded)[0]
+    error, rounding = ((policy(rows)[0] - truth).abs().double() for rows in (packed, padded))
+    found = (error.mean().item(), error.max().item())
+    allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)
+    if not (found[0] <= allowed[0] and found[1] <= allowed[1]):  # also where one is NaN
+        raise ValueError(
+            f"packed log-probs of group {group.index} are off by {found[0]:.2g} nats in the mean and {found[1]:.2g} at "
+            f"most, where rounding explains {allowed[0]:.2g} and {allowed[1]:.2g}: completions of this model do not "
+            "see exactly their prompt and themselves; use batch.layout=padded"
+        )
+    return found

@@ -114,13 +114,43 @@ class TokenColumns:
     counted: Tensor | None = None  # [T] bool: in the denominators
     active: Tensor | None = None  # [T] bool: contributes a gradient
 
+    def to(self, device: torch.device | str) -> TokenColumns:
+        """The same columns on `device`."""
+        return TokenColumns(**_moved(self, device))
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefix:
+    """How the tokens of one packed row of length L see each other.
+
+    The row holds groups one after the other: each its prompt, once, then its completions without their last token.
+    A token attends to the prompt of its group and to its own completion. Positions restart after the prompt.
+    """
+
+    groups: list[
+        tuple[slice, list[slice]]
+    ]  # rows of the prompt and of each completion; a one-token completion has none
+    group: Tensor  # [L] int64, counted in this row
+    completion: Tensor  # [L] int64: 0 in a prompt, then 1, 2, ... in its group
+    position: Tensor  # [L] int64
+    # The same as one attention over sequences of unequal length, with keys prompt | prompt, c1 | prompt, c2 ...:
+    key_rows: Tensor  # [K] int64: the row that each key comes from
+    query_starts: Tensor  # [sequences + 1] int32
+    key_starts: Tensor  # [sequences + 1] int32
+    longest_query: int
+    longest_key: int
+
+    def to(self, device: torch.device | str) -> SharedPrefix:
+        """The same layout with every tensor on `device`."""
+        return SharedPrefix(**_moved(self, device))
+
 
 @dataclass
 class MicroBatch:
-    """One forward and backward pass. Rows are padded on the right; positions are explicit.
+    """One forward and backward pass: one packed row, or a row per sequence, padded on the right.
 
-    `source[t]` is the flat row (of the [rows * length] hidden states) that predicts token t: the only
-    shift of tokens against log-probs is made there, by grpo.batch, and applied in grpo.logprobs.
+    Positions are explicit. `source[t]` is the flat row (of the [rows * length] hidden states) that predicts token t:
+    the only shift of tokens against log-probs is made there, by grpo.batch, and applied in grpo.logprobs.
     """
 
     input_ids: Tensor  # [rows, length] int64
@@ -128,13 +158,18 @@ class MicroBatch:
     source: Tensor  # [T] int64
     tokens: TokenColumns
     sequences: list[tuple[int, int]]  # (group, sample) of each sequence, group counted in this rank's list
+    shared_prefix: SharedPrefix | None = None  # None: padded rows
     is_dummy: bool = False  # weight 0 everywhere; only keeps the ranks in step
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with every tensor on `device`."""
-        move = lambda value: value.to(device) if isinstance(value, Tensor) else value  # noqa: E731
-        tokens = TokenColumns(**{name: move(value) for name, value in vars(self.tokens).items()})
-        return MicroBatch(**{**{k: move(v) for k, v in vars(self).items()}, "tokens": tokens})
+        return MicroBatch(**_moved(self, device))
+
+
+def _moved(record: Any, device: torch.device | str) -> dict[str, Any]:
+    """The fields of a record, tensors and records of tensors on `device`."""
+    can_move = (Tensor, TokenColumns, SharedPrefix)
+    return {name: value.to(device) if isinstance(value, can_move) else value for name, value in vars(record).items()}
 
 
 @dataclass

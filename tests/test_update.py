@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from grpo.batch import pack, weigh
+from grpo.batch import LAYOUTS, pack, weigh
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve, token_loss
@@ -37,7 +37,7 @@ def advantages_and_scored():
     return advantages, scored
 
 
-def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1):
+def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, layout="packed"):
     """Gradients of the last optimizer step, weights after the update, and its metrics, on this rank."""
     if dtype == torch.float64:
         use_fp64_rms_norm()
@@ -54,6 +54,7 @@ def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1):
         tokens_per_micro_batch=budget,
         max_over_ranks=world.max,
         device=world.device,
+        layout=layout,
     )
     frozen_logprobs(batch, module, reference)
     weigh(
@@ -115,11 +116,12 @@ def loop_gradient(objective_name):
     return {name: parameter.grad for name, parameter in model.named_parameters()}, total.item()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [1, 40, 10_000], ids=lambda budget: f"budget{budget}")
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_gradient_and_loss_equal_the_loop_for_any_micro_batch(objective, budget):
+def test_gradient_and_loss_equal_the_loop_for_any_micro_batch(objective, budget, layout):
     expected, loss = loop_gradient(objective)
-    gradients, _, metrics = one_update(ALONE, torch.float64, objective, budget)
+    gradients, _, metrics = one_update(ALONE, torch.float64, objective, budget, layout=layout)
     assert distance(gradients, expected) < 1e-6  # weights and advantages are fp32 in the batch, fp64 in the loop
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-7)
     assert distance(gradients, one_update(ALONE, torch.float64, objective, 10_000)[0]) < 1e-10
@@ -134,19 +136,22 @@ def ranks_worker(world, *arguments):
 def test_gradients_are_the_same_on_one_rank_and_on_several(world_size):
     """Also with many micro-batches (unequally many before dummies) and with several optimizer steps per rollout."""
     cases = [
-        (torch.float64, "grpo", 10_000, 1, 1, 1e-10),
-        (torch.float64, "token_mean", 30, 1, 1, 1e-10),
-        (torch.float32, "dr_grpo", 30, 1, 1, 5e-6),
-        (torch.float32, "grpo", 60, 1, 1, 5e-6),
-        (torch.float64, "grpo", 60, 2, 2, 1e-10),
+        (torch.float64, "grpo", 10_000, 1, 1, "packed", 1e-10),
+        (torch.float64, "token_mean", 30, 1, 1, "packed", 1e-10),
+        (torch.float64, "token_mean", 30, 1, 1, "padded", 1e-10),
+        (torch.float32, "dr_grpo", 30, 1, 1, "packed", 5e-6),
+        (torch.float32, "grpo", 60, 1, 1, "padded", 5e-6),
+        (torch.float64, "grpo", 60, 2, 2, "packed", 1e-10),
+        (torch.float64, "grpo", 60, 2, 2, "padded", 1e-10),
     ]
     results = run_ranks(world_size, all_cases, [case[:-1] for case in cases])
     for case, *by_rank in zip(cases, *results, strict=True):
-        gradients, weights, metrics = one_update(ALONE, *case[:-1])
+        *arguments, _, limit = case
+        gradients, weights, metrics = one_update(ALONE, *arguments, layout="padded")  # whichever the ranks had
         for (rank_gradients, rank_weights), rank_metrics in by_rank:
             as_tensors = lambda arrays: {name: torch.from_numpy(array) for name, array in arrays.items()}  # noqa: E731
-            assert distance(as_tensors(rank_gradients), gradients) < case[-1]
-            assert distance(as_tensors(rank_weights), weights) < case[-1]
+            assert distance(as_tensors(rank_gradients), gradients) < limit
+            assert distance(as_tensors(rank_weights), weights) < limit
             assert rank_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
 
 

@@ -1,0 +1,242 @@
+"""The attention of the training forward over packed rows: every prompt once, shared by its completions.
+
+Registered with AttentionInterface only: for a name that has no mask function transformers builds no mask (its own
+guess from restarted positions would hide the prompt from all completions but the first). The forward pass hands its
+keyword argument `shared_prefix` down to every layer. A token attends to its group's prompt and to its own completion,
+up to itself, and no further back than a sliding window in positions.
+
+One function per backend, all exact, all plain autograd to the caller: `two_part` (CPU), `gathered` (CUDA, flash
+attention over variable lengths) and `flex` (CUDA, what the former cannot do).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import varlen
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from grpo.records import SharedPrefix
+
+NAME = "grpo_shared_prefix"
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    shared_prefix: SharedPrefix,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    **others,
+) -> tuple[Tensor, None]:
+    """Attention of one packed row as `shared_prefix` lays it out.
+
+    query: [1, H, L, D]; key, value: [1, Hkv, L, D], as transformers calls it.  Returns [1, L, H, D].
+    """
+    unserved = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    unserved += ["dropout"] if dropout else []
+    if unserved:
+        raise ValueError(
+            f"{type(module).__name__} wants {', '.join(unserved)} in its attention, which packed rows cannot do; "
+            "use batch.layout=padded"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = backend(query)(query, key, value, shared_prefix, scale, sliding_window)
+    return output.transpose(1, 2), None
+
+
+def backend(query: Tensor) -> Callable[[Tensor, Tensor, Tensor, SharedPrefix, float, int | None], Tensor]:
+    """Which of the three computes it: decided on the tensor."""
+    if query.device.type == "cpu":
+        return two_part
+    fits_flash = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+    return gathered if fits_flash and {"scale", "window_size"} <= VARLEN_OPTIONS else flex
+
+
+# CPU ------------------------------------------------------------------------------------------------------------------
+
+
+def two_part(
+    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale: float, window: int | None
+) -> Tensor:
+    """Own completion and prompt apart, merged by their log-sum-exps: no key is copied, no mask is made without need."""
+    return _TwoPart.apply(query, key, value, layout, scale, window)
+
+
+class _TwoPart(torch.autograd.Function):
+    """Softmax over a union of parts: the parts' outputs weighted by exp(lse_part - lse), lse = log sum exp(lse_part).
+
+    Backward: a key's probability is exp(score - lse) whichever part it is in, so the flash backward of each part,
+    given the *merged* output and log-sum-exp, yields that part's exact share of the gradient. (Merging two
+    differentiable calls instead would need the gradient of lse, which torch's flash functions drop.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale: float, window: int | None
+    ) -> Tensor:
+        output = torch.zeros_like(query)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        lse = torch.full(query.shape[:3], -math.inf, dtype=wide, device=query.device)
+        for rows, keys, is_causal, mask in _parts(layout, window, query.dtype):
+            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, rows], key[:, :, keys], value[:, :, keys], 0.0, is_causal, attn_mask=mask, scale=scale
+            )
+            if mask is not None:  # a row that sees nothing here comes back with 0
+                part_lse = part_lse.masked_fill(mask.isinf().all(-1), -math.inf)
+            merged = torch.logaddexp(lse[:, :, rows], part_lse)
+            before, now = (torch.exp(old - merged)[..., None] for old in (lse[:, :, rows], part_lse))
+            output[:, :, rows] = output[:, :, rows] * before + part * now
+            lse[:, :, rows] = merged
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.layout, ctx.scale, ctx.window = layout, scale, window
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+        for rows, keys, is_causal, mask in _parts(ctx.layout, ctx.window, query.dtype):
+            shares = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(gradient[:, :, rows], query[:, :, rows], key[:, :, keys], value[:, :, keys]),
+                *(output[:, :, rows], lse[:, :, rows], 0.0, is_causal),
+                **{"attn_mask": mask, "scale": ctx.scale},
+            )
+            for total, place, share in zip(gradients, (rows, keys, keys), shares, strict=True):
+                total[:, :, place] += share
+        return *gradients, None, None, None
+
+
+def _parts(
+    layout: SharedPrefix, window: int | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
+    """(query rows, key rows, causal?, additive mask) of every attention call; a row's own span comes first, so that its
+    log-sum-exp is finite before a part in which it may see nothing."""
+    for prompt, completions in layout.groups:
+        own = [prompt, *(span for span in completions if span.stop > span.start)]
+        calls = [(span, span, True) for span in own]
+        if len(own) > 1:
+            calls.append((slice(own[1].start, own[-1].stop), prompt, False))  # all completions at once
+        for rows, keys, is_causal in calls:
+            age = None if window is None else layout.position[rows, None] - layout.position[keys]
+            if age is None or int(age.max()) < window:
+                yield rows, keys, is_causal, None
+            else:
+                hidden = (age < 0) | (age >= window)
+                yield rows, keys, False, torch.zeros(age.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
+
+
+# CUDA -----------------------------------------------------------------------------------------------------------------
+
+VARLEN_OPTIONS = set(inspect.signature(varlen.varlen_attn).parameters)  # they grew from one torch release to the next
+
+
+def gathered(
+    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale: float, window: int | None
+) -> Tensor:
+    """One flash call: queries stay where they are, keys and values are gathered as prompt | prompt, c1 | prompt, c2 ...
+
+    Causal from the bottom right: the last query of a sequence sees its last key.
+    """
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    key, value = key[layout.key_rows], value[layout.key_rows]
+    repeats = query.shape[1] // key.shape[1]
+    options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in VARLEN_OPTIONS:
+        options["enable_gqa"] = repeats > 1
+    else:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    starts = (layout.query_starts, layout.key_starts, layout.longest_query, layout.longest_key)
+    return varlen.varlen_attn(query, key, value, *starts, **options).transpose(0, 1)[None]
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale: float, window: int | None) -> Tensor:
+    """flex_attention over the layout's blocks: any dtype, compiled once for all lengths."""
+    function = _compiled(flex_attention) if query.device.type == "cuda" else flex_attention
+    mask, is_grouped = block_mask(layout, window), query.shape[1] != key.shape[1]
+    return function(query, key, value, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+
+
+@functools.lru_cache(maxsize=4)
+def block_mask(layout: SharedPrefix, window: int | None) -> BlockMask:
+    """Which blocks of keys each block of queries needs: made once per micro-batch and window, for every layer."""
+
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_group = layout.group[query] == layout.group[key]
+        shared_or_own = (layout.completion[key] == 0) | (layout.completion[query] == layout.completion[key])
+        age = layout.position[query] - layout.position[key]
+        near = age >= 0 if window is None else (age >= 0) & (age < window)
+        return same_group & shared_or_own & near
+
+    length, device = len(layout.group), layout.group.device
+    make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(is_visible, None, None, length, length, device=device)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
+
+
+# The model ------------------------------------------------------------------------------------------------------------
+
+AttentionInterface.register(NAME, shared_prefix_attention)
+
+
+@contextmanager
+def attention_mode(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model attends through the function registered as `name`; its own comes back in any case."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def choose_layout(layout: str, model: PreTrainedModel) -> tuple[str, str]:
+    """`packed` or `padded` for batch.layout, and why. ValueError where `packed` is asked for and cannot be."""
+    reason = why_not_packed(model)
+    if layout == "packed" and reason:
+        raise ValueError(f"batch.layout=packed, but {type(model).__name__} {reason}; use auto or padded")
+    if layout != "auto":
+        return layout, "asked for"
+    return ("padded", f"{type(model).__name__} {reason}") if reason else ("packed", "every prompt is computed once")
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """What keeps this model's completions from sharing a prompt, as far as its class and config tell.
+
+    Dropout would too (completions would share the prompt's): `grpo.policy` refuses it in any layout.
+    """
+    config = model.config.get_text_config()
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    others |= {kind for kind in getattr(config, "layers_block_type", None) or () if kind != "attention"}
+    if others:
+        return f"has layers of type {sorted(others)}, whose state cannot be forked after the prompt"
+    with attention_mode(model, NAME):
+        if model.config._attn_implementation != NAME:
+            return "does not let its attention be replaced"
+    if getattr(config, "output_router_logits", False):
+        return "adds a router loss over all tokens, in which a shared prompt would count once"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "caps its attention scores"
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        return "has attention sinks"
+    if getattr(config, "v_head_dim", None) is not None:
+        return "has value heads of another size than its keys"
+    return None

@@ -1,0 +1,336 @@
+"""Packed rows equal padded rows, against a dense mask as oracle and through whole models, values and gradients."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig, MixtralConfig, Qwen3Config
+
+from grpo import attention
+from grpo.attention import NAME, attention_mode, choose_layout, flex, gathered, shared_prefix_attention, two_part
+from grpo.batch import LAYOUTS, lay_out, packed_row, padded_rows
+from grpo.logprobs import LogprobModel, PolicyModule, check_packing
+from grpo.policy import Policy
+from grpo.records import SharedPrefix
+from tests.test_update import distance
+from tests.tiny import VOCABULARY, made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
+
+CPU = torch.device("cpu")
+WINDOWS = [None, 1, 3, 6]
+
+
+def ragged_layout(scale: int = 1) -> SharedPrefix:
+    """Three groups: ragged completions, one of them of a single token; a one-token prompt; a group without any."""
+    spans, at = [], 0
+    for prompt, *completions in [(5, 4, 0, 7), (1, 1, 3), (2,)]:
+        stops = [at := at + length * scale for length in (prompt, *completions)]
+        starts = [stops[0] - prompt * scale, *stops]
+        slices = [slice(start, stop) for start, stop in zip(starts, stops, strict=False)]
+        spans.append((slices[0], slices[1:]))
+    return lay_out(spans)
+
+
+def heads(layout: SharedPrefix, dtype=torch.float64, size: int = 8, device=CPU) -> list[torch.Tensor]:
+    """Query of 4 heads, key and value of 2, as a transformers layer hands them over: [1, heads, L, D]."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda count: torch.randn(1, len(layout.group), count, size, generator=generator).transpose(1, 2)  # noqa: E731
+    return [draw(count).to(device, dtype).requires_grad_() for count in (4, 2, 2)]
+
+
+def dense(query, key, value, layout: SharedPrefix, scale: float, window: int | None) -> torch.Tensor:
+    """The oracle: one softmax per row under a mask written as the definition reads."""
+    length = len(layout.group)
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for q in range(length):
+        for k in range(q + 1):
+            in_prompt_or_own = layout.completion[k] == 0 or layout.completion[k] == layout.completion[q]
+            near = window is None or layout.position[q] - layout.position[k] < window
+            mask[q, k] = layout.group[q] == layout.group[k] and in_prompt_or_own and near
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+    scores = (query @ key.mT * scale).masked_fill(~mask.to(query.device), -math.inf)
+    return scores.softmax(-1) @ value
+
+
+def value_and_gradients(function, tensors, layout, window) -> list[torch.Tensor]:
+    output = function(*tensors, layout, 0.3, window)
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape).to(output.dtype)
+    return [output, *torch.autograd.grad((output * weights).sum(), tensors)]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_two_part_attention_equals_the_dense_mask_with_its_gradients(window):
+    layout = ragged_layout()
+    tensors = heads(layout)
+    expected = value_and_gradients(dense, tensors, layout, window)
+    for ours, theirs in zip(value_and_gradients(two_part, tensors, layout, window), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_two_part_attention_passes_gradcheck(window):
+    layout = lay_out([(slice(0, 3), [slice(3, 5), slice(5, 5), slice(5, 8)]), (slice(8, 9), [slice(9, 10)])])
+    assert torch.autograd.gradcheck(lambda *qkv: two_part(*qkv, layout, 0.3, window), heads(layout, size=2))
+
+
+@pytest.mark.parametrize("has_gqa", [True, False], ids=["gqa", "expanded"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_gathered_keys_equal_the_dense_mask(window, has_gqa, monkeypatch):
+    """The plan of the CUDA path; its kernel is played by a loop with flash attention's own conventions."""
+
+    def loop(query, key, value, query_starts, key_starts, longest_query, longest_key, *, scale, window_size, **options):
+        assert options == ({"enable_gqa": True} if has_gqa else {})
+        key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+        outputs = []
+        for i in range(len(query_starts) - 1):
+            rows, keys = (slice(int(starts[i]), int(starts[i + 1])) for starts in (query_starts, key_starts))
+            num_rows, num_keys = rows.stop - rows.start, keys.stop - keys.start
+            assert num_rows <= longest_query and num_keys <= longest_key
+            age = (
+                torch.arange(num_rows)[:, None] + num_keys - num_rows - torch.arange(num_keys)
+            )  # from the bottom right
+            left, right = window_size
+            visible = (age >= -right) & ((age <= left) if left >= 0 else torch.tensor(True))
+            q, k, v = (tensor.transpose(0, 1) for tensor in (query[rows], key[keys], value[keys]))
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale).transpose(0, 1))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(attention.varlen, "varlen_attn", loop)
+    monkeypatch.setattr(attention, "VARLEN_OPTIONS", {"scale", "window_size", *(["enable_gqa"] if has_gqa else [])})
+    layout = ragged_layout()
+    tensors = heads(layout)
+    expected = value_and_gradients(dense, tensors, layout, window)
+    for ours, theirs in zip(value_and_gradients(gathered, tensors, layout, window), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@torch.no_grad()
+def test_flex_attention_with_the_layouts_blocks_equals_the_dense_mask(window):
+    layout = ragged_layout(scale=9)  # more than one block of 128
+    tensors = [tensor.detach() for tensor in heads(layout, torch.float32, size=16)]  # no backward on CPU
+    expected = dense(*tensors, layout, 0.3, window)
+    assert torch.allclose(flex(*tensors, layout, 0.3, window), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("function, dtype", [(gathered, torch.bfloat16), (flex, torch.bfloat16), (flex, torch.float32)])
+def test_on_cuda_both_backends_equal_the_dense_mask_with_their_gradients(function, dtype, window, size):
+    if function is gathered and not {"scale", "window_size"} <= attention.VARLEN_OPTIONS:
+        pytest.skip("varlen_attn of this torch has no window_size; flex serves instead")
+    spans = [(slice(0, 100), [slice(100, 150), slice(150, 150), slice(150, 213)]), (slice(213, 256), [])]
+    layout = lay_out(spans).to("cuda")
+    exact = [tensor.detach().double().requires_grad_() for tensor in heads(layout, dtype, size, "cuda")]
+    tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+    expected = value_and_gradients(dense, exact, layout, window)
+    for ours, theirs in zip(value_and_gradients(function, tensors, layout, window), expected, strict=True):
+        error = ((ours.double() - theirs).norm() / theirs.norm()).item()
+        assert error < (1e-2 if dtype == torch.bfloat16 else 2e-3), error
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer and a trained low-rank one beside it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 3):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, base.in_features) / 3)
+        self.up = nn.Parameter(torch.randn(base.out_features, rank) / 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.base(inputs) + inputs @ self.down.T @ self.up.T
+
+
+def with_low_rank(model: nn.Module) -> nn.Module:
+    """Low-rank layers beside every projection of the decoder; everything else frozen."""
+    torch.manual_seed(0)
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(part, name, LowRank(child))
+    return model
+
+
+def from_config(config, attention: str = "sdpa") -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}  # one full layer, one sliding
+MODELS = {
+    "qwen2 fp64": lambda: tiny_qwen2().double(),
+    "qwen2 sliding fp64": lambda: tiny_qwen2(**SLIDING).double(),
+    "qwen2 low rank fp64": lambda: with_low_rank(tiny_qwen2()).double(),
+    "qwen2": tiny_qwen2,
+    "qwen3": lambda: from_config(Qwen3Config(**TINY, head_dim=16)),
+    "llama": lambda: from_config(LlamaConfig(**TINY)),
+}
+
+
+def gradients_in(layout: str, policy: Policy, checkpointing: bool, parts: int) -> tuple[dict, dict]:
+    """Log-probs by (group, sample) and gradients of a loss over six groups, split over `parts` micro-batches."""
+    groups = made_up_groups(6, 4)
+    members = [(g, s) for g in range(6) for s in range(4)]
+    module = PolicyModule(policy, temperature=0.9, impl="torch", checkpointing=checkpointing)
+    policy.model.train()
+    policy.masters.zero_grad()
+    logprobs = {}
+    for part in range(parts):
+        micro_batch = LAYOUTS[layout][1](groups, members[part::parts], CPU)  # every group is split where parts > 1
+        coefficient = torch.sin(micro_batch.tokens.target.to(torch.float64))
+        loss, found, _ = module(micro_batch, lambda logprobs, entropy, rows, c=coefficient: c[rows] * logprobs)
+        loss.backward()
+        for row, member in enumerate(micro_batch.sequences):
+            logprobs[member] = found[micro_batch.tokens.sequence == row]
+    return dict(sorted(logprobs.items())), {
+        name: p.grad for name, p in policy.masters.named_parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_log_probs_and_gradients_equal_padded_ones(name, checkpointing, monkeypatch):
+    is_fp64 = name.endswith("fp64")
+    if is_fp64:
+        use_fp64_rms_norm(monkeypatch)
+    policy = Policy(MODELS[name](), word_tokenizer(), "fp32")
+    expected, gradients = gradients_in("padded", policy, False, 1)
+    for parts in (1, 3):
+        logprobs, packed = gradients_in("packed", policy, checkpointing, parts)
+        assert distance(packed, gradients) < (1e-10 if is_fp64 else 5e-6)
+        assert distance(logprobs, expected) < (1e-10 if is_fp64 else 5e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_in_bf16_packed_rows_are_no_further_from_fp32_than_padded_rows(checkpointing):
+    exact = gradients_in("padded", Policy(tiny_qwen2(), word_tokenizer(), "fp32"), False, 1)
+    errors = {}
+    for layout in LAYOUTS:
+        found = gradients_in(layout, Policy(tiny_qwen2(), word_tokenizer(), "bf16"), checkpointing, 1)
+        assert all(gradient.dtype == torch.float32 for gradient in found[1].values())
+        errors[layout] = [distance(ours, theirs) for ours, theirs in zip(found, exact, strict=True)]
+    assert all(ours < 1.5 * theirs for ours, theirs in zip(errors["packed"], errors["padded"], strict=True)), errors
+    assert max(errors["packed"]) < 0.05
+
+
+def test_one_token_prompts_and_completions_are_finite_with_their_gradients():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "fp32")
+    groups = [group for group in made_up_groups(40, 4) if len(group.prompt_ids) == 1]
+    assert len(groups) > 2 and any(len(completion.ids) == 1 for group in groups for completion in group.completions)
+    module = PolicyModule(policy, temperature=1.0, impl="torch")
+    logprobs, entropy = module(packed_row(groups, [(g, s) for g in range(len(groups)) for s in range(4)], CPU))
+    logprobs.sum().backward()
+    assert logprobs.isfinite().all() and entropy.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+def test_the_reference_goes_the_same_way():
+    groups, members = made_up_groups(1), [(0, 0), (0, 2)]
+    reference = LogprobModel(tiny_qwen2(seed=1).eval(), temperature=0.9, impl="torch")
+    with torch.no_grad():
+        packed, padded = (reference(build(groups, members, CPU))[0] for build in (packed_row, padded_rows))
+    assert torch.allclose(packed, padded, rtol=0, atol=1e-5)
+
+
+# --- switching, refusing, checking ------------------------------------------------------------------------------------
+
+
+def test_the_model_gets_its_own_attention_back_also_after_an_error():
+    model = tiny_qwen2()
+    with pytest.raises(RuntimeError), attention_mode(model, NAME):
+        assert model.config._attn_implementation == NAME
+        raise RuntimeError
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name, value", [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("dropout", 0.1)])
+def test_what_packed_rows_cannot_do_is_refused_by_name(name, value):
+    layout = ragged_layout()
+    with pytest.raises(ValueError, match=f"wants {name} in its attention.*batch.layout=padded"):
+        shared_prefix_attention(nn.Identity(), *heads(layout), None, shared_prefix=layout, **{name: value})
+
+
+REFUSED = {
+    "hybrid": (lambda: tiny_qwen2(layer_types=["full_attention", "linear_attention"]), "state cannot be forked"),
+    "gemma2": (lambda: from_config(Gemma2Config(**TINY, head_dim=8), "eager"), "caps its attention scores"),
+    "mamba": (
+        lambda: from_config(MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1), "eager"),
+        "state cannot be forked|attention be replaced",
+    ),
+    "router loss": (
+        lambda: from_config(MixtralConfig(**TINY, num_local_experts=2, output_router_logits=True)),
+        "router loss",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_packed_falls_back_to_padded_rows_with_the_reason(name):
+    make, reason = REFUSED[name]
+    with torch.device("meta"):
+        model = make()
+    layout, why = choose_layout("auto", model)
+    assert layout == "padded" and re.search(reason, why)
+    with pytest.raises(ValueError, match=reason):
+        choose_layout("packed", model)
+    assert choose_layout("padded", model) == ("padded", "asked for")
+
+
+def test_what_can_be_packed_is_packed():
+    assert choose_layout("auto", tiny_qwen2())[0] == "packed"
+    assert choose_layout("padded", tiny_qwen2())[0] == "padded"
+
+
+def see_other_completions(layout, window, dtype):
+    for prompt, completions in layout.groups:
+        whole = slice(prompt.start, max(span.stop for span in (prompt, *completions)))
+        yield whole, whole, True, None
+
+
+def miss_the_prompt(layout, window, dtype):
+    for prompt, completions in layout.groups:
+        yield from ((span, span, True, None) for span in (prompt, *completions) if span.stop > span.start)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("leak", [see_other_completions, miss_the_prompt])
+def test_the_first_batch_check_passes_exact_packing_and_stops_on_a_planted_leak(leak, precision, monkeypatch):
+    """Also on a model at the usual initialisation, whose log-probs hardly depend on what it sees."""
+    for scale in (0.2, 0.02):
+        policy = Policy(tiny_qwen2(initializer_range=scale), word_tokenizer(), precision)
+        module = PolicyModule(policy, temperature=1.0, impl="torch")
+        assert max(check_packing(module, made_up_groups(), CPU)) < 0.05
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"are off by 0\.\d+ nats in the mean"):
+            patch.setattr(attention, "_parts", leak)
+            check_packing(module, made_up_groups(), CPU)
+
+
+def test_a_nan_stops_the_check():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "fp32")
+    with torch.no_grad():
+        policy.masters.model.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="off by nan nats"):
+        check_packing(PolicyModule(policy, temperature=1.0, impl="torch"), made_up_groups(), CPU)
