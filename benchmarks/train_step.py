@@ -49,8 +49,12 @@ def make_model(device: torch.device) -> Qwen2ForCausalLM:
         attn_implementation="sdpa",
         **shape,
     )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Qwen2ForCausalLM(config).to(device, dtype).train()
+    with device:
+        model = Qwen2ForCausalLM(config).train()
+    if device.type == "cuda":
+        for parameter in model.parameters():  # not model.to: the rotary frequencies stay fp32
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def make_group(prompt: int, group_size: int, vocabulary: int, shortest: int = 100, longest: int = 300) -> Group:
