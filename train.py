@@ -75,7 +75,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     with timer("update"):
         layout = asdict(config.batch) | {"layout": run.layout}
         if run.layout == "packed" and step == run.steps_done + 1:
-            check_packing(run.module, groups, world.device)
+            error = check_packing(run.module, groups, world.device)
+            run.log.say("packed log-probs of one group are off by {:.1g} nats, {:.1g} at most".format(*error))
         batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
         frozen_logprobs(batch, run.module, run.reference)
         advantages = normalise(objective.advantages, scores.total, scores.scored)

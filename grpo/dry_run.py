@@ -81,14 +81,25 @@ def _effective_batch(config: Config, world_size: int, model: ModelFacts) -> list
             f"{completions * rollout.max_new_tokens:,} tokens sampled, "
             f"{completions * longest:,} trained on with prompts"
         )
-    sequences = rollout.prompts_per_step * rollout.group_size // (world_size * batch.minibatches)
-    rows = max(1, batch.tokens_per_micro_batch // longest)
     lines.append(f"  optimizer steps per training step: {batch.passes} passes x {batch.minibatches} minibatches")
     lines.append(
-        f"  micro-batches per optimizer step and rank: {math.ceil(sequences / rows)} of at most "
-        f"{min(rows, sequences)} sequences ({batch.tokens_per_micro_batch:,} tokens)"
+        f"  micro-batches per optimizer step and rank: {_micro_batches(config, world_size, model)} of at most "
+        f"{batch.tokens_per_micro_batch:,} tokens, {'padded' if batch.layout == 'padded' else 'packed'}"
     )
     return lines
+
+
+def _micro_batches(config: Config, world_size: int, model: ModelFacts) -> int:
+    """With every completion as long as allowed; auto is taken as packed, which it is for all but a few models."""
+    rollout, batch = config.rollout, config.batch
+    groups = rollout.prompts_per_step // (world_size * batch.minibatches)
+    prompt, new, budget = model.prompt_tokens, rollout.max_new_tokens, batch.tokens_per_micro_batch
+    if batch.layout == "padded":
+        return math.ceil(groups * rollout.group_size / max(1, budget // (prompt + new)))
+    whole_groups = budget // (prompt + rollout.group_size * new)
+    if whole_groups:
+        return math.ceil(groups / whole_groups)
+    return groups * math.ceil(rollout.group_size / max(1, (budget - prompt) // new))
 
 
 def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[str, int]:

@@ -280,15 +280,29 @@ def test_every_interval_belongs_to_a_number_of_the_config():
 
 
 def test_the_effective_batch_by_hand():
-    # 16 prompts x 8 = 128 completions of 40 + 10 prompt tokens; on 2 ranks 64 each; 2 minibatches: 32 sequences a
-    # step and rank; 500 tokens hold 10 of 50, so 4 micro-batches.
+    # 16 prompts x 8 = 128 completions of 40 + 10 prompt tokens; on 2 ranks 64 each; 2 minibatches: 4 groups of
+    # 10 + 8 * 40 = 330 tokens a step and rank; 500 tokens hold one of them, so 4 micro-batches.
     config = replace(Config(), batch=replace(Config().batch, minibatches=2, tokens_per_micro_batch=500))
     report = dry_run.dry_run_report(config, 2, FACTS)
     assert "per step: 16 prompts x 8 = 128 completions; 5,120 tokens sampled, 6,400 trained on with prompts" in report
     assert "per rank: 8 prompts x 8 = 64 completions; 2,560 tokens sampled, 3,200 trained on with prompts" in report
     assert "1 passes x 2 minibatches" in report
-    assert "per optimizer step and rank: 4 of at most 10 sequences (500 tokens)" in report
+    assert "per optimizer step and rank: 4 of at most 500 tokens, packed" in report
     assert yaml.safe_load(report.split("effective batch")[0]) == yaml.safe_load(yaml.safe_dump(to_dict(config)))
+
+
+@pytest.mark.parametrize(
+    "layout, budget, expected",
+    [
+        ("packed", 660, 8),  # 16 groups of 330 tokens, two at a time
+        ("auto", 130, 48),  # a group in three parts: 130 tokens hold the prompt and 3 completions of 40
+        ("padded", 130, 64),  # 128 sequences of 50, two at a time
+        ("padded", 40, 128),  # a sequence that is longer than the budget has one to itself
+    ],
+)
+def test_the_number_of_micro_batches_by_hand(layout, budget, expected):
+    config = replace(Config(), batch=replace(Config().batch, layout=layout, tokens_per_micro_batch=budget))
+    assert f"rank: {expected} of at most" in dry_run.dry_run_report(config, 1, FACTS)
 
 
 def test_the_memory_estimate_by_hand():

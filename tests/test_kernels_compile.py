@@ -5,7 +5,7 @@ Specialised as their launchers do for Qwen2.5; `make slow` adds the shapes that 
 
 import pytest
 
-from kernels.decode_attention.kernel import block_size, tile_shape
+from kernels.decode_attention.kernel import block_size, prefix_warps, tile_shape
 from tests.compile_only import SHARED_MEMORY, Kernel, Report, build, faults
 
 SIZE = {"bf16": 2, "fp32": 4}
@@ -20,13 +20,14 @@ def attend(name: str, own_types: dict, own_constants: dict, dtype: str, **shape)
     constants = dict(HAS_SOFTCAP=False, HAS_WINDOW=False) | own_constants | shape
     constants["BLOCK"] = block_size(shape["WIDTH"], SIZE[dtype])
     types = {name: type.format(dtype) for name, type in types.items()}
-    return Kernel(f"kernels.decode_attention.kernel:attend_{name}", types, constants)
+    warps = prefix_warps(shape["WIDTH"], SIZE[dtype]) if name == "prefix" else 4
+    return Kernel(f"kernels.decode_attention.kernel:attend_{name}", types, constants, num_warps=warps)
 
 
 def attend_prefix(dtype: str, **shape) -> Kernel:
     seats, repeats = tile_shape(8, shape["REPEATS"], SIZE[dtype])
     grid = {"place": "*i64:16", "num_rows": "i32:16", "seats": "i32", "tiles": "i32", "stride_group": "i32:16"}
-    tile = dict(CHUNK=192, PADDED_ROWS=256, TILE_SEATS=seats, PADDED_REPEATS=repeats)
+    tile = dict(CHUNK=192, SEARCH_STEPS=9, TILE_SEATS=seats, PADDED_REPEATS=repeats)
     return attend("prefix", grid, tile, dtype, **shape)
 
 

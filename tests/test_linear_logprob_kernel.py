@@ -15,6 +15,7 @@ from kernels.linear_logprob.rows import TORCH, Rows, Temper  # noqa: E402
 from tests.test_linear_logprob import naive  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16] if HAS_GPU else [torch.float32, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of a gradient stored in it, relative

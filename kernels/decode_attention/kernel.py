@@ -17,7 +17,7 @@ from torch import Tensor
 
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TILE_BYTES = 128  # of a column of a prefix tile's queries: 64 rows of bf16 are one warp group's wgmma
+TILE_ROWS = {2: 64, 4: 16}  # query rows of a prefix tile, by bytes of an element; 64 are one warp group's wgmma
 BLOCK_BYTES = 8192  # of keys read at a time; with more, wide heads spill registers (tests/test_kernels_compile.py)
 CHUNK = 128  # least keys of a prefix chunk; below, writing and folding its partial result costs as much as reading it
 PROGRAMS = 264  # to aim for: two for each multiprocessor of an H100
@@ -72,18 +72,18 @@ def decode_attention(
     common = dict(
         scale=scale, softcap=softcap or 0.0, window=window or 0, REPEATS=repeats, WIDTH=width, BLOCK=block, CHUNK=chunk
     )
-    common.update(HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, num_warps=4)
+    common.update(HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None)
     if chunks:
         attend_prefix[(num_groups * tiles, kv_heads, chunks)](
             query, *query.stride()[:2], *prefix, *prefix[0].stride()[:3], place, prefix_lengths, suffix_lengths,
             partial, lse, num_rows, seats, tiles, chunks,
-            TILE_SEATS=tile_seats, PADDED_REPEATS=padded_repeats, PADDED_ROWS=triton.next_power_of_2(num_rows),
-            **common,
+            TILE_SEATS=tile_seats, PADDED_REPEATS=padded_repeats, SEARCH_STEPS=num_rows.bit_length(),
+            num_warps=prefix_warps(width, query.element_size()), **common,
         )  # fmt: skip
     attend_suffix[(num_rows, kv_heads)](
         query, *query.stride()[:2], key, value, *key.stride()[:2], *suffix, *suffix[0].stride()[:3],
         prefix_lengths, suffix_lengths, partial, lse, output, chunks,
-        PADDED_REPEATS=max(16, triton.next_power_of_2(repeats)), **common,
+        PADDED_REPEATS=max(16, triton.next_power_of_2(repeats)), num_warps=4, **common,
     )  # fmt: skip
     return output
 
@@ -91,13 +91,18 @@ def decode_attention(
 def tile_shape(seats: int, repeats: int, element_size: int) -> tuple[int, int]:
     """Seats of a prefix tile and query rows of a seat, both powers of two; their product is 16 or more."""
     padded_repeats = triton.next_power_of_2(repeats)
-    tile_seats = min(triton.next_power_of_2(seats), TILE_BYTES // element_size // padded_repeats)
+    tile_seats = min(triton.next_power_of_2(seats), TILE_ROWS[element_size] // padded_repeats)
     return max(tile_seats, 16 // padded_repeats, 1), padded_repeats
 
 
 def block_size(width: int, element_size: int) -> int:
     """Keys read at a time."""
     return max(16, min(64, BLOCK_BYTES // (width * element_size)))
+
+
+def prefix_warps(width: int, element_size: int) -> int:
+    """Warps of a prefix tile: the sums of wide heads need the registers of eight."""
+    return 8 if width * element_size >= 512 else 4
 
 
 def chunk_size(prefix_size: int, programs: int, block: int) -> int:
@@ -146,7 +151,7 @@ def attend_prefix(
     place, prefix_lengths, suffix_lengths, partial, lse, num_rows, seats, tiles, chunks, scale, softcap, window,
     REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    TILE_SEATS: tl.constexpr, PADDED_REPEATS: tl.constexpr, PADDED_ROWS: tl.constexpr,
+    TILE_SEATS: tl.constexpr, PADDED_REPEATS: tl.constexpr, SEARCH_STEPS: tl.constexpr,
 ):  # fmt: skip
     """Program (group and tile of its seats, kv head, chunk) -> partial[row, head, chunk] and its lse, log base 2."""
     ROWS: tl.constexpr = TILE_SEATS * PADDED_REPEATS
@@ -154,17 +159,18 @@ def attend_prefix(
     kv_head = tl.program_id(1)
     start = tl.program_id(2) * CHUNK
 
-    # Which row sits where: places increase, so as many rows come before a seat as have a smaller place.
-    every = tl.arange(0, PADDED_ROWS)
-    places = tl.load(place + every, mask=every < num_rows, other=(group + 1) * seats)
-    seat = (tl.program_id(0) % tiles) * TILE_SEATS + tl.arange(0, TILE_SEATS)
-    mine = (group * seats + seat)[:, None]
-    sitting = tl.sum((places[None, :] < mine).to(tl.int32), 1)
-    is_taken = (tl.sum((places[None, :] == mine).to(tl.int32), 1) > 0) & (seat < seats)
-    sitting = tl.where(is_taken, sitting, -1)
-    row = tl.reshape(tl.broadcast_to(sitting[:, None], [TILE_SEATS, PADDED_REPEATS]), [ROWS])
-    repeat = tl.arange(0, ROWS) % PADDED_REPEATS
-    stored = tl.load(suffix_lengths + row, mask=row >= 0, other=-1).to(tl.int32)
+    # Which row sits where: places increase, so a binary search tells how many come before a seat.
+    m = tl.arange(0, ROWS)
+    repeat = m % PADDED_REPEATS
+    seat = (tl.program_id(0) % tiles) * TILE_SEATS + m // PADDED_REPEATS
+    mine = group * seats + seat
+    row = tl.zeros([ROWS], tl.int32)
+    for step in tl.static_range(SEARCH_STEPS):
+        ahead = row + (1 << (SEARCH_STEPS - 1 - step))
+        comes_before = tl.load(place + ahead - 1, mask=ahead <= num_rows, other=mine) < mine
+        row = tl.where(comes_before, ahead, row)
+    is_taken = (seat < seats) & (tl.load(place + row, mask=row < num_rows, other=-1) == mine)
+    stored = tl.load(suffix_lengths + row, mask=is_taken, other=-1).to(tl.int32)
     is_live = (stored >= 0) & (repeat < REPEATS)
     last = tl.load(prefix_lengths + row, mask=is_live, other=0).to(tl.int32)
     first = tl.zeros([ROWS], tl.int32)

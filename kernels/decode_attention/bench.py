@@ -1,0 +1,93 @@
+"""One layer's attention in a decode step: python -m kernels.decode_attention.bench
+
+The reference, the Triton kernels (on CUDA) and, as the usual way, PyTorch's own attention over keys in which every row
+has a copy of its group's prefix; that one is given its keys already stored and joined. All rows have full length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn import functional as F
+
+import kernels
+from kernels.measure import alternate, hardware, show
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows in full groups. suffix: tokens of a row, with the newest."""
+
+    name: str
+    groups: int
+    seats: int
+    heads: int
+    kv_heads: int
+    width: int
+    prefix: int
+    suffix: int
+
+
+SHAPES = {
+    "cpu": [Shape("27M", 4, 8, 8, 2, 64, 700, 64)],
+    "cuda": [
+        Shape("Qwen2.5-0.5B", 32, 8, 14, 2, 64, 700, 128),
+        Shape("Qwen2.5-0.5B, long", 32, 8, 14, 2, 64, 700, 1024),
+        Shape("Qwen2.5-0.5B, few rows", 4, 8, 14, 2, 64, 700, 1024),
+        Shape("Qwen2.5-7B", 32, 8, 28, 4, 128, 700, 256),
+    ],
+}
+
+
+def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, object]:
+    """Times of every contender, printed and returned, and how far each output is from the reference's."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    normal = lambda *size: torch.randn(*size, device=device).to(dtype)  # noqa: E731
+    rows, kv = shape.groups * shape.seats, (shape.kv_heads, shape.width)
+    query, key, value = normal(rows, shape.heads, shape.width), normal(rows, *kv), normal(rows, *kv)
+    prefix = [normal(shape.groups, kv[0], shape.prefix, kv[1]) for _ in range(2)]
+    suffix = [normal(rows, kv[0], shape.suffix, kv[1]) for _ in range(2)]
+    place = torch.arange(rows, device=device)
+    layout = dict(
+        seats=shape.seats,
+        place=place,
+        prefix_lengths=torch.full_like(place, shape.prefix),
+        suffix_lengths=torch.full_like(place, shape.suffix - 1),
+        scale=shape.width**-0.5,
+    )
+    ours = lambda impl: lambda: kernels.decode_attention(query, key, value, prefix, suffix, impl=impl, **layout)  # noqa: E731
+    expected = ours("torch")()  # stores the newest
+    joined = [torch.cat([x.repeat_interleave(shape.seats, 0), y], 2) for x, y in zip(prefix, suffix, strict=True)]
+    contenders = {
+        "reference": ours("torch"),
+        "SDPA, prefix repeated": lambda: F.scaled_dot_product_attention(query[:, :, None], *joined, enable_gqa=True)[
+            :, :, 0
+        ],
+    }
+    if device.type == "cuda":
+        contenders["triton"] = ours("triton")
+    errors = {name: (call() - expected).abs().max().item() for name, call in contenders.items()}
+    taken = alternate(contenders, device, repeats)
+    num_bytes = sum(x.nbytes for x in (*prefix, *suffix))
+    show(f"{shape.name}: {asdict(shape)}", taken, num_bytes)
+    return {"shape": asdict(shape), "bytes": num_bytes, "milliseconds": taken, "max_difference": errors}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        print(f"without triton: {kernels.resolve('decode_attention', 'auto', device).why}")
+    results = [measure(shape, device, options.repeats) for shape in SHAPES[device.type]]
+    print(json.dumps({**hardware(device), "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What the benches of small ops share: contenders take turns, on CUDA each as a graph of several calls.
+
+So launch overhead, which a decode step captured as a graph has not either, stays out of the comparison.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+CALLS = 10  # in a graph
+
+
+def alternate(contenders: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of a call, `repeats` times by turns: of the clock on CUDA, of the process on CPU."""
+    time_one = {name: (_graph if device.type == "cuda" else _eager)(call) for name, call in contenders.items()}
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, run in time_one.items():
+            taken[name].append(run())
+    return taken
+
+
+def _eager(call: Callable) -> Callable[[], float]:
+    call()  # warms up
+
+    def run() -> float:
+        start = time.process_time()
+        call()
+        return 1e3 * (time.process_time() - start)
+
+    return run
+
+
+def _graph(call: Callable) -> Callable[[], float]:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and fills the workspaces of matmuls
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def run() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / CALLS
+
+    return run
+
+
+def show(title: str, taken: dict[str, list[float]], num_bytes: int) -> None:
+    """A table; num_bytes: the least that must be read."""
+    print(f"\n{title}: at least {num_bytes / 2**20:.1f} MiB to read")
+    print(f"{'':<24}{'median ms':>12}{'least':>12}{'most':>12}{'GB/s':>10}")
+    for name, values in taken.items():
+        median = statistics.median(values)
+        print(f"{name:<24}{median:>12.4f}{min(values):>12.4f}{max(values):>12.4f}{num_bytes / median / 1e6:>10.0f}")
+
+
+def hardware(device: torch.device) -> dict[str, object]:
+    """Where it was measured, for the last line."""
+    versions = {}
+    for name in ("torch", "triton"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    machine = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine
+    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}

@@ -1,0 +1,59 @@
+"""Drawing a token for every row: python -m kernels.sample_token.bench
+
+The reference, the Triton kernels (on CUDA) and torch.multinomial with log-probs, which is no exact inverse of the
+cumulative distribution and does not take a number of one's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.measure import alternate, hardware, show
+
+SHAPES = {"cpu": [(32, 8_192), (8, 151_936)], "cuda": [(256, 151_936), (64, 151_936), (8, 151_936)]}  # rows, vocabulary
+
+
+def multinomial(logits: Tensor) -> tuple[Tensor, Tensor]:
+    log_probs = torch.log_softmax(logits.float(), -1)
+    token = torch.multinomial(log_probs.exp(), 1)
+    return token[:, 0], log_probs.gather(1, token)[:, 0]
+
+
+def measure(rows: int, vocabulary: int, device: torch.device, repeats: int) -> dict[str, object]:
+    """Times of every contender, printed and returned, and the share of tokens that equal the reference's."""
+    logits = torch.randn(rows, vocabulary, device=device) * 3
+    logits = logits.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    uniforms = torch.rand(rows, dtype=torch.float64, device=device)
+    options = dict(temperature=1.0, top_p=1.0, top_k=0)
+    ours = lambda impl: lambda: kernels.sample_token(logits, uniforms, impl=impl, **options)  # noqa: E731
+    contenders = {"reference": ours("torch"), "multinomial": lambda: multinomial(logits)}
+    same = {}
+    if device.type == "cuda":
+        contenders["triton"] = ours("triton")
+        same["triton"] = (ours("triton")()[0] == ours("torch")()[0]).float().mean().item()
+    taken = alternate(contenders, device, repeats)
+    show(f"{rows} rows, {vocabulary:,} tokens", taken, logits.nbytes)
+    shape = {"rows": rows, "vocabulary": vocabulary}
+    return {"shape": shape, "bytes": logits.nbytes, "milliseconds": taken, "same_tokens": same}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        print(f"without triton: {kernels.resolve('sample_token', 'auto', device).why}")
+    results = [measure(*shape, device, options.repeats) for shape in SHAPES[device.type]]
+    print(json.dumps({**hardware(device), "results": results}))
+
+
+if __name__ == "__main__":
+    main()
