@@ -121,6 +121,17 @@ def test_modes_attention_and_random_state_come_back_also_after_an_exception(mode
     training(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()  # and it trains on
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs on CPU; see test_rollout_gpu")
+@pytest.mark.parametrize("is_static", [False, True])
+def test_the_kernels_draw_what_their_definitions_draw(is_static, monkeypatch):
+    model, made = tiny_model("qwen2", head_dim=16, num_hidden_layers=1), problems(17, 1)
+    model.generation_config.eos_token_id = [EOS, *range(0, 230, 3)]  # some rows end at once
+    expected = ids_of(sampler(model, max_new_tokens=5).generate(made, step=1))
+    interpreted = sampler(model, max_new_tokens=5, impl="triton")
+    monkeypatch.setattr(interpreted, "is_static", is_static)  # rows without an owner, and bounds of the slab
+    assert ids_of(interpreted.generate(made, step=1)) == expected
+
+
 def test_every_completion_has_exactly_the_ending_that_its_finish_reason_says(model):
     model_eos, seen = set(model.generation_config.eos_token_id), set()
     texts = sampler(model, tokenizer=syllable_tokenizer(), stop=("ab", "cde"), group_size=8, max_new_tokens=30)

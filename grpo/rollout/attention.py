@@ -66,7 +66,6 @@ def _decode(
     num_groups: int,
     seats: int,
     place: Tensor,
-    row: Tensor,
     prefix_lengths: Tensor,
     suffix_lengths: Tensor,
     longest_prefix: int,

@@ -135,9 +135,8 @@ class Decode:
     num_groups: int
     seats: int
     place: Tensor  # [B] int64
-    row: Tensor  # [B] int64: 0 .. B-1
     prefix_lengths: Tensor  # [B] int64
-    suffix_lengths: Tensor  # [B] int64, without the token read now
+    suffix_lengths: Tensor  # [B] int64, without the token read now; -1 for a row that has ended
     longest_prefix: int
     longest_suffix: int  # with the token read now; the two are upper bounds, known without asking the device
 

@@ -48,17 +48,19 @@ class DecodeStep:
         self.ids = make(torch.int64, width)
         self.logprobs = make(torch.float32, width)
         self.owned = (self.token, self.prefix, self.length, self.alive, self.uniforms, self.ids, self.logprobs)
+        self.stored = make(torch.int64)  # tokens in its suffix, -1 where it has ended: its attention is left out
         self.place = make(torch.int64)  # its seat, see kernels/decode_attention
         self.row = torch.arange(num_rows, device=device)
         self.eos = torch.tensor(eos, device=device)
 
     def __call__(self, layout: Decode) -> None:
         """The step, for the rows of `layout`."""
-        sampling, size = self.sampling, len(layout.row)
+        sampling, size = self.sampling, len(layout.place)
         token, length, alive = self.token[:size], self.length[:size], self.alive[:size]
+        self.stored[:size] = torch.where(alive, length, -1)
         self.slab.layout = layout
         logits = self.forward(self.model, token[:, None], (self.prefix[:size] + length)[:, None], self.slab)
-        here = (layout.row, length)
+        here = (self.row[:size], length)
         drawn, logprob = kernels.sample_token(
             logits,
             self.uniforms[here],
@@ -77,9 +79,8 @@ class DecodeStep:
         """What the attention of a step over the first `size` rows needs to know."""
         return Decode(
             place=self.place[:size],
-            row=self.row[:size],
             prefix_lengths=self.prefix[:size],
-            suffix_lengths=self.length[:size],
+            suffix_lengths=self.stored[:size],
             **bounds,
         )
 
