@@ -26,7 +26,7 @@ from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.metrics import RunLogger, completion_records, environment, length_metrics
-from grpo.objectives import resolve
+from grpo.objectives import check_steps, resolve
 from grpo.policy import Policy, load_model_config, load_policy, load_reference
 from grpo.records import merge_scores
 from grpo.rewards import score_groups
@@ -74,7 +74,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         layout = asdict(config.batch)
         batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
         frozen_logprobs(batch, run.module, run.reference)
-        advantages = normalise(objective.advantages, scores.total, scores.scored)
+        by_component = {"components": scores.components, "weights": scores.weights}
+        advantages = normalise(objective.advantages, scores.total, scores.scored, **by_component)
         weigh(
             batch,
             world.mine(advantages),
@@ -314,6 +315,7 @@ def run_command(command: Command, world: World) -> int:
         print(command.source, flush=True)
     check(command.config, world.size)
     objective = resolve(**asdict(command.config.objective))
+    check_steps(objective, command.config.batch.passes * command.config.batch.minibatches)
     resolved = ObjectiveConfig(preset=command.config.objective.preset, **asdict(objective))
     config = replace(command.config, objective=resolved)
     if command.dry_run:

@@ -6,7 +6,7 @@ A completion that could not be scored takes no part in its group's statistics an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,11 +46,59 @@ def group(rewards: Tensor, scored: Tensor) -> Tensor:
     return centred / (std + STD_OFFSET)
 
 
-ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"group": group, "group_mean": group_mean}
+def batch(rewards: Tensor, scored: Tensor) -> Tensor:
+    """(r - mean_g) / (std + 1e-4), std over all scored raw rewards of the step, ddof 1 (arXiv:2508.08221).
+
+    Groups that are hard to tell apart keep their small differences. std is of raw rewards, not of centred ones.
+    """
+    count = scored.sum().clamp_min(2)
+    mean = rewards.sum() / count
+    std = (torch.where(scored, rewards - mean, 0.0).square().sum() / (count - 1)).sqrt()
+    return group_mean(rewards, scored) / (std + STD_OFFSET)
 
 
-def normalise(name: str, rewards: Tensor, scored: Tensor) -> Tensor:
-    """Advantages by the named formula.  rewards: [P, G]; scored: [P, G] bool; returns [P, G] fp32."""
+def rloo(rewards: Tensor, scored: Tensor) -> Tensor:
+    """r_i - mean of the others' rewards = n / (n - 1) * (r_i - mean_g), n scored in the group (arXiv:2402.14740)."""
+    count = scored.sum(1, keepdim=True)
+    return group_mean(rewards, scored) * count / (count - 1).clamp_min(1)
+
+
+def per_reward(components: Tensor, weights: Tensor, scored: Tensor) -> Tensor:
+    """Every component is normalised in its group, then weighted, summed and scaled over the step (GDPO,
+    arXiv:2601.05242), so that a component with a small range is not drowned by one with a large range.
+
+    x = sum_k w_k (r_k - mean_g r_k) / (std_g r_k + 1e-4),  A = x / (std of x over the step + 1e-4); ddof 1.
+    The paper also subtracts the mean of x: it is 0 by construction, and so its rounding cannot reach a group without
+    spread. components: [P, G, K], NaN where a component abstained (it is then out of that component's statistics and
+    adds 0); weights: [K]; scored: [P, G] bool.  Returns [P, G].
+    """
+    judged = scored[..., None] & ~components.isnan()
+    normalised = [
+        group(torch.where(judged[..., k], components[..., k], 0.0), judged[..., k]) for k in range(len(weights))
+    ]
+    total = (torch.stack(normalised, -1) * weights).sum(-1)
+    std = (total.square().sum() / (scored.sum() - 1).clamp_min(1)).sqrt()
+    return total / (std + STD_OFFSET)
+
+
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {
+    "group": group,
+    "group_mean": group_mean,
+    "batch": batch,
+    "rloo": rloo,
+    "per_reward": per_reward,
+}
+
+
+def normalise(
+    name: str, rewards: Tensor, scored: Tensor, *, components: Tensor | None = None, weights: Sequence[float] = ()
+) -> Tensor:
+    """Advantages by the named formula.  rewards: [P, G]; scored: [P, G] bool; returns [P, G] fp32.
+
+    Only `per_reward` looks at components [P, G, K] and weights instead of their weighted sum, `rewards`.
+    """
+    if name == "per_reward":
+        return per_reward(components, torch.tensor(weights), scored)
     return ADVANTAGES[name](torch.where(scored, rewards, 0.0), scored)
 
 

@@ -103,10 +103,9 @@ def weighted_loss(objective: Objective, micro_batch: MicroBatch) -> Callable[[Te
 
     def loss_of(logprobs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
         pick = lambda column: None if column is None else column[rows]  # noqa: E731
-        loss = token_loss(
-            objective, logprobs, old=pick(tokens.old), ref=pick(tokens.ref), advantages=tokens.advantage[rows]
-        )
-        return tokens.weight[rows] * loss
+        columns = {"old": tokens.old, "ref": tokens.ref, "advantages": tokens.advantage, "sequence": tokens.sequence}
+        columns = {name: pick(column) for name, column in columns.items()}
+        return tokens.weight[rows] * token_loss(objective, logprobs, **columns, entropy=entropy)
 
     return loss_of
 
@@ -120,7 +119,7 @@ def token_statistics(
     counted = tokens.counted
     zero = torch.zeros((), dtype=logprobs.dtype, device=logprobs.device)
     old = logprobs if tokens.old is None else tokens.old
-    low, high = clipped_low_and_high(objective, logprobs, old, tokens.advantage)
+    low, high = clipped_low_and_high(objective, logprobs, old, tokens.advantage, tokens.sequence)
     ratio = torch.exp(logprobs - old)
     mismatch = (old - tokens.sampler).abs()
     kl = (
@@ -178,8 +177,8 @@ def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]]) -> str | None:
 def take_step(updater: Updater, sums: dict[str, float]) -> float:
     """Clip and step; returns the gradient norm before clipping.
 
-    A step without a single non-zero advantage and without KL teaches nothing: no optimizer step, so that momentum
-    does not move.
+    A step without a single non-zero advantage teaches nothing where the loss has neither KL nor entropy bonus: no
+    optimizer step, so that momentum does not move.
     """
     parameters = [parameter for parameter in updater.module.parameters() if parameter.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(parameters, updater.max_grad_norm).item()
@@ -188,7 +187,7 @@ def take_step(updater: Updater, sums: dict[str, float]) -> float:
             f"the gradient norm is {norm} though the loss {sums['loss']} is finite; "
             "lower optim.lr or raise objective.beta"
         )
-    if sums["teaching_tokens"] or updater.objective.beta:
+    if sums["teaching_tokens"] or updater.objective.acts_without_advantage:
         updater.optimizer.step()
         updater.refresh()
     return norm
