@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from grpo import base, checkpoint, distributed
 from grpo.advantages import normalise, zero_spread_share
-from grpo.batch import pack, weigh
+from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
 from grpo.config import Command, Config, ObjectiveConfig, check, parse_command, save
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
@@ -28,7 +29,7 @@ from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.metrics import RunLogger, completion_records, environment, length_metrics
 from grpo.objectives import check_steps, resolve
 from grpo.policy import Policy, load_model_config, load_policy, load_reference
-from grpo.records import merge_scores
+from grpo.records import Batch, Group, Scores, merge_scores
 from grpo.rewards import score_groups
 from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
 from grpo.tasks import Task, make_task
@@ -73,17 +74,11 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     with timer("update"):
         layout = asdict(config.batch)
         batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
-        frozen_logprobs(batch, run.module, run.reference)
+        frozen_logprobs(batch, run.module, run.reference, always_policy=objective.needs_frozen_pass)
+        rewards = rewards_less_kl(run, batch, scores)
         by_component = {"components": scores.components, "weights": scores.weights}
-        advantages = normalise(objective.advantages, scores.total, scores.scored, **by_component)
-        weigh(
-            batch,
-            world.mine(advantages),
-            world.mine(scores.scored),
-            aggregation=objective.aggregation,
-            max_new_tokens=config.rollout.max_new_tokens,
-            sum_over_ranks=world.sum,
-        )
+        advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
+        set_weights(run, batch, groups, advantages, scores.scored)
         optim = config.optim
         lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
         metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
@@ -91,6 +86,33 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     run.log.log_completions(step, completion_records(groups, scores, advantages))
     spread = {"zero_spread_groups": zero_spread_share(scores.total, scores.scored)}
     return {**scores.means(), **spread, **length_metrics(groups, timer.since_taken()), **metrics, "lr": lr}
+
+
+def rewards_less_kl(run: Run, batch: Batch, scores: Scores) -> Tensor:
+    """Total rewards [P, G], less beta times the KL of each completion where the objective has it in the reward."""
+    objective, world = run.updater.objective, run.world
+    if not objective.kl_in_reward:
+        return scores.total
+    mine = kl_by_completion(batch, world.mine(scores.total).shape)
+    return scores.total - objective.beta * torch.stack(world.interleave(world.gather(list(mine))))
+
+
+def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:
+    """Final token weights of this rank's groups: aggregation, then the masks and corrections of the objective."""
+    objective, world = run.updater.objective, run.world
+    counted = counted_completions(groups, world.mine(scored), mask_truncated=objective.mask_truncated)
+    weigh(
+        batch,
+        world.mine(advantages),
+        counted,
+        aggregation=objective.aggregation,
+        max_new_tokens=run.config.rollout.max_new_tokens,
+        sum_over_ranks=world.sum,
+    )
+    if objective.entropy_share < 1:
+        keep_high_entropy(batch, objective.entropy_share, world.gather)
+    if objective.mismatch != "none":
+        correct_mismatch(batch, objective.mismatch, level=objective.mismatch_level, cap=objective.mismatch_cap)
 
 
 def train(run: Run) -> bool:

@@ -59,14 +59,22 @@ class Objective:
         return "sequence" in find_surrogate(self.surrogate).settings
 
     @property
-    def needs_old(self) -> bool:
-        """Old log-probs are wanted before the weights are written, even where the policy makes one step only."""
-        return self.mismatch != "none" or (self.beta > 0 and self.kl_where == "reward")
+    def kl_in_loss(self) -> bool:
+        return self.beta > 0 and self.kl_where == "loss"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.beta > 0 and self.kl_where == "reward"
+
+    @property
+    def needs_frozen_pass(self) -> bool:
+        """Old log-probs or entropies decide rewards or weights, so they are wanted even where one step is made."""
+        return self.mismatch != "none" or self.entropy_share < 1 or self.kl_in_reward
 
     @property
     def acts_without_advantage(self) -> bool:
         """There is a gradient even where every advantage is 0."""
-        return (self.beta > 0 and self.kl_where == "loss") or self.entropy_bonus != 0
+        return self.kl_in_loss or self.entropy_bonus != 0
 
 
 # grpo: beta 0.02, half the paper's 0.04: short runs move little, and the reference is exercised by default.
@@ -281,15 +289,14 @@ def resolve(preset: str, **overrides: object) -> Objective:
 
 def contradictions(objective: Objective) -> Iterator[str]:
     """What cannot be meant, each with its reason and remedy."""
-    wants, kl_acts = find_surrogate(objective.surrogate).settings, objective.beta > 0
-    estimator, in_loss = objective.kl_estimator, objective.kl_where == "loss"
-    if kl_acts and in_loss and estimator == "k1" and not objective.kl_corrected:
+    wants, estimator = find_surrogate(objective.surrogate).settings, objective.kl_estimator
+    if objective.kl_in_loss and estimator == "k1" and not objective.kl_corrected:
         yield "objective.kl_estimator=k1 in the loss has gradient 0 in the mean; set kl_corrected, or use k2 or k3"
-    if kl_acts and not in_loss and estimator != "k1":
+    if objective.kl_in_reward and estimator != "k1":
         yield f"objective.kl_estimator={estimator} in the reward has no KL's gradient; use k1 with kl_where=reward"
-    if kl_acts and not in_loss and objective.kl_corrected:
+    if objective.kl_in_reward and objective.kl_corrected:
         yield "objective.kl_corrected with kl_where=reward: the surrogate's ratio corrects it already; leave it off"
-    if kl_acts and not in_loss and objective.advantages == "per_reward":
+    if objective.kl_in_reward and objective.advantages == "per_reward":
         yield "objective.advantages=per_reward normalises each reward, which would undo beta; use kl_where=loss"
     if "ratio_cap" in wants and objective.ratio_cap <= 1 + objective.clip_high:
         yield f"objective.ratio_cap={objective.ratio_cap} must be above 1 + clip_high={1 + objective.clip_high}"
@@ -346,7 +353,7 @@ def token_loss(
         shapes = f"{tuple(surrogate.shape)} for log-probs of shape {tuple(logprobs.shape)}"
         raise ValueError(f"surrogate {objective.surrogate!r} returned shape {shapes}; return one value per token")
     loss = -surrogate
-    if objective.beta and objective.kl_where == "loss":
+    if objective.kl_in_loss:
         name = objective.kl_estimator
         kl = corrected_kl(name, logprobs, old, ref) if objective.kl_corrected else KL_ESTIMATORS[name](logprobs, ref)
         loss = loss + objective.beta * kl

@@ -109,6 +109,7 @@ class TokenColumns:
         None  # [T] fp32 log-prob under the policy at the start of the update; None: use the current one
     )
     ref: Tensor | None = None  # [T] fp32 log-prob under the frozen reference; None: not asked for
+    entropy: Tensor | None = None  # [T] fp32 at the start of the update, nats; None: not asked for
     advantage: Tensor | None = None  # [T] fp32
     weight: Tensor | None = None  # [T] fp32, 0 where the token is not active
     counted: Tensor | None = None  # [T] bool: in the denominators

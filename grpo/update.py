@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.distributed import World
-from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, token_loss
+from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, kl_k3, token_loss
 from grpo.records import Batch, MicroBatch
 
 
@@ -121,7 +121,7 @@ def token_statistics(
     old = logprobs if tokens.old is None else tokens.old
     low, high = clipped_low_and_high(objective, logprobs, old, tokens.advantage, tokens.sequence)
     ratio = torch.exp(logprobs - old)
-    mismatch = (old - tokens.sampler).abs()
+    mismatch = old - tokens.sampler
     kl = (
         KL_ESTIMATORS[objective.kl_estimator](logprobs, tokens.ref)
         if tokens.ref is not None
@@ -136,11 +136,14 @@ def token_statistics(
         "entropy": total(entropy),
         "clip_fraction_low": total(low.to(logprobs.dtype)),
         "clip_fraction_high": total(high.to(logprobs.dtype)),
-        "mismatch": total(mismatch),
-        "mismatch_outside": total(outside_band((old - tokens.sampler).exp()).to(logprobs.dtype)),
+        "approx_kl": total(kl_k3(logprobs, old)),
+        "active": tokens.active.sum(),
+        "mismatch": total(mismatch.abs()),
+        "mismatch_kl": total(kl_k3(tokens.sampler, old)),
+        "mismatch_outside": total(outside_band(mismatch.exp()).to(logprobs.dtype)),
         "teaching_tokens": (tokens.active & (tokens.advantage != 0)).sum(),
         "ratio_max": largest(ratio),
-        "mismatch_max": largest(mismatch),
+        "mismatch_max": largest(mismatch.abs()),
     }
 
 

@@ -198,7 +198,7 @@ def test_kl_in_the_reward_leaves_the_loss_alone():
         token_loss(objective_, logprobs, old=old, ref=ref, advantages=advantages)
         for objective_ in (objective, resolve("grpo", beta=0.0))
     )
-    assert torch.equal(with_kl, without) and objective.needs_old and not objective.acts_without_advantage
+    assert torch.equal(with_kl, without) and objective.needs_frozen_pass and not objective.acts_without_advantage
 
 
 def exact_kl_and_gradients(logits, reference_logits):
@@ -315,7 +315,7 @@ def test_a_combination_that_cannot_be_meant_is_refused_with_the_reason(preset, o
 def test_what_a_row_needs_from_the_others():
     assert resolve("grpo", surrogate="cispo", clip_high=3.0).clip_high == 3.0
     assert [name for name in objectives.PRESETS if resolve(name).needs_whole_sequences] == ["gspo"]
-    assert not resolve("grpo").needs_old and resolve("grpo", mismatch="sequence_mask").needs_old
+    assert not resolve("grpo").needs_frozen_pass and resolve("grpo", mismatch="sequence_mask").needs_frozen_pass
     assert resolve("dr_grpo", entropy_bonus=0.01).acts_without_advantage
 
 
