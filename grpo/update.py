@@ -98,10 +98,16 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
 
 
 def weighted_loss(objective: Objective, micro_batch: MicroBatch) -> Callable[[Tensor, Tensor, slice], Tensor]:
-    """The objective of this micro-batch as a function of its log-probs: final weight times loss, per token."""
+    """The objective of this micro-batch as a function of its log-probs: final weight times loss, per token.
+
+    It may be called for some rows at a time, unless `objective.needs_whole_sequences`.
+    """
     tokens = micro_batch.tokens
 
     def loss_of(logprobs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        assert not objective.needs_whole_sequences or len(logprobs) == len(tokens.target), (
+            f"surrogate {objective.surrogate} got {len(logprobs)} of {len(tokens.target)} tokens: not whole sequences"
+        )
         pick = lambda column: None if column is None else column[rows]  # noqa: E731
         columns = {"old": tokens.old, "ref": tokens.ref, "advantages": tokens.advantage, "sequence": tokens.sequence}
         columns = {name: pick(column) for name, column in columns.items()}

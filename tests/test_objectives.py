@@ -191,6 +191,13 @@ def test_token_loss_equals_a_loop_written_from_the_paper():
         assert loss[t].item() == pytest.approx(float(-surrogate + 0.3 * kl - 0.1 * entropy[t]), rel=1e-12)
 
 
+def test_an_entropy_bonus_without_gradient_is_an_error_and_not_silence():
+    logprobs, old, _, advantages = four_columns()
+    objective = resolve("dr_grpo", entropy_bonus=0.1)
+    with pytest.raises(ValueError, match="no gradient of the entropy"):
+        token_loss(objective, logprobs.requires_grad_(), old=old, ref=None, advantages=advantages, entropy=-old)
+
+
 def test_kl_in_the_reward_leaves_the_loss_alone():
     logprobs, old, ref, advantages = four_columns()
     objective = resolve("grpo", beta=0.3, kl_estimator="k1", kl_where="reward")

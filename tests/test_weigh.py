@@ -222,3 +222,12 @@ def test_any_ranks_micro_batches_and_order_give_one_gradient(name, num_ranks, bu
     found = gradient(VARIANTS[name], num_ranks, budget, order)
     assert (found - expected).norm() < 1e-10 * expected.norm()
     assert expected.norm() > 1e-3
+
+
+def test_a_surrogate_of_whole_sequences_refuses_some_rows():
+    batch, tokens, _ = one_micro_batch(lengths_2_and_3())
+    weigh_alone(batch, torch.ones(1, 2, dtype=torch.bool))
+    loss_of = weighted_loss(resolve("gspo"), batch.micro_batches[0])
+    assert len(loss_of(torch.zeros(5), torch.zeros(5), slice(0, 5))) == 5
+    with pytest.raises(AssertionError, match="sequence got 3 of 5 tokens"):
+        loss_of(torch.zeros(3), torch.zeros(3), slice(0, 3))
