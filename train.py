@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from grpo import base, checkpoint, distributed
-from grpo.advantages import normalise, zero_spread_share
+from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
 from grpo.config import Command, Config, ObjectiveConfig, check, parse_command, save
 from grpo.distributed import StopRequest, World
@@ -29,7 +29,7 @@ from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.metrics import RunLogger, completion_records, environment, length_metrics
 from grpo.objectives import check_steps, resolve
 from grpo.policy import Policy, load_model_config, load_policy, load_reference
-from grpo.records import Batch, Group, Scores, merge_scores
+from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.rewards import score_groups
 from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
 from grpo.tasks import Task, make_task
@@ -65,36 +65,58 @@ class Run:
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout and its optimizer steps. Steps count from 1."""
     config, world, timer, objective = run.config, run.world, run.log.timer, run.updater.objective
-    with timer("rollout"):
-        problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
-        groups = run.sampler.generate([run.prompter(problem) for problem in problems], step)
-    with timer("score"):
-        mine = score_groups(groups, run.task.rewards, require_finish=config.rewards.require_finish)
-        scores = merge_scores(world.gather(mine))
+    drawn, drawn_scores = draw(run, step)
+    teaching = fill_with_teaching(drawn_scores.total, drawn_scores.scored, config.rollout.prompts_per_step)
+    everyones, scores = [drawn[i] for i in teaching], drawn_scores.pick(teaching)
+    groups = world.mine(everyones)
     with timer("update"):
         layout = asdict(config.batch)
         batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
         frozen_logprobs(batch, run.module, run.reference, always_policy=objective.needs_frozen_pass)
-        rewards = rewards_less_kl(run, batch, scores)
+        rewards = shaped_rewards(run, batch, everyones, scores)
         by_component = {"components": scores.components, "weights": scores.weights}
         advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
         set_weights(run, batch, groups, advantages, scores.scored)
         optim = config.optim
         lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
         metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
-    groups = world.interleave(world.gather(groups))
-    run.log.log_completions(step, completion_records(groups, scores, advantages))
-    spread = {"zero_spread_groups": zero_spread_share(scores.total, scores.scored)}
-    return {**scores.means(), **spread, **length_metrics(groups, timer.since_taken()), **metrics, "lr": lr}
+    run.log.log_completions(step, completion_records(everyones, scores, advantages))
+    spread = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
+    spread["groups_dropped"] = 1 - len(everyones) / len(drawn)
+    return {**drawn_scores.means(), **spread, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
 
 
-def rewards_less_kl(run: Run, batch: Batch, scores: Scores) -> Tensor:
-    """Total rewards [P, G], less beta times the KL of each completion where the objective has it in the reward."""
-    objective, world = run.updater.objective, run.world
-    if not objective.kl_in_reward:
-        return scores.total
-    mine = kl_by_completion(batch, world.mine(scores.total).shape)
-    return scores.total - objective.beta * torch.stack(world.interleave(world.gather(list(mine))))
+def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
+    """Everyone's groups and their scores: prompts_per_step of them, or more with dynamic sampling.
+
+    A group that is drawn and not used is dropped: kept for later it would be off-policy.
+    """
+    config, world, timer, objective = run.config, run.world, run.log.timer, run.updater.objective
+    groups, scores = [], []
+    for _ in range(objective.max_draws if objective.dynamic_sampling else 1):
+        with timer("rollout"):
+            problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
+            mine = run.sampler.generate([run.prompter(problem) for problem in problems], step)
+            groups += world.interleave(world.gather(mine))
+        with timer("score"):
+            my_scores = score_groups(mine, run.task.rewards, require_finish=config.rewards.require_finish)
+            scores.append(merge_scores(world.gather(my_scores)))
+        drawn = join_scores(scores)
+        teaching = len(groups) * (1 - zero_spread_share(drawn.total, drawn.scored))
+        if round(teaching) >= config.rollout.prompts_per_step:
+            break
+    return groups, drawn
+
+
+def shaped_rewards(run: Run, batch: Batch, groups: list[Group], scores: Scores) -> Tensor:
+    """Total rewards [P, G] of everyone's groups, less what the objective takes for length and for distance (KL)."""
+    objective, world, limit = run.updater.objective, run.world, run.config.rollout.max_new_tokens
+    lengths = torch.tensor([[len(completion.ids) for completion in group.completions] for group in groups])
+    rewards = scores.total + overlong_penalty(lengths, limit, objective.overlong_share)
+    if objective.kl_in_reward:
+        mine = kl_by_completion(batch, world.mine(rewards).shape)
+        rewards = rewards - objective.beta * torch.stack(world.interleave(world.gather(list(mine))))
+    return rewards
 
 
 def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:

@@ -102,6 +102,25 @@ def normalise(
     return ADVANTAGES[name](torch.where(scored, rewards, 0.0), scored)
 
 
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, share: float) -> Tensor:
+    """0 up to (1 - share) of the limit, then falling in a line to -1 at the limit (DAPO, arXiv:2503.14476 section 3.4).
+
+    lengths: [P, G] tokens; returns [P, G] fp32, to be added to the rewards. share 0: no penalty.
+    """
+    buffer = share * max_new_tokens
+    return -((lengths - max_new_tokens + buffer) / buffer).clamp(0, 1) if share else torch.zeros(lengths.shape)
+
+
+def fill_with_teaching(rewards: Tensor, scored: Tensor, num_groups: int) -> list[int]:
+    """The first num_groups of the drawn groups that have spread and, where those are too few, the first of the others.
+
+    rewards, scored: [drawn, G].  Returns indices in the order drawn (DAPO's dynamic sampling, arXiv:2503.14476).
+    """
+    has_spread = group_mean_and_spread(torch.where(scored, rewards, 0.0), scored)[1][:, 0]
+    order = (~has_spread).to(torch.int8).argsort(stable=True)
+    return sorted(order[:num_groups].tolist())
+
+
 def zero_spread_share(rewards: Tensor, scored: Tensor) -> float:
     """Share of groups that teach nothing because all their scored rewards are equal."""
     return 1.0 - group_mean_and_spread(rewards, scored)[1].float().mean().item()

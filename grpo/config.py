@@ -127,6 +127,12 @@ class ObjectiveConfig:
     """Log-ratio of a sequence. sum: the unbiased weight, which rejects long completions more and more. mean: biased as a weight, right for rejection."""
     mismatch_cap: float | None = None
     """Largest weight; above 1."""
+    dynamic_sampling: bool | None = None
+    """Draw further prompts in place of groups without spread, until the step is full of groups that teach."""
+    max_draws: int | None = None
+    """dynamic_sampling: rollouts per step at most; if the step is not full then, groups without spread fill it."""
+    overlong_share: float | None = None
+    """Last part of rollout.max_new_tokens over which a penalty grows from 0 to 1 reward; 0: no penalty."""
 
 
 @dataclass(frozen=True)
@@ -456,6 +462,8 @@ INTERVALS = {
     "objective.entropy_bonus": "[0, inf)",
     "objective.entropy_share": "(0, 1]",
     "objective.mismatch_cap": "(1, inf)",
+    "objective.max_draws": "[1, inf)",
+    "objective.overlong_share": "[0, 1]",
     "batch.tokens_per_micro_batch": "[1, inf)",
     "batch.minibatches": "[1, inf)",
     "batch.passes": "[1, inf)",

@@ -52,6 +52,9 @@ class Objective:
     mismatch: str = "none"
     mismatch_level: str = "mean"
     mismatch_cap: float = 2.0
+    dynamic_sampling: bool = False
+    max_draws: int = 4
+    overlong_share: float = 0.0
 
     @property
     def needs_whole_sequences(self) -> bool:
@@ -81,7 +84,7 @@ class Objective:
 PRESETS = {
     "grpo": Objective("group", "clip", "sequence_mean", beta=0.02),
     "dr_grpo": Objective("group_mean", "clip", "constant"),
-    "dapo": Objective("group", "clip", "token_mean", clip_high=0.28),
+    "dapo": Objective("group", "clip", "token_mean", clip_high=0.28, dynamic_sampling=True, overlong_share=0.2),
     "gspo": Objective("group", "sequence", "sequence_mean", clip_low=3e-4, clip_high=4e-4),
     "cispo": Objective("group", "cispo", "token_mean", clip_high=4.0),
     "rloo": Objective("rloo", "reinforce", "constant"),
@@ -298,6 +301,8 @@ def contradictions(objective: Objective) -> Iterator[str]:
         yield "objective.kl_corrected with kl_where=reward: the surrogate's ratio corrects it already; leave it off"
     if objective.kl_in_reward and objective.advantages == "per_reward":
         yield "objective.advantages=per_reward normalises each reward, which would undo beta; use kl_where=loss"
+    if objective.overlong_share > 0 and objective.advantages == "per_reward":
+        yield "objective.overlong_share with advantages=per_reward: it would not be seen; set it to 0"
     if "ratio_cap" in wants and objective.ratio_cap <= 1 + objective.clip_high:
         yield f"objective.ratio_cap={objective.ratio_cap} must be above 1 + clip_high={1 + objective.clip_high}"
     if objective.surrogate == "sequence" and objective.entropy_share < 1:

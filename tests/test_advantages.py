@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.advantages import normalise, zero_spread_share
+from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
 
 
 def all_scored(rewards):
@@ -158,3 +158,20 @@ def leave_one_out(rewards, scored):
 def test_zero_spread_share_counts_groups_without_a_difference():
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.5, 0.5], [0.0, 0.5]])
     assert zero_spread_share(rewards, all_scored(rewards)) == 0.5
+
+
+def test_the_overlong_penalty_falls_in_a_line_over_the_last_fifth():
+    # limit 20, buffer 4: nothing up to 16, then a quarter a token
+    lengths = torch.tensor([[1, 16, 17, 18, 20]])
+    assert overlong_penalty(lengths, 20, 0.2).tolist() == [[0, 0, pytest.approx(-0.25), pytest.approx(-0.5), -1]]
+    assert overlong_penalty(lengths, 20, 0.0).tolist() == [[0] * 5]
+
+
+def test_groups_that_teach_come_first_and_the_others_only_fill():
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.5, 1.0]])
+    assert fill_with_teaching(rewards, all_scored(rewards), 2) == [1, 3]  # the surplus group 4 is dropped
+    assert fill_with_teaching(rewards, all_scored(rewards), 4) == [0, 1, 3, 4]
+    assert fill_with_teaching(rewards, all_scored(rewards), 5) == [0, 1, 2, 3, 4]
+    scored = all_scored(rewards)
+    scored[1, 0] = False  # with one score left there is nothing to compare
+    assert fill_with_teaching(rewards, scored, 2) == [3, 4]

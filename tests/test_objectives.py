@@ -311,6 +311,7 @@ def test_a_bad_choice_is_refused_with_its_name(arguments, message):
         ("gspo", {"surrogate": "clip"}, "clip_high=0.0004 of preset 'gspo' is not meant for surrogate 'clip'"),
         ("grpo", {"surrogate": "dual_clip", "ratio_cap": 1.1}, r"ratio_cap=1.1 must be above 1 \+ clip_high=1.2"),
         ("gspo", {"entropy_share": 0.2}, "use sequence_token"),
+        ("dapo", {"advantages": "per_reward"}, "it would not be seen"),
         ("gspo", {"mismatch": "token_truncate"}, "use sequence_truncate"),
     ],
 )
