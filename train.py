@@ -14,22 +14,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from grpo import base, checkpoint, distributed
-from grpo.advantages import normalise, zero_spread_share
+from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
 from grpo.attention import choose_layout
-from grpo.batch import pack, weigh
+from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
 from grpo.config import Command, Config, ObjectiveConfig, check, parse_command, save
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
 from grpo.logprobs import LogprobModel, PolicyModule, check_packing, frozen_logprobs
 from grpo.metrics import RunLogger, completion_records, environment, length_metrics
-from grpo.objectives import resolve
+from grpo.objectives import check_steps, resolve
 from grpo.policy import Policy, load_model_config, load_policy, load_reference
-from grpo.records import merge_scores
+from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.rewards import score_groups
 from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
 from grpo.tasks import Task, make_task
@@ -66,35 +67,79 @@ class Run:
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout and its optimizer steps. Steps count from 1."""
     config, world, timer, objective = run.config, run.world, run.log.timer, run.updater.objective
-    with timer("rollout"):
-        problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
-        groups = run.sampler.generate([run.prompter(problem) for problem in problems], step)
-    with timer("score"):
-        mine = score_groups(groups, run.task.rewards, require_finish=config.rewards.require_finish)
-        scores = merge_scores(world.gather(mine))
+    drawn, drawn_scores = draw(run, step)
+    teaching = fill_with_teaching(drawn_scores.total, drawn_scores.scored, config.rollout.prompts_per_step)
+    everyones, scores = [drawn[i] for i in teaching], drawn_scores.pick(teaching)
+    groups = world.mine(everyones)
     with timer("update"):
         layout = asdict(config.batch) | {"layout": run.layout}
         if run.layout == "packed" and step == run.steps_done + 1:
             error = check_packing(run.module, groups, world.device)
             run.log.say("packed log-probs of one group are off by {:.1g} nats, {:.1g} at most".format(*error))
         batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
-        frozen_logprobs(batch, run.module, run.reference)
-        advantages = normalise(objective.advantages, scores.total, scores.scored)
-        weigh(
-            batch,
-            world.mine(advantages),
-            world.mine(scores.scored),
-            aggregation=objective.aggregation,
-            max_new_tokens=config.rollout.max_new_tokens,
-            sum_over_ranks=world.sum,
-        )
+        frozen_logprobs(batch, run.module, run.reference, always_policy=objective.needs_frozen_pass)
+        rewards = shaped_rewards(run, batch, everyones, scores)
+        by_component = {"components": scores.components, "weights": scores.weights}
+        advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
+        set_weights(run, batch, groups, advantages, scores.scored)
         optim = config.optim
         lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
         metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
-    groups = world.interleave(world.gather(groups))
-    run.log.log_completions(step, completion_records(groups, scores, advantages))
-    spread = {"zero_spread_groups": zero_spread_share(scores.total, scores.scored)}
-    return {**scores.means(), **spread, **length_metrics(groups, timer.since_taken()), **metrics, "lr": lr}
+    run.log.log_completions(step, completion_records(everyones, scores, advantages))
+    spread = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
+    spread["groups_dropped"] = 1 - len(everyones) / len(drawn)
+    return {**drawn_scores.means(), **spread, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
+
+
+def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
+    """Everyone's groups and their scores: prompts_per_step of them, or more with dynamic sampling.
+
+    A group that is drawn and not used is dropped: kept for later it would be off-policy.
+    """
+    config, world, timer, objective = run.config, run.world, run.log.timer, run.updater.objective
+    groups, scores = [], []
+    for _ in range(objective.max_draws if objective.dynamic_sampling else 1):
+        with timer("rollout"):
+            problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
+            mine = run.sampler.generate([run.prompter(problem) for problem in problems], step)
+            groups += world.interleave(world.gather(mine))
+        with timer("score"):
+            my_scores = score_groups(mine, run.task.rewards, require_finish=config.rewards.require_finish)
+            scores.append(merge_scores(world.gather(my_scores)))
+        drawn = join_scores(scores)
+        teaching = len(groups) * (1 - zero_spread_share(drawn.total, drawn.scored))
+        if round(teaching) >= config.rollout.prompts_per_step:
+            break
+    return groups, drawn
+
+
+def shaped_rewards(run: Run, batch: Batch, groups: list[Group], scores: Scores) -> Tensor:
+    """Total rewards [P, G] of everyone's groups, less what the objective takes for length and for distance (KL)."""
+    objective, world, limit = run.updater.objective, run.world, run.config.rollout.max_new_tokens
+    lengths = torch.tensor([[len(completion.ids) for completion in group.completions] for group in groups])
+    rewards = scores.total + overlong_penalty(lengths, limit, objective.overlong_share)
+    if objective.kl_in_reward:
+        mine = kl_by_completion(batch, world.mine(rewards).shape)
+        rewards = rewards - objective.beta * torch.stack(world.interleave(world.gather(list(mine))))
+    return rewards
+
+
+def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:
+    """Final token weights of this rank's groups: aggregation, then the masks and corrections of the objective."""
+    objective, world = run.updater.objective, run.world
+    counted = counted_completions(groups, world.mine(scored), mask_truncated=objective.mask_truncated)
+    weigh(
+        batch,
+        world.mine(advantages),
+        counted,
+        aggregation=objective.aggregation,
+        max_new_tokens=run.config.rollout.max_new_tokens,
+        sum_over_ranks=world.sum,
+    )
+    if objective.entropy_share < 1:
+        keep_high_entropy(batch, objective.entropy_share, world.gather)
+    if objective.mismatch != "none":
+        correct_mismatch(batch, objective.mismatch, level=objective.mismatch_level, cap=objective.mismatch_cap)
 
 
 def train(run: Run, stop: StopRequest) -> bool:
@@ -328,6 +373,7 @@ def run_command(command: Command, world: World) -> int:
         print(command.source, flush=True)
     check(command.config, world.size)
     objective = resolve(**asdict(command.config.objective))
+    check_steps(objective, command.config.batch.passes * command.config.batch.minibatches)
     resolved = ObjectiveConfig(preset=command.config.objective.preset, **asdict(objective))
     config = replace(command.config, objective=resolved)
     if command.dry_run:

@@ -9,13 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+NOT_HERE = {"gpu", "parity_trl"}  # runs the others on a CUDA device; needs benchmarks/requirements.txt
+
+
 def modules() -> list[str]:
-    """benchmarks.NAME and kernels.OP.bench; `gpu` runs the others on a CUDA device and is left out."""
-    whole = [
-        f"benchmarks.{path.stem}" for path in sorted((ROOT / "benchmarks").glob("[a-z]*.py")) if path.stem != "gpu"
-    ]
+    """benchmarks.NAME and kernels.OP.bench."""
+    names = sorted({path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")} - NOT_HERE)
     ops = [f"kernels.{path.parent.name}.bench" for path in sorted((ROOT / "kernels").glob("*/bench.py"))]
-    return whole + ops
+    return [f"benchmarks.{name}" for name in names] + ops
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ A completion that could not be scored takes no part in its group's statistics an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,12 +46,79 @@ def group(rewards: Tensor, scored: Tensor) -> Tensor:
     return centred / (std + STD_OFFSET)
 
 
-ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"group": group, "group_mean": group_mean}
+def batch(rewards: Tensor, scored: Tensor) -> Tensor:
+    """(r - mean_g) / (std + 1e-4), std over all scored raw rewards of the step, ddof 1 (arXiv:2508.08221).
+
+    Groups that are hard to tell apart keep their small differences. std is of raw rewards, not of centred ones.
+    """
+    count = scored.sum().clamp_min(2)
+    mean = rewards.sum() / count
+    std = (torch.where(scored, rewards - mean, 0.0).square().sum() / (count - 1)).sqrt()
+    return group_mean(rewards, scored) / (std + STD_OFFSET)
 
 
-def normalise(name: str, rewards: Tensor, scored: Tensor) -> Tensor:
-    """Advantages by the named formula.  rewards: [P, G]; scored: [P, G] bool; returns [P, G] fp32."""
+def rloo(rewards: Tensor, scored: Tensor) -> Tensor:
+    """r_i - mean of the others' rewards = n / (n - 1) * (r_i - mean_g), n scored in the group (arXiv:2402.14740)."""
+    count = scored.sum(1, keepdim=True)
+    return group_mean(rewards, scored) * count / (count - 1).clamp_min(1)
+
+
+def per_reward(components: Tensor, weights: Tensor, scored: Tensor) -> Tensor:
+    """Every component is normalised in its group, then weighted, summed and scaled over the step (GDPO,
+    arXiv:2601.05242), so that a component with a small range is not drowned by one with a large range.
+
+    x = sum_k w_k (r_k - mean_g r_k) / (std_g r_k + 1e-4),  A = x / (std of x over the step + 1e-4); ddof 1.
+    The paper also subtracts the mean of x: it is 0 by construction, and so its rounding cannot reach a group without
+    spread. components: [P, G, K], NaN where a component abstained (it is then out of that component's statistics and
+    adds 0); weights: [K]; scored: [P, G] bool.  Returns [P, G].
+    """
+    judged = scored[..., None] & ~components.isnan()
+    normalised = [
+        group(torch.where(judged[..., k], components[..., k], 0.0), judged[..., k]) for k in range(len(weights))
+    ]
+    total = (torch.stack(normalised, -1) * weights).sum(-1)
+    std = (total.square().sum() / (scored.sum() - 1).clamp_min(1)).sqrt()
+    return total / (std + STD_OFFSET)
+
+
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {
+    "group": group,
+    "group_mean": group_mean,
+    "batch": batch,
+    "rloo": rloo,
+    "per_reward": per_reward,
+}
+
+
+def normalise(
+    name: str, rewards: Tensor, scored: Tensor, *, components: Tensor | None = None, weights: Sequence[float] = ()
+) -> Tensor:
+    """Advantages by the named formula.  rewards: [P, G]; scored: [P, G] bool; returns [P, G] fp32.
+
+    Only `per_reward` looks at components [P, G, K] and weights instead of their weighted sum, `rewards`.
+    """
+    if name == "per_reward":
+        return per_reward(components, torch.tensor(weights), scored)
     return ADVANTAGES[name](torch.where(scored, rewards, 0.0), scored)
+
+
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, share: float) -> Tensor:
+    """0 up to (1 - share) of the limit, then falling in a line to -1 at the limit (DAPO, arXiv:2503.14476 section 3.4).
+
+    lengths: [P, G] tokens; returns [P, G] fp32, to be added to the rewards. share 0: no penalty.
+    """
+    buffer = share * max_new_tokens
+    return -((lengths - max_new_tokens + buffer) / buffer).clamp(0, 1) if share else torch.zeros(lengths.shape)
+
+
+def fill_with_teaching(rewards: Tensor, scored: Tensor, num_groups: int) -> list[int]:
+    """The first num_groups of the drawn groups that have spread and, where those are too few, the first of the others.
+
+    rewards, scored: [drawn, G].  Returns indices in the order drawn (DAPO's dynamic sampling, arXiv:2503.14476).
+    """
+    has_spread = group_mean_and_spread(torch.where(scored, rewards, 0.0), scored)[1][:, 0]
+    order = (~has_spread).to(torch.int8).argsort(stable=True)
+    return sorted(order[:num_groups].tolist())
 
 
 def zero_spread_share(rewards: Tensor, scored: Tensor) -> float:

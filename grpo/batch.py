@@ -2,9 +2,10 @@
 splits or weights tokens.
 
 `pack` lays tokens out before any reward is needed: groups in one row with every prompt once (`packed`), or a row per
-sequence (`padded`) for models that cannot share a prompt. `weigh` then writes advantages and final weights. Weights are
-fixed per optimizer step over all ranks before it is split, so that the size of a micro-batch, the packing and the
-number of ranks cannot change the gradient.
+sequence (`padded`) for models that cannot share a prompt. `weigh` then writes advantages and final weights, after which
+`keep_high_entropy` and `correct_mismatch` may silence or scale tokens. All of it is done per optimizer step over all
+ranks before the step is split, so that the size of a micro-batch, the packing and the number of ranks cannot change
+the gradient.
 """
 
 from __future__ import annotations
@@ -242,10 +243,34 @@ def dummy(build: Callable[..., MicroBatch], group: Group, device: torch.device) 
     return micro_batch
 
 
+def counted_completions(groups: list[Group], scored: Tensor, *, mask_truncated: bool) -> Tensor:
+    """Which completions of this rank are in the denominators: those with a score, and (mask_truncated) an end.
+
+    scored: [groups, G] bool; returns the same. A masked completion stays in the mean of its group.
+    """
+    finished = [[completion.finish != "length" for completion in group.completions] for group in groups]
+    return scored & torch.tensor(finished) if mask_truncated else scored
+
+
+def kl_by_completion(batch: Batch, shape: tuple[int, int]) -> Tensor:
+    """Sum over each completion's tokens of old - ref, the k1 estimate of KL(policy || ref), in nats.
+
+    shape: (groups of this rank, G), also that of the result. For the KL in the reward, before advantages are made.
+    """
+    sums = torch.zeros(shape)
+    for micro_batches in unique_steps(batch):
+        for micro_batch in micro_batches:
+            tokens = micro_batch.tokens
+            kl = sum_by_sequence(tokens.old - tokens.ref, tokens.sequence).cpu()
+            for row, (g, s) in enumerate(micro_batch.sequences):
+                sums[g, s] = kl[row]
+    return sums
+
+
 def weigh(
     batch: Batch,
     advantages: Tensor,
-    scored: Tensor,
+    counted: Tensor,
     *,
     aggregation: str,
     max_new_tokens: int,
@@ -253,11 +278,12 @@ def weigh(
 ) -> None:
     """Write advantage, counted, active and the final weight of every token, in place.
 
-    advantages: [groups of this rank, G] fp32; scored: the same shape, bool. An unscored completion is neither counted
-    nor active; every other token is both (a group without spread stays in the denominators: its KL still acts).
+    advantages: [groups of this rank, G] fp32; counted: the same shape, bool. A completion that is not counted (without
+    a score, or masked) is not active either; every other token is both (a group without spread stays in the
+    denominators: its KL still acts). `keep_high_entropy` and `correct_mismatch` may then silence counted tokens.
     """
     for micro_batches in unique_steps(batch):
-        lengths, masks = zip(*(_lengths_and_mask(micro_batch, scored) for micro_batch in micro_batches), strict=True)
+        lengths, masks = zip(*(_lengths_and_mask(micro_batch, counted) for micro_batch in micro_batches), strict=True)
         totals = torch.tensor(
             [
                 sum(int(mask.sum()) for mask in masks),
@@ -277,13 +303,66 @@ def weigh(
                 tokens.head_rows = mask.repeat_interleave(length).nonzero()[:, 0].to(device)
 
 
+def keep_high_entropy(batch: Batch, share: float, gather: Callable[[Tensor], list[Tensor]]) -> None:
+    """Only this share of an optimizer step's counted tokens over all ranks, those of highest entropy, stays active.
+
+    arXiv:2506.01939. The denominators stay all counted tokens. Equal entropies at the edge all stay.
+    gather: [tokens of this rank] -> the same of every rank.
+    """
+    for micro_batches in unique_steps(batch):
+        columns = [micro_batch.tokens for micro_batch in micro_batches]
+        mine = torch.cat([tokens.entropy[tokens.counted] for tokens in columns]).cpu()
+        entropy = torch.cat(gather(mine)).sort(descending=True).values
+        if len(entropy):
+            threshold = entropy[math.floor(share * (len(entropy) - 1) + 1e-9)].item()
+            for tokens in columns:
+                _scale(tokens, tokens.entropy >= threshold)
+
+
+def correct_mismatch(batch: Batch, mode: str, *, level: str, cap: float) -> None:
+    """Multiply weights by the ratio of the training forward to the sampler, rho = exp(old - sampler), or reject by it.
+
+    token_truncate: min(rho_t, cap). sequence_truncate: min(rho_s, cap). sequence_mask: sequences with rho_s outside
+    1/cap to cap are not active. log rho_s is the mean or the sum of the log-ratios (`level`): the sum is the weight
+    that makes the mean over samples right, but it leaves 1 further and further behind as completions get longer; the
+    mean does not, and is no such weight. (Truncated importance sampling: fengyao.notion.site/off-policy-rl.)
+    """
+    for micro_batches in unique_steps(batch):
+        for micro_batch in micro_batches:
+            tokens = micro_batch.tokens
+            log_ratio = tokens.old - tokens.sampler
+            if mode != "token_truncate":
+                log_ratio = _of_sequence(log_ratio, tokens.sequence, level)
+            if mode == "sequence_mask":
+                _scale(tokens, log_ratio.abs() <= math.log(cap))
+            else:
+                _scale(tokens, log_ratio.exp().clamp(max=cap))
+
+
+def sum_by_sequence(values: Tensor, sequence: Tensor) -> Tensor:
+    """[T] -> [T], of which the first entries are the sums of sequences 0, 1, ... (T bounds their number)."""
+    return torch.zeros_like(values).index_add(0, sequence, values)
+
+
+def _of_sequence(values: Tensor, sequence: Tensor, level: str) -> Tensor:
+    sums = sum_by_sequence(values, sequence)
+    if level == "mean":
+        sums = sums / sum_by_sequence(torch.ones_like(values), sequence).clamp_min(1)
+    return sums[sequence]
+
+
+def _scale(tokens: TokenColumns, factor: Tensor) -> None:
+    tokens.weight = tokens.weight * factor
+    tokens.active = tokens.active & (factor > 0)
+
+
 def unique_steps(batch: Batch) -> Iterable[list[MicroBatch]]:
     """The optimizer steps of one pass: further passes repeat the same micro-batches."""
     return {id(step[0]): step for step in batch.optimizer_steps}.values()
 
 
-def _lengths_and_mask(micro_batch: MicroBatch, scored: Tensor) -> tuple[Tensor, Tensor]:
+def _lengths_and_mask(micro_batch: MicroBatch, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens per sequence [rows] and whether each is counted [rows]; a dummy's one row is not."""
     lengths = torch.bincount(micro_batch.tokens.sequence).cpu()
-    mask = torch.tensor([bool(scored[g, s]) for g, s in micro_batch.sequences] or [False])
+    mask = torch.tensor([bool(counted[g, s]) for g, s in micro_batch.sequences] or [False])
     return lengths, mask

@@ -96,21 +96,49 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     preset: str = "grpo"
-    """A row of the table in grpo/objectives.py: grpo or dr_grpo. The fields below override it."""
+    """A row of the table in grpo/objectives.py: grpo, dr_grpo, dapo, gspo, cispo, rloo or sapo. Every field below that is None takes its value from there."""
     advantages: str | None = None
-    """How rewards become advantages: group or group_mean. None: the preset's."""
+    """How rewards become advantages: group, group_mean, batch, rloo or per_reward."""
     surrogate: str | None = None
-    """Per-token objective: clip. None: the preset's."""
+    """Per-token objective: clip, dual_clip, sequence, sequence_token, cispo, sapo, reinforce, or your own my_file.py:my_function."""
     aggregation: str | None = None
-    """Token weights: sequence_mean, token_mean or constant. None: the preset's."""
+    """Token weights: sequence_mean, token_mean or constant."""
     clip_low: float | None = None
-    """Ratio clip range below 1. None: the preset's."""
+    """Ratio clip range below 1."""
     clip_high: float | None = None
-    """Ratio clip range above 1. None: the preset's."""
+    """Ratio clip range above 1; of cispo: the weight is capped at 1 + clip_high."""
+    ratio_cap: float | None = None
+    """dual_clip: largest ratio that pulls where the advantage is negative; above 1 + clip_high."""
+    tau_positive: float | None = None
+    """sapo: steepness of the gate where the advantage is positive."""
+    tau_negative: float | None = None
+    """sapo: steepness of the gate where it is not."""
     beta: float | None = None
-    """Coefficient of the KL to the frozen reference; 0 loads no reference. None: the preset's."""
+    """Coefficient of the KL to the frozen reference; 0 loads no reference."""
     kl_estimator: str | None = None
-    """Estimator of the KL in the loss: k2 or k3. None: the preset's."""
+    """Estimator of the KL: k1, k2 or k3. docs/objectives.md shows what the gradient of each is."""
+    kl_where: Literal["loss", "reward"] | None = None
+    """loss: per token. reward: its sum over the completion is taken from the reward before advantages are made (k1 only)."""
+    kl_corrected: bool | None = None
+    """Multiply the KL in the loss by the ratio, so that its gradient is that of KL(policy || reference), off-policy too."""
+    entropy_bonus: float | None = None
+    """Coefficient of the mean token entropy, which is then maximised too; needs the gradient of the entropy."""
+    entropy_share: float | None = None
+    """Share of tokens, those of highest entropy over the whole optimizer step, that contribute a gradient (arXiv:2506.01939: 0.2); 1: all. The denominators stay."""
+    mask_truncated: bool | None = None
+    """Leave completions that ran into the length limit out of the loss and its denominators; they stay in their group's mean."""
+    mismatch: str | None = None
+    """Correction of sampler against training log-probs: none, token_truncate, sequence_truncate (weights, at most mismatch_cap) or sequence_mask (sequences outside 1/cap to cap are left out)."""
+    mismatch_level: Literal["mean", "sum"] | None = None
+    """Log-ratio of a sequence. sum: the unbiased weight, which rejects long completions more and more. mean: biased as a weight, right for rejection."""
+    mismatch_cap: float | None = None
+    """Largest weight; above 1."""
+    dynamic_sampling: bool | None = None
+    """Draw further prompts in place of groups without spread, until the step is full of groups that teach."""
+    max_draws: int | None = None
+    """dynamic_sampling: rollouts per step at most; if the step is not full then, groups without spread fill it."""
+    overlong_share: float | None = None
+    """Last part of rollout.max_new_tokens over which a penalty grows from 0 to 1 reward; 0: no penalty."""
 
 
 @dataclass(frozen=True)
@@ -438,7 +466,15 @@ INTERVALS = {
     "rollout.kv_gib": "(0, inf)",
     "objective.clip_low": "(0, 1]",
     "objective.clip_high": "(0, inf)",
+    "objective.ratio_cap": "(1, inf)",
+    "objective.tau_positive": "(0, inf)",
+    "objective.tau_negative": "(0, inf)",
     "objective.beta": "[0, inf)",
+    "objective.entropy_bonus": "[0, inf)",
+    "objective.entropy_share": "(0, 1]",
+    "objective.mismatch_cap": "(1, inf)",
+    "objective.max_draws": "[1, inf)",
+    "objective.overlong_share": "[0, 1]",
     "batch.tokens_per_micro_batch": "[1, inf)",
     "batch.minibatches": "[1, inf)",
     "batch.passes": "[1, inf)",
@@ -491,8 +527,7 @@ def _indivisible(config: Config, world_size: int) -> Iterator[str]:
 
 def _contradictions(config: Config) -> Iterator[str]:
     rollout = config.rollout
-    is_relative = config.objective.advantages in (None, "group", "group_mean")  # None: every preset is relative today
-    if rollout.group_size == 1 and is_relative:
+    if rollout.group_size == 1:
         yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
     if rollout.top_p != 1:
         yield f"rollout.top_p={rollout.top_p}: the loss would not see the distribution that was sampled; train with 1"

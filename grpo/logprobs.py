@@ -154,15 +154,18 @@ class PolicyModule(nn.Module):
 
 
 @torch.no_grad()
-def frozen_logprobs(batch: Batch, policy: PolicyModule, reference: LogprobModel | None) -> None:
-    """Fill `old` (only where the policy will move within the batch) and `ref` (only with a reference) of every token.
+def frozen_logprobs(
+    batch: Batch, policy: PolicyModule, reference: LogprobModel | None, *, always_policy: bool = False
+) -> None:
+    """Fill `old` and `entropy` (where the policy will move within the batch, or always) and `ref` (with a reference).
 
-    With one optimizer step per rollout old is the current log-prob itself, so no pass is made for it.
+    With one optimizer step per rollout old is the current log-prob itself: no pass is made for it, unless the
+    objective has to know it beforehand (`Objective.needs_frozen_pass`).
     """
-    needs_old = len(batch.optimizer_steps) > 1
+    needs_policy = always_policy or len(batch.optimizer_steps) > 1
     for micro_batch in {id(micro_batch): micro_batch for micro_batch in batch.micro_batches}.values():
-        if needs_old:
-            micro_batch.tokens.old = policy(micro_batch)[0]
+        if needs_policy:
+            micro_batch.tokens.old, micro_batch.tokens.entropy = policy(micro_batch)
         if reference is not None:
             micro_batch.tokens.ref = reference(micro_batch)[0]
 

@@ -1,39 +1,94 @@
 """Surrogates, KL estimators and the table of presets: pure functions on flat per-token tensors [T].
 
-    loss = sum_t weight_t * (-surrogate_t + beta * kl_t)
+    loss = sum_t weight_t * (-surrogate_t + beta * kl_t - entropy_bonus * entropy_t)
 
 `weight_t` is final and carries the mean (grpo/batch.py), so nothing here knows of micro-batches or ranks. No model
 and no config object enters. Log-probs are of the sampled tokens, natural log, under the policy being trained
 (`logprobs`), the policy at the start of the update (`old`) and the frozen reference (`ref`).
+
+A surrogate of your own is a function in a file of yours, `objective.surrogate: my_file.py:my_function`, called as
+`my_function(logprobs, old, advantages, **settings)` and returning [T]. Its settings are whichever of SETTINGS it
+declares as keyword-only parameters. One that declares `sequence` sees all tokens of a micro-batch at once.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+ADVANTAGES = ("group", "group_mean", "batch", "rloo", "per_reward")  # the tables of grpo.advantages and grpo.batch
+AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
+MISMATCH = ("none", "token_truncate", "sequence_truncate", "sequence_mask")
+SETTINGS = ("clip_low", "clip_high", "ratio_cap", "tau_positive", "tau_negative", "sequence")
+
 
 @dataclass(frozen=True)
 class Objective:
-    """One row of the table: every choice that makes a variant of GRPO."""
+    """One row of the table: every choice that makes a variant of GRPO. ObjectiveConfig says what each means."""
 
-    advantages: str  # a name in grpo.advantages.ADVANTAGES
-    surrogate: str  # a name in SURROGATES
-    aggregation: str  # a name in grpo.batch.AGGREGATIONS
-    clip_low: float
-    clip_high: float
-    beta: float  # coefficient of the KL to the reference; 0: no reference is loaded
-    kl_estimator: str  # a name in KL_ESTIMATORS
+    advantages: str
+    surrogate: str
+    aggregation: str
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    ratio_cap: float = 3.0
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    kl_where: str = "loss"
+    kl_corrected: bool = False
+    entropy_bonus: float = 0.0
+    entropy_share: float = 1.0
+    mask_truncated: bool = False
+    mismatch: str = "none"
+    mismatch_level: str = "mean"
+    mismatch_cap: float = 2.0
+    dynamic_sampling: bool = False
+    max_draws: int = 4
+    overlong_share: float = 0.0
+
+    @property
+    def needs_whole_sequences(self) -> bool:
+        """The surrogate looks at whole sequences: it cannot be computed on a few rows of a micro-batch at a time."""
+        return "sequence" in find_surrogate(self.surrogate).settings
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.beta > 0 and self.kl_where == "loss"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.beta > 0 and self.kl_where == "reward"
+
+    @property
+    def needs_frozen_pass(self) -> bool:
+        """Old log-probs or entropies decide rewards or weights, so they are wanted even where one step is made."""
+        return self.mismatch != "none" or self.entropy_share < 1 or self.kl_in_reward
+
+    @property
+    def acts_without_advantage(self) -> bool:
+        """There is a gradient even where every advantage is 0."""
+        return self.kl_in_loss or self.entropy_bonus != 0
 
 
 # grpo: beta 0.02, half the paper's 0.04: short runs move little, and the reference is exercised by default.
 PRESETS = {
-    "grpo": Objective("group", "clip", "sequence_mean", clip_low=0.2, clip_high=0.2, beta=0.02, kl_estimator="k3"),
-    "dr_grpo": Objective("group_mean", "clip", "constant", clip_low=0.2, clip_high=0.2, beta=0.0, kl_estimator="k3"),
+    "grpo": Objective("group", "clip", "sequence_mean", beta=0.02),
+    "dr_grpo": Objective("group_mean", "clip", "constant"),
+    "dapo": Objective("group", "clip", "token_mean", clip_high=0.28, dynamic_sampling=True, overlong_share=0.2),
+    "gspo": Objective("group", "sequence", "sequence_mean", clip_low=3e-4, clip_high=4e-4),
+    "cispo": Objective("group", "cispo", "token_mean", clip_high=4.0),
+    "rloo": Objective("rloo", "reinforce", "constant"),
+    "sapo": Objective("group", "sapo", "sequence_mean"),
 }
 
 
@@ -46,8 +101,102 @@ def clipped_surrogate(
     clip_high > clip_low is DAPO's clip-higher (arXiv:2503.14476).
     logprobs, old, advantages: [T], fp32, natural log.  Returns [T]; nothing is masked here.
     """
-    ratio = torch.exp(logprobs - old)
+    return _smaller_of_clipped_and_not(torch.exp(logprobs - old), advantages, clip_low, clip_high)
+
+
+def dual_clipped_surrogate(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, ratio_cap: float
+) -> Tensor:
+    """As `clipped_surrogate`, but never below ratio_cap * A where A < 0 (arXiv:1912.09729).
+
+    A token that became ever likelier although it was bad then stops pulling.  ratio_cap > 1 + clip_high.
+    """
+    surrogate = clipped_surrogate(logprobs, old, advantages, clip_low=clip_low, clip_high=clip_high)
+    return torch.where(advantages < 0, torch.maximum(surrogate, ratio_cap * advantages), surrogate)
+
+
+def sequence_surrogate(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, sequence: Tensor
+) -> Tensor:
+    """One ratio per sequence, clipped as a whole (GSPO, arXiv:2507.18071 Eq. 5).
+
+    min(s A, clip(s, 1 - clip_low, 1 + clip_high) A),  s = exp(mean over the sequence of (logprobs - old)).
+    The clip range is that of a geometric mean: about 3e-4 and 4e-4.  sequence: [T], which sequence a token is in; it
+    must hold all tokens of every sequence.  Returns [T], equal within a sequence.
+    """
+    ratio = torch.exp(mean_by_sequence(logprobs - old, sequence))
+    return _smaller_of_clipped_and_not(ratio, advantages, clip_low, clip_high)
+
+
+def sequence_token_surrogate(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, sequence: Tensor
+) -> Tensor:
+    """As `sequence_surrogate` in value, while a token's gradient is its own (GSPO-token, arXiv:2507.18071).
+
+    s_t = stop[s] * exp(logprobs - stop[logprobs]).  With one advantage per sequence and sequence_mean the gradient is
+    that of `sequence_surrogate`.
+    """
+    ratio = torch.exp(mean_by_sequence((logprobs - old).detach(), sequence)) * torch.exp(logprobs - logprobs.detach())
+    return _smaller_of_clipped_and_not(ratio, advantages, clip_low, clip_high)
+
+
+def cispo_surrogate(logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_high: float) -> Tensor:
+    """stop[min(r, 1 + clip_high)] * A * logprobs: the weight is capped, no token loses its gradient.
+
+    CISPO, arXiv:2506.13585, which bounds the weight from above only. The cap is 1 + clip_high, not clip_high: a cap
+    below 1 would shrink every gradient.
+    """
+    return torch.exp(logprobs - old).clamp(max=1 + clip_high).detach() * advantages * logprobs
+
+
+def sapo_surrogate(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, *, tau_positive: float, tau_negative: float
+) -> Tensor:
+    """(4 / tau) * sigmoid(tau (r - 1)) * A, tau by the sign of A: a soft gate (SAPO, arXiv:2511.20347).
+
+    At r = 1 the gradient is that of r A; away from it, it fades instead of stopping.
+    """
+    tau = torch.where(advantages > 0, tau_positive, tau_negative)
+    return 4 / tau * torch.sigmoid(tau * (torch.exp(logprobs - old) - 1)) * advantages
+
+
+def reinforce_surrogate(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """A * logprobs: no ratio, so it is right only for the first step after sampling."""
+    return advantages * logprobs
+
+
+def mean_by_sequence(values: Tensor, sequence: Tensor) -> Tensor:
+    """The mean over its sequence, at every token.  values, sequence: [T]; returns [T]."""
+    sums = torch.zeros_like(values).index_add(0, sequence, values)  # T bounds the sequences: no GPU is waited for
+    counts = torch.zeros_like(values).index_add(0, sequence, torch.ones_like(values))
+    return (sums / counts.clamp_min(1))[sequence]
+
+
+def _smaller_of_clipped_and_not(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+SURROGATES: dict[str, Callable[..., Tensor]] = {
+    "clip": clipped_surrogate,
+    "dual_clip": dual_clipped_surrogate,
+    "sequence": sequence_surrogate,
+    "sequence_token": sequence_token_surrogate,
+    "cispo": cispo_surrogate,
+    "sapo": sapo_surrogate,
+    "reinforce": reinforce_surrogate,
+}
+CLIP_RANGE = {  # what clip_high bounds, and a value that has been used with it
+    "clip": ("the ratio of a token", 0.2),
+    "dual_clip": ("the ratio of a token", 0.2),
+    "sequence": ("the mean ratio of a sequence", 4e-4),
+    "sequence_token": ("the mean ratio of a sequence", 4e-4),
+    "cispo": ("the weight of a token, which is capped at 1 + clip_high", 4.0),
+}
+
+
+def kl_k1(logprobs: Tensor, ref: Tensor) -> Tensor:
+    """-d, d = ref - logprobs: unbiased for KL(policy || ref) as a value; as a loss, gradient 0 on-policy.  [T]."""
+    return logprobs - ref
 
 
 def kl_k2(logprobs: Tensor, ref: Tensor) -> Tensor:
@@ -64,54 +213,174 @@ def kl_k3(logprobs: Tensor, ref: Tensor) -> Tensor:
     return torch.exp(difference) - difference - 1
 
 
-SURROGATES: dict[str, Callable[..., Tensor]] = {"clip": clipped_surrogate}
-KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k2": kl_k2, "k3": kl_k3}
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def corrected_kl(name: str, logprobs: Tensor, old: Tensor, ref: Tensor) -> Tensor:
+    """The estimator times the ratio, so that its gradient is that of KL(policy || ref) on tokens that `old` drew.  [T].
+
+    The ratio of k1 and k3 is differentiated: per token r (logprobs - ref + 1), the 1 being 0 in the mean, and
+    r (logprobs - ref). That of k2 is not: its own gradient is already logprobs - ref.
+    """
+    ratio = torch.exp(logprobs - old)
+    return KL_ESTIMATORS[name](logprobs, ref) * (ratio.detach() if name == "k2" else ratio)
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A surrogate and which of SETTINGS it wants."""
+
+    function: Callable[..., Tensor]
+    settings: tuple[str, ...]
+
+
+@functools.cache
+def find_surrogate(name: str) -> Surrogate:
+    """The row of a name in SURROGATES, or a user's own `path/to/file.py:function`. ValueError says what is wrong."""
+    function = _user_function(name) if ".py:" in name else _lookup(SURROGATES, name, "surrogate")
+    parameters = inspect.signature(function).parameters.values()
+    settings = tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+    unknown = [setting for setting in settings if setting not in SETTINGS]
+    if unknown or len(parameters) - len(settings) != 3:
+        raise ValueError(
+            f"surrogate {name!r} takes ({', '.join(parameter.name for parameter in parameters)}); it must take "
+            f"(logprobs, old, advantages, *, ...) with keyword-only names out of {', '.join(SETTINGS)}"
+        )
+    return Surrogate(function, settings)
+
+
+def _user_function(name: str) -> Callable[..., Tensor]:
+    path, _, function_name = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"surrogate {name!r}: no file {path!r}; give path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function_name, None)):
+        raise ValueError(f"surrogate {name!r}: {path} defines no function {function_name}")
+    return getattr(module, function_name)
 
 
 def resolve(preset: str, **overrides: object) -> Objective:
-    """The preset's row with every override that is not None put over it. Unknown names are refused with the nearest."""
+    """The preset's row with every override that is not None put over it.
+
+    ValueError: an unknown name, with the nearest; a number out of range; a combination that cannot be meant, with
+    the reason.
+    """
     row = _lookup(PRESETS, preset, "preset")
-    objective = replace(row, **{name: value for name, value in overrides.items() if value is not None})
-    _lookup(SURROGATES, objective.surrogate, "surrogate")
+    stated = {name: value for name, value in overrides.items() if value is not None}
+    objective = replace(row, **stated)
+    _lookup(ADVANTAGES, objective.advantages, "advantages")
+    _lookup(AGGREGATIONS, objective.aggregation, "aggregation")
     _lookup(KL_ESTIMATORS, objective.kl_estimator, "kl_estimator")
+    _lookup(MISMATCH, objective.mismatch, "mismatch")
+    find_surrogate(objective.surrogate)
     for name in ("clip_low", "clip_high", "beta"):
         if getattr(objective, name) < 0:
             raise ValueError(f"objective.{name}={getattr(objective, name)} is negative; use 0 or more")
+    bounded, usual = CLIP_RANGE.get(objective.surrogate, ("", 0.0))
+    is_for_another = bounded not in ("", CLIP_RANGE.get(row.surrogate, ("",))[0]) and objective.clip_high != usual
+    if is_for_another and "clip_high" not in stated:
+        raise ValueError(
+            f"objective.clip_high={objective.clip_high} of preset {preset!r} is not meant for surrogate "
+            f"{objective.surrogate!r}, where clip_high bounds {bounded}; state it, for example {usual}"
+        )
+    for reason in contradictions(objective):
+        raise ValueError(reason)
     return objective
 
 
-def _lookup(table: dict, name: str, what: str) -> object:
+def contradictions(objective: Objective) -> Iterator[str]:
+    """What cannot be meant, each with its reason and remedy."""
+    wants, estimator = find_surrogate(objective.surrogate).settings, objective.kl_estimator
+    if objective.kl_in_loss and estimator == "k1" and not objective.kl_corrected:
+        yield "objective.kl_estimator=k1 in the loss has gradient 0 in the mean; set kl_corrected, or use k2 or k3"
+    if objective.kl_in_reward and estimator != "k1":
+        yield f"objective.kl_estimator={estimator} in the reward has no KL's gradient; use k1 with kl_where=reward"
+    if objective.kl_in_reward and objective.kl_corrected:
+        yield "objective.kl_corrected with kl_where=reward: the surrogate's ratio corrects it already; leave it off"
+    if objective.kl_in_reward and objective.advantages == "per_reward":
+        yield "objective.advantages=per_reward normalises each reward, which would undo beta; use kl_where=loss"
+    if objective.overlong_share > 0 and objective.advantages == "per_reward":
+        yield "objective.overlong_share with advantages=per_reward: it would not be seen; set it to 0"
+    if "ratio_cap" in wants and objective.ratio_cap <= 1 + objective.clip_high:
+        yield f"objective.ratio_cap={objective.ratio_cap} must be above 1 + clip_high={1 + objective.clip_high}"
+    if objective.surrogate == "sequence" and objective.entropy_share < 1:
+        yield (
+            "objective.entropy_share < 1 with surrogate sequence: its ratio carries the gradient to every token, "
+            "masked or not; use sequence_token"
+        )
+    if objective.surrogate == "sequence" and objective.mismatch == "token_truncate":
+        yield (
+            "objective.mismatch=token_truncate with surrogate sequence: its ratio would spread each token's weight "
+            "over the sequence; use sequence_truncate, or surrogate sequence_token"
+        )
+
+
+def check_steps(objective: Objective, optimizer_steps: int) -> None:
+    """ValueError where the surrogate cannot make this many optimizer steps on one rollout."""
+    if objective.surrogate == "reinforce" and optimizer_steps > 1:
+        raise ValueError(
+            f"objective.surrogate=reinforce has no ratio, so it cannot make batch.passes * batch.minibatches="
+            f"{optimizer_steps} optimizer steps on one rollout; use 1, or surrogate clip"
+        )
+
+
+def _lookup(table: dict | tuple, name: str, what: str) -> object:
     if name not in table:
         nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown {what} {name!r}; nearest is {nearest!r}; there are {', '.join(table)}")
-    return table[name]
+        own = ", or path/to/file.py:function for your own" if what == "surrogate" else ""
+        raise ValueError(f"unknown {what} {name!r}; nearest is {nearest!r}; there are {', '.join(table)}{own}")
+    return table[name] if isinstance(table, dict) else name
 
 
 def token_loss(
-    objective: Objective, logprobs: Tensor, *, old: Tensor | None, ref: Tensor | None, advantages: Tensor
+    objective: Objective,
+    logprobs: Tensor,
+    *,
+    old: Tensor | None,
+    ref: Tensor | None,
+    advantages: Tensor,
+    entropy: Tensor | None = None,
+    sequence: Tensor | None = None,
 ) -> Tensor:
-    """Loss per token, unweighted: -surrogate + beta * kl.
+    """Loss per token, unweighted: -surrogate + beta * kl - entropy_bonus * entropy.
 
     All [T] fp32. old None: the policy has not moved since it was measured, so old = stop_gradient(logprobs) and the
-    ratio is exactly 1 without a pass of its own. ref None only where beta is 0.
+    ratio is exactly 1 without a pass of its own. ref only where the KL is in the loss, entropy (with its gradient)
+    only where there is a bonus, sequence only where the objective needs whole sequences.
     """
     old = logprobs.detach() if old is None else old
-    surrogate = SURROGATES[objective.surrogate]
-    loss = -surrogate(logprobs, old, advantages, clip_low=objective.clip_low, clip_high=objective.clip_high)
-    if objective.beta:
-        loss = loss + objective.beta * KL_ESTIMATORS[objective.kl_estimator](logprobs, ref)
+    row = find_surrogate(objective.surrogate)
+    settings = {name: sequence if name == "sequence" else getattr(objective, name) for name in row.settings}
+    surrogate = row.function(logprobs, old, advantages, **settings)
+    if surrogate.shape != logprobs.shape:
+        shapes = f"{tuple(surrogate.shape)} for log-probs of shape {tuple(logprobs.shape)}"
+        raise ValueError(f"surrogate {objective.surrogate!r} returned shape {shapes}; return one value per token")
+    loss = -surrogate
+    if objective.kl_in_loss:
+        name = objective.kl_estimator
+        kl = corrected_kl(name, logprobs, old, ref) if objective.kl_corrected else KL_ESTIMATORS[name](logprobs, ref)
+        loss = loss + objective.beta * kl
+    if objective.entropy_bonus:
+        if logprobs.requires_grad and not entropy.requires_grad:
+            raise ValueError("objective.entropy_bonus: this head gives no gradient of the entropy; use 0")
+        loss = loss - objective.entropy_bonus * entropy
     return loss
 
 
 @torch.no_grad()
 def clipped_low_and_high(
-    objective: Objective, logprobs: Tensor, old: Tensor, advantages: Tensor
+    objective: Objective, logprobs: Tensor, old: Tensor, advantages: Tensor, sequence: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Where the clip stops the gradient: ratio below 1 - clip_low with A < 0, or above 1 + clip_high with A > 0.
+    """Where the clip acts: ratio below 1 - clip_low with A < 0, or above 1 + clip_high with A > 0.
 
-    All [T].  Returns two [T] bool masks, low and high.
+    The ratio is that of the sequence where the surrogate looks at whole ones. A bound that the surrogate does not
+    have clips nothing.  All [T].  Returns two [T] bool masks, low and high.
     """
-    ratio = torch.exp(logprobs - old)
-    low = (ratio < 1 - objective.clip_low) & (advantages < 0)
-    high = (ratio > 1 + objective.clip_high) & (advantages > 0)
+    wants = find_surrogate(objective.surrogate).settings
+    difference = logprobs - old
+    ratio = torch.exp(mean_by_sequence(difference, sequence) if "sequence" in wants else difference)
+    low = (ratio < 1 - objective.clip_low) & (advantages < 0) & ("clip_low" in wants)
+    high = (ratio > 1 + objective.clip_high) & (advantages > 0) & ("clip_high" in wants)
     return low, high

@@ -7,7 +7,7 @@ prompts, G completions of each, N = P * G sequences, T completion tokens (always
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,17 @@ class Scores:
             "unscored": 1 - self.scored.float().mean().item(),
         }
 
+    def pick(self, groups: list[int]) -> Scores:
+        """Of these groups, in this order."""
+        columns = {name: getattr(self, name)[groups] for name in ("components", "total", "scored")}
+        return replace(self, **columns, status=[self.status[g] for g in groups])
+
+
+def join_scores(draws: list[Scores]) -> Scores:
+    """Scores of one draw after another."""
+    columns = {name: torch.cat([getattr(draw, name) for draw in draws]) for name in ("components", "total", "scored")}
+    return replace(draws[0], **columns, status=[row for draw in draws for row in draw.status])
+
 
 def merge_scores(shares: list[Scores]) -> Scores:
     """Scores of all ranks from each rank's own: prompt i was on rank i mod W."""
@@ -109,6 +120,7 @@ class TokenColumns:
         None  # [T] fp32 log-prob under the policy at the start of the update; None: use the current one
     )
     ref: Tensor | None = None  # [T] fp32 log-prob under the frozen reference; None: not asked for
+    entropy: Tensor | None = None  # [T] fp32 at the start of the update, nats; None: not asked for
     advantage: Tensor | None = None  # [T] fp32
     weight: Tensor | None = None  # [T] fp32, 0 where the token is not active
     counted: Tensor | None = None  # [T] bool: in the denominators

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grpo.distributed import World
 from grpo.logprobs import TokenLoss
-from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, token_loss
+from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, kl_k3, token_loss
 from grpo.records import Batch, MicroBatch
 
 
@@ -84,10 +84,9 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
         is_last = position == len(micro_batches) - 1
         delay_reduction = contextlib.nullcontext() if is_last or updater.world.size == 1 else updater.module.no_sync()
         with delay_reduction:
-            loss, logprobs, entropy = updater.module(micro_batch, weighted_loss(updater.objective, micro_batch))
-            (
-                loss * updater.world.size
-            ).backward()  # DDP takes the mean over ranks; the weights already hold the global mean
+            loss, logprobs, entropy = forward(updater, micro_batch)
+            # DDP takes the mean over ranks; the weights already hold the global mean.
+            (loss * updater.world.size).backward()
         statistics.append(token_statistics(updater.objective, micro_batch, loss.detach(), logprobs, entropy))
         passes.append((micro_batch, logprobs))
     reduced = reduce_statistics(updater.world, statistics)
@@ -98,16 +97,30 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
     return reduced
 
 
+def forward(updater: Updater, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss of the micro-batch, and its log-probs and entropy, detached."""
+    loss_of = weighted_loss(updater.objective, micro_batch)
+    if not updater.objective.needs_whole_sequences:
+        return updater.module(micro_batch, loss_of)
+    logprobs, entropy = updater.module(micro_batch)  # cannot be folded into the head, which sees some rows at a time
+    return loss_of(logprobs, entropy, slice(0, len(logprobs))).sum(), logprobs.detach(), entropy.detach()
+
+
 def weighted_loss(objective: Objective, micro_batch: MicroBatch) -> TokenLoss:
-    """The objective of this micro-batch as a function of its log-probs: final weight times loss, per token."""
+    """The objective of this micro-batch as a function of its log-probs: final weight times loss, per token.
+
+    It may be called for some rows at a time, unless `objective.needs_whole_sequences`.
+    """
     tokens = micro_batch.tokens
 
     def loss_of(logprobs: Tensor, entropy: Tensor, rows: slice | Tensor) -> Tensor:
-        pick = lambda column: None if column is None else column[rows]  # noqa: E731
-        loss = token_loss(
-            objective, logprobs, old=pick(tokens.old), ref=pick(tokens.ref), advantages=tokens.advantage[rows]
+        assert not objective.needs_whole_sequences or len(logprobs) == len(tokens.target), (
+            f"surrogate {objective.surrogate} got {len(logprobs)} of {len(tokens.target)} tokens: not whole sequences"
         )
-        return tokens.weight[rows] * loss
+        pick = lambda column: None if column is None else column[rows]  # noqa: E731
+        columns = {"old": tokens.old, "ref": tokens.ref, "advantages": tokens.advantage, "sequence": tokens.sequence}
+        columns = {name: pick(column) for name, column in columns.items()}
+        return tokens.weight[rows] * token_loss(objective, logprobs, **columns, entropy=entropy)
 
     return loss_of
 
@@ -121,9 +134,9 @@ def token_statistics(
     counted = tokens.counted
     zero = torch.zeros((), dtype=logprobs.dtype, device=logprobs.device)
     old = logprobs if tokens.old is None else tokens.old
-    low, high = clipped_low_and_high(objective, logprobs, old, tokens.advantage)
+    low, high = clipped_low_and_high(objective, logprobs, old, tokens.advantage, tokens.sequence)
     ratio = torch.exp(logprobs - old)
-    mismatch = (old - tokens.sampler).abs()
+    mismatch = old - tokens.sampler
     kl = (
         KL_ESTIMATORS[objective.kl_estimator](logprobs, tokens.ref)
         if tokens.ref is not None
@@ -138,11 +151,14 @@ def token_statistics(
         "entropy": total(entropy),
         "clip_fraction_low": total(low.to(logprobs.dtype)),
         "clip_fraction_high": total(high.to(logprobs.dtype)),
-        "mismatch": total(mismatch),
-        "mismatch_outside": total(outside_band((old - tokens.sampler).exp()).to(logprobs.dtype)),
+        "approx_kl": total(kl_k3(logprobs, old)),
+        "active": tokens.active.sum(),
+        "mismatch": total(mismatch.abs()),
+        "mismatch_kl": total(kl_k3(tokens.sampler, old)),
+        "mismatch_outside": total(outside_band(mismatch.exp()).to(logprobs.dtype)),
         "teaching_tokens": (tokens.active & (tokens.advantage != 0)).sum(),
         "ratio_max": largest(ratio),
-        "mismatch_max": largest(mismatch),
+        "mismatch_max": largest(mismatch.abs()),
     }
 
 
@@ -179,8 +195,8 @@ def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]]) -> str | None:
 def take_step(updater: Updater, sums: dict[str, float]) -> float:
     """Clip and step; returns the gradient norm before clipping.
 
-    A step without a single non-zero advantage and without KL teaches nothing: no optimizer step, so that momentum
-    does not move.
+    A step without a single non-zero advantage teaches nothing where the loss has neither KL nor entropy bonus: no
+    optimizer step, so that momentum does not move.
     """
     parameters = [parameter for parameter in updater.module.parameters() if parameter.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(parameters, updater.max_grad_norm).item()
@@ -189,7 +205,7 @@ def take_step(updater: Updater, sums: dict[str, float]) -> float:
             f"the gradient norm is {norm} though the loss {sums['loss']} is finite; "
             "lower optim.lr or raise objective.beta"
         )
-    if sums["teaching_tokens"] or updater.objective.beta:
+    if sums["teaching_tokens"] or updater.objective.acts_without_advantage:
         updater.optimizer.step()
         updater.refresh()
     return norm

@@ -25,6 +25,7 @@ OBJECTIVES = {
     "grpo": resolve("grpo", beta=0.3),
     "dr_grpo": resolve("dr_grpo"),
     "token_mean": resolve("grpo", aggregation="token_mean", clip_high=0.28),
+    "gspo": resolve("gspo"),
 }
 
 
@@ -143,6 +144,7 @@ def test_gradients_are_the_same_on_one_rank_and_on_several(world_size):
         (torch.float32, "grpo", 60, 1, 1, "padded", 5e-6),
         (torch.float64, "grpo", 60, 2, 2, "packed", 1e-10),
         (torch.float64, "grpo", 60, 2, 2, "padded", 1e-10),
+        (torch.float64, "gspo", 60, 2, 2, "packed", 1e-10),
     ]
     results = run_ranks(world_size, all_cases, [case[:-1] for case in cases])
     for case, *by_rank in zip(cases, *results, strict=True):
