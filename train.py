@@ -29,7 +29,8 @@ from grpo.metrics import RunLogger, completion_records, environment, length_metr
 from grpo.objectives import resolve
 from grpo.policy import Policy, load_model_config, load_policy, load_reference
 from grpo.records import merge_scores
-from grpo.rewards import score_groups
+from grpo.rewards import refuse_unscored, score_groups
+from grpo.rewards.pool import Pool, make_pool
 from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
@@ -54,6 +55,7 @@ class Run:
     module: PolicyModule
     reference: LogprobModel | None
     sampler: Sampler
+    pool: Pool  # the worker processes that score
     updater: Updater
     base_folder: Path | None  # of the embedded base model
     best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
@@ -68,8 +70,9 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
         groups = run.sampler.generate([run.prompter(problem) for problem in problems], step)
     with timer("score"):
-        mine = score_groups(groups, run.task.rewards, require_finish=config.rewards.require_finish)
+        mine = score_groups(groups, run.task.rewards, require_finish=config.rewards.require_finish, score=run.pool)
         scores = merge_scores(world.gather(mine))
+        refuse_unscored(scores, config.rewards.max_unscored)
     with timer("update"):
         layout = asdict(config.batch)
         batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
@@ -129,8 +132,8 @@ def evaluate_greedily(
     """The most likely completion of each of a split's first problems, by the policy or another model."""
     problems = [run.prompter(replace(problem, index=i)) for i, problem in enumerate(run.task.split(split)[:limit])]
     sampler = make_sampler(run.config, model or run.policy.model, run.prompter, run.log, greedy=True)
-    require_finish = run.config.rewards.require_finish
-    return evaluate(sampler, problems, run.task.rewards, require_finish=require_finish, world=run.world, step=step)
+    options = {"require_finish": run.config.rewards.require_finish, "score": run.pool}
+    return evaluate(sampler, problems, run.task.rewards, **options, world=run.world, step=step)
 
 
 def build(command: Command, world: World, run_dir: Path) -> Run:
@@ -165,6 +168,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         module=module,
         reference=LogprobModel(load_reference(policy), **options) if objective.beta else None,
         sampler=make_sampler(config, policy.model, prompter, log),
+        pool=make_pool(config.rewards),
         updater=Updater(ddp, optimizer, objective, world, optim.max_grad_norm, policy.refresh),
         base_folder=base_folder,
     )
@@ -331,13 +335,14 @@ def run_command(command: Command, world: World) -> int:
         run.log.write_json("env.json", facts)
     kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
     run.log.say(f"run folder {run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
-    if goes_on:
-        load_checkpoint(run, checkpoint.latest(run_dir))
-    else:
-        before_training(run)
-    if not train(run):
-        return 130
-    finish(run)
+    with run.pool:
+        if goes_on:
+            load_checkpoint(run, checkpoint.latest(run_dir))
+        else:
+            before_training(run)
+        if not train(run):
+            return 130
+        finish(run)
     return 0
 
 

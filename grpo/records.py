@@ -8,10 +8,11 @@ prompts, G completions of each, N = P * G sequences, T completion tokens (always
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # reward workers import this module, and must start without loading torch
+    import torch
+    from torch import Tensor
 
 FINISH_REASONS = ("eos", "stop", "length")
 OK, ABSTAIN, TIMEOUT, ERROR = "ok", "abstain", "timeout", "error"
@@ -87,6 +88,8 @@ class Scores:
 
 def merge_scores(shares: list[Scores]) -> Scores:
     """Scores of all ranks from each rank's own: prompt i was on rank i mod W."""
+    import torch
+
     size = len(shares)
     whole = lambda name: torch.stack([getattr(share, name) for share in shares], 1).flatten(0, 1)  # noqa: E731
     status = [shares[i % size].status[i // size] for i in range(sum(len(share.status) for share in shares))]
@@ -132,7 +135,7 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with every tensor on `device`."""
-        move = lambda value: value.to(device) if isinstance(value, Tensor) else value  # noqa: E731
+        move = lambda value: value.to(device) if hasattr(value, "to") else value  # noqa: E731
         tokens = TokenColumns(**{name: move(value) for name, value in vars(self.tokens).items()})
         return MicroBatch(**{**{k: move(v) for k, v in vars(self).items()}, "tokens": tokens})
 

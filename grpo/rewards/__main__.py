@@ -7,6 +7,7 @@ import sys
 
 from grpo.config import DataConfig, RewardsConfig
 from grpo.rewards.files import score_file
+from grpo.rewards.pool import make_pool
 from grpo.tasks import make_task
 
 
@@ -21,7 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     settings = RewardsConfig()
     try:
         task = make_task(args.task, DataConfig(), settings)
-        summary = score_file(task.rewards, args.completions, args.output, require_finish=settings.require_finish)
+        with make_pool(settings) as pool:
+            options = {"require_finish": settings.require_finish, "score": pool}
+            summary = score_file(task.rewards, args.completions, args.output, **options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
