@@ -204,7 +204,7 @@ class Config:
     """Everything a run is made of. Written, resolved, into the run folder."""
 
     task: str = "word_problems"
-    """word_problems (embedded), gsm8k, or jsonl (any file with a prompt and an answer column)."""
+    """word_problems (embedded), gsm8k, jsonl (any file with a prompt and an answer column), code or keywords (rows with tests or key terms; small embedded sets)."""
     seed: int = 0
     """Seeds initialisation, the order of problems and every sampled token."""
     num_steps: int = 50

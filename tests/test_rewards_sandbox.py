@@ -29,8 +29,7 @@ HOSTILE = {
     "loop in one call": ("def add(a, b):\n    while a == 2: pass\n    return a + b", Verdict(False, 1, 3)),
     "sleep in a call": ("import time\ndef add(a, b): time.sleep(1000)", NOTHING),
     "signals ignored": (
-        "import signal\nfor n in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(n, signal.SIG_IGN)\n"
-        "while True: pass",
+        "import signal\nfor n in set(signal.Signals) - {9, 19}: signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
         NOTHING,
     ),
     "endless exit handler": ("import atexit, time\natexit.register(time.sleep, 1000)\n" + ADD, HONEST),

@@ -17,7 +17,7 @@ from grpo.records import Problem
 from grpo.rewards import FINAL_PREFIX, Reward, correctness_reward, format_reward
 from grpo.rewards.worker import load_function
 
-TASKS = ("gsm8k", "jsonl", "word_problems")
+TASKS = ("code", "gsm8k", "jsonl", "keywords", "word_problems")
 
 
 class Task:
@@ -81,7 +81,11 @@ def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:
 def _task_class(name: str) -> type[Task]:
     if ".py:" in name:
         return _user_class(name)
-    if name == "gsm8k":
+    if name == "code":
+        from grpo.tasks.code import Code as chosen
+    elif name == "keywords":
+        from grpo.tasks.keywords import Keywords as chosen
+    elif name == "gsm8k":
         from grpo.tasks.gsm8k import Gsm8k as chosen
     elif name == "jsonl":
         from grpo.tasks.jsonl import Jsonl as chosen

@@ -1,7 +1,7 @@
-"""Where code of the model runs: walls (launcher), a process behind them (guest), and a judge outside that it cannot reach.
+"""Where code of the model runs: walls (launcher), a process behind them (guest), a judge outside that it cannot reach.
 
-`find_sandbox` gives a Sandbox that has withstood its self-test, or says why there is none; `judge_program` runs a program
-against tests in it. Linux only.
+`find_sandbox` gives a Sandbox that has withstood its self-test, or says why there is none; `judge_program` runs a
+program against tests in it. Linux only.
 """
 
 from grpo.rewards.sandbox.box import Sandbox, SandboxError, find_sandbox

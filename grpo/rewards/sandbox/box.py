@@ -280,6 +280,6 @@ def find_sandbox(setting: str, wall_s: float) -> Sandbox:
             return sandbox
         failures.append(f"{name}: lets through {', '.join(let_through)}")
     raise ValueError(
-        f"code of the model would run unprotected here ({'; '.join(failures)}); install bubblewrap, allow user namespaces "
-        "or run as root; --rewards.sandbox unsafe_subprocess does without, on a machine that you can lose"
+        f"code of the model would run unprotected here ({'; '.join(failures)}); install bubblewrap, allow user "
+        "namespaces or run as root; --rewards.sandbox unsafe_subprocess does without, on a machine that you can lose"
     )

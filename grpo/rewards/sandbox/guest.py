@@ -1,15 +1,16 @@
 """Inside the sandbox: takes a program, then calls its functions as asked. Its source is passed to a fresh interpreter.
 
-Frames over a pipe, each a length and JSON: out {"hello"}; in the program; out {} or {"raised": name}; then in {"function",
-"arguments", "keywords"} and out {"value"} or {"raised"}, until the pipe closes. The program shares this process, so
-it can answer what it likes; but it never sees an expected value, and every answer is compared outside, in
-grpo.rewards.sandbox.judge, which uses `encode` and `decode` of this file too.
+Frames over a pipe, each a length and JSON: out {"hello"}; in the program; out {} or {"raised": name}; then in
+{"function", "arguments", "keywords"} and out {"value"} or {"raised"}, until the pipe closes. The program shares this
+process, so it can answer what it likes; but it never sees an expected value, and every answer is compared outside,
+in grpo.rewards.sandbox.judge, which uses `encode` and `decode` of this file too.
 """
 
 import json
 import os
 import struct
 import sys
+from functools import partial
 
 HEADER = struct.Struct(">I")
 TAGGED = {"tuple": tuple, "set": set, "frozenset": frozenset}
@@ -85,6 +86,11 @@ def attempt(action):
         return json.dumps({"raised": type(error).__name__}).encode()
 
 
+def answer(names, call):
+    arguments, keywords = decode(call["arguments"]), decode(call["keywords"])
+    return {"value": encode(names[call["function"]](*arguments, **keywords))}
+
+
 def serve():
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open("/dev/null", os.O_RDWR)
@@ -103,8 +109,7 @@ def serve():
             call = receive(calls)
         except EOFError:
             os._exit(0)  # not sys.exit: threads and exit handlers of the program would keep it
-        arguments, keywords = decode(call["arguments"]), decode(call["keywords"])
-        write(answers, attempt(lambda: {"value": encode(names[call["function"]](*arguments, **keywords))}))
+        write(answers, attempt(partial(answer, names, call)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Starts one untrusted program behind walls. A script of its own: `python -I -S -B launcher.py SETTINGS`, stdlib only.
 
-SETTINGS is JSON: `backend` ("namespaces", "unsafe_subprocess" or the path of bwrap), `command`, `folders` (readable inside,
-nothing else is), `masked` (empty inside), `uid` (an unused one, taken where this runs as root: RLIMIT_NPROC does not
-bind root), `limits`. Standard input and output pass through to the command. SIGTERM kills the command and all that it
-started; this process ends after the last of them. What goes wrong before the command runs is on standard error.
+SETTINGS is JSON: `backend` ("namespaces", "unsafe_subprocess" or the path of bwrap), `command`, `folders` (readable
+inside, nothing else is), `masked` (empty inside), `uid` (an unused one, taken where this runs as root: RLIMIT_NPROC
+does not bind root), `limits`. Standard input and output pass through to the command. SIGTERM kills the command and all
+that it started; this process ends after the last of them. What goes wrong before the command runs is on standard error.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     system("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # a judge that was killed takes all this with it
     system("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    children = open(f"/proc/self/task/{os.getpid()}/children")  # now: the child's new root is this process's, too
+    children = open(f"/proc/self/task/{os.getpid()}/children")  # noqa: SIM115 (now: the child's new root is this process's, too)
     if settings["backend"] == "namespaces":
         unshare()
     child = os.fork()
