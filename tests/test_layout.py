@@ -41,6 +41,7 @@ WITHOUT_A_MODEL = {"tasks", "rewards"}
 ONLY_TORCH = {"advantages", "objectives"}
 IMPORTED_WHERE_USED = (
     "datasets",
+    "math_verify",
     "matplotlib",
     "mlflow",
     "tensorboard",

@@ -59,6 +59,19 @@ class Task:
         """Reads or makes one split; a subclass must define it."""
         raise NotImplementedError(f"{type(self).__name__} does not define load(split)")
 
+    def trial_completions(self, problem: Problem, other: Problem) -> dict[str, str]:
+        """Completions of a problem to try the rewards on: the reference, and deliberately wrong ones, each with its name.
+
+        other: another problem of the split. `python -m grpo.rewards check` shows what each earns.
+        """
+        return {
+            "reference": problem.solution,
+            "another's reference": other.solution,
+            "first half": problem.solution[: len(problem.solution) // 2],
+            "the question": problem.question,
+            "empty": "",
+        }
+
     def plain_prompt(self, question: str, exemplars: Sequence[Problem]) -> str:
         """Text for a base model: instruction, worked exemplars, question, with blank lines between.
 
