@@ -6,12 +6,14 @@ import json
 
 import pytest
 
+import eval as eval_command
 from grpo.config import DataConfig, RewardsConfig
 from grpo.rewards import score_texts
 from grpo.rewards.code import extract_code, parses, read_tests
 from grpo.rewards.runner import weighted_total
 from grpo.tasks.code import EMBEDDED, Code
 from grpo.tasks.rows import read_file
+from tests.tiny import save_tiny_model
 
 ADD = {"prompt": "Write add(a, b).", "code": "def add(a, b): return a + b"}
 MBPP = ADD | {"test_list": ["assert add(1, 2) == 3", "assert add(2, 2) == 4"], "test_imports": ["import math"]}
@@ -88,6 +90,16 @@ def test_every_reference_solution_passes_all_its_tests_and_no_other_problems_doe
 def test_reference_solutions_earn_everything_in_the_sandbox(task):
     for problem in task.split("test")[:4]:
         assert pay(task, problem.solution, problem.columns | {"prompt": problem.question}) == ([1, 1, 1], 1.0)
+
+
+def test_eval_gives_pass_at_k_of_the_code_task(task, tmp_path):
+    save_tiny_model(tmp_path / "model", context=1024)
+    arguments = ["--model", str(tmp_path / "model"), "--task", "code", "--shots", "0", "--limit", "2", "--samples", "2"]
+    output = tmp_path / "result.json"
+    assert eval_command.main([*arguments, "--max-new-tokens", "4", "--output", str(output)]) == 0
+    (by_shots,) = json.loads(output.read_text())["models"].values()
+    assert by_shots["0"]["pass_at_k"] == {"1": 0.0, "2": 0.0}  # a random model
+    assert {"reward/parses", "reward/runs", "reward/correctness"} <= set(by_shots["0"])
 
 
 def test_the_names_that_tests_call_are_found_beside_helpers_imports_and_builtins():

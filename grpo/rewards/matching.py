@@ -22,7 +22,7 @@ _CHOICE = re.compile(r"(?:\b(?:answer|choice|option)\b(?: is)?:? *)?[(\[*]*([A-Z
 
 
 def final_text(completion: str) -> str:
-    """What follows FINAL_PREFIX in the first line that opens with it, else the whole completion; outer space removed."""
+    """What follows FINAL_PREFIX in the first line that opens with it, else the whole completion; stripped."""
     lines = (line for line in completion.split("\n") if line.startswith(FINAL_PREFIX))
     return next(lines, FINAL_PREFIX + completion)[len(FINAL_PREFIX) :].strip()
 
@@ -78,7 +78,7 @@ def _choice(completion: str) -> str:
 
 
 def boxed_math(completions: list[str], *, answer: list[str], **columns: list) -> list[float | None]:
-    r"""1 where math-verify (extra `math`) finds the last \boxed{...} equal to the answer; abstains where it cannot read that.
+    r"""1 where math-verify (extra `math`) finds the \boxed{...} equal to the answer; abstains where it cannot read it.
 
     Its own timeouts are off: the worker's deadline is the one that counts.
     """

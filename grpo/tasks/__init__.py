@@ -60,7 +60,7 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} does not define load(split)")
 
     def trial_completions(self, problem: Problem, other: Problem) -> dict[str, str]:
-        """Completions of a problem to try the rewards on: the reference, and deliberately wrong ones, each with its name.
+        """Completions to try the rewards on: the problem's reference and deliberately wrong ones, each with its name.
 
         other: another problem of the split. `python -m grpo.rewards check` shows what each earns.
         """
