@@ -175,7 +175,8 @@ class Pool:
         for connection in wait(list(busy), max(0.0, first - time.monotonic())):
             self._receive(busy[connection], connection, work)
         for worker in self._busy():
-            if worker.deadline <= min(time.monotonic(), end):
+            is_late = worker.deadline <= min(time.monotonic(), end)
+            if is_late and not worker.connection.poll():  # an answer that is there counts, however late we look
                 self._lose(worker, work, TIMEOUT, "timeout", f"no answer within {self.timeout_s} s")
 
     def _receive(self, worker: Worker, connection: Connection, work: Work) -> None:
