@@ -27,6 +27,7 @@ from grpo.metrics import PhaseTimer, Progress, environment
 from grpo.policy import Policy, load_policy
 from grpo.rewards.__main__ import report
 from grpo.rewards.files import score_file
+from grpo.rewards.pool import make_pool
 from grpo.rollout import EVALUATION, Sampler, Sampling
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
@@ -156,9 +157,9 @@ def evaluate_model(path: str, options: argparse.Namespace, config: Config, task:
             impl=options.impl,
             progress=timer.progress,
         )
-        with timer(f"{Path(path).name}, {shots} shots"):
-            require_finish = config.rewards.require_finish
-            result = evaluate(sampler, questions, task.rewards, require_finish=require_finish, world=world)
+        with timer(f"{Path(path).name}, {shots} shots"), make_pool(config.rewards) as pool:
+            scoring = {"require_finish": config.rewards.require_finish, "score": pool}
+            result = evaluate(sampler, questions, task.rewards, **scoring, world=world)
         results[shots] = result.summary()
     return results
 
@@ -225,10 +226,10 @@ def score_completions(options: argparse.Namespace) -> None:
     """Rewards of completions that exist already; no model and no data is loaded."""
     config = Config()
     task = make_task(options.task, DataConfig(path=options.data_path or ""), config.rewards)
-    summary = score_file(
-        task.rewards, Path(options.completions), Path(options.output), require_finish=config.rewards.require_finish
-    )
-    for number, line in enumerate(Path(options.output).read_text(encoding="utf-8").splitlines()[:PRINTED_LINES], 1):
+    source, output, require_finish = Path(options.completions), Path(options.output), config.rewards.require_finish
+    with make_pool(config.rewards) as pool:
+        summary = score_file(task.rewards, source, output, require_finish=require_finish, score=pool)
+    for number, line in enumerate(output.read_text(encoding="utf-8").splitlines()[:PRINTED_LINES], 1):
         record = json.loads(line)
         components = "  ".join(f"{name} {value}" for name, value in record["rewards"].items())
         print(f"{number}: {components}  reward {record['reward']}  {record['status']}")

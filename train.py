@@ -31,7 +31,8 @@ from grpo.metrics import RunLogger, completion_records, environment, length_metr
 from grpo.objectives import check_steps, resolve
 from grpo.policy import Policy, load_model_config, load_policy, load_reference
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
-from grpo.rewards import score_groups
+from grpo.rewards import refuse_unscored, score_groups
+from grpo.rewards.pool import Pool, make_pool
 from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
@@ -57,6 +58,7 @@ class Run:
     layout: str  # of micro-batches: packed or padded
     reference: LogprobModel | None
     sampler: Sampler
+    pool: Pool  # the worker processes that score
     updater: Updater
     base_folder: Path | None  # of the embedded base model
     best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
@@ -104,8 +106,10 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
             mine = run.sampler.generate([run.prompter(problem) for problem in problems], step)
             groups += world.interleave(world.gather(mine))
         with timer("score"):
-            my_scores = score_groups(mine, run.task.rewards, require_finish=config.rewards.require_finish)
+            options = {"require_finish": config.rewards.require_finish, "score": run.pool}
+            my_scores = score_groups(mine, run.task.rewards, **options)
             scores.append(merge_scores(world.gather(my_scores)))
+            refuse_unscored(scores[-1], config.rewards.max_unscored)
         drawn = join_scores(scores)
         teaching = len(groups) * (1 - zero_spread_share(drawn.total, drawn.scored))
         if round(teaching) >= config.rollout.prompts_per_step:
@@ -178,8 +182,8 @@ def evaluate_greedily(
     """The most likely completion of each of a split's first problems, by the policy or another model."""
     problems = [run.prompter(replace(problem, index=i)) for i, problem in enumerate(run.task.split(split)[:limit])]
     sampler = make_sampler(run.config, model or run.policy.model, run.prompter, run.log, greedy=True)
-    require_finish = run.config.rewards.require_finish
-    return evaluate(sampler, problems, run.task.rewards, require_finish=require_finish, world=run.world, step=step)
+    options = {"require_finish": run.config.rewards.require_finish, "score": run.pool}
+    return evaluate(sampler, problems, run.task.rewards, **options, world=run.world, step=step)
 
 
 def build(command: Command, world: World, run_dir: Path) -> Run:
@@ -217,6 +221,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         layout=layout,
         reference=LogprobModel(load_reference(policy), **options) if objective.beta else None,
         sampler=make_sampler(config, policy.model, prompter, log),
+        pool=make_pool(config.rewards),
         updater=Updater(ddp, optimizer, objective, world, optim.max_grad_norm, policy.refresh),
         base_folder=base_folder,
     )
@@ -391,14 +396,15 @@ def run_command(command: Command, world: World) -> int:
         run.log.write_json("env.json", facts)
     kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
     run.log.say(f"run folder {run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
-    if goes_on:
-        load_checkpoint(run, checkpoint.latest(run_dir))
-    else:
-        before_training(run)
-    with StopRequest(world) as stop:
-        if not train(run, stop):
-            return 130
-    finish(run)
+    with run.pool:
+        if goes_on:
+            load_checkpoint(run, checkpoint.latest(run_dir))
+        else:
+            before_training(run)
+        with StopRequest(world) as stop:
+            if not train(run, stop):
+                return 130
+        finish(run)
     return 0
 
 

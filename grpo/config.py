@@ -65,6 +65,20 @@ class RewardsConfig:
     """Weight of the `correctness` component."""
     require_finish: bool = True
     """Pay nothing to a completion that ran into the length limit. Without it, text that never ends can earn (seen: length goes to the limit, accuracy to 0)."""
+    functions: tuple[str, ...] = ()
+    """Further components: path/to/file.py:function or module:function, each `(completions, **columns) -> list of float or None`; named after the function, weight 1."""
+    weights: tuple[str, ...] = ()
+    """Weights over the task's own and over 1: component=number, such as parses=0.1."""
+    workers: int = 0
+    """Processes of each rank that score; 0: this rank's share of the cores, at most 16."""
+    timeout_s: float = 5.0
+    """Seconds that one call of a reward function may take. Who takes longer is killed and its completions are tried one by one; what is late alone is unscored."""
+    step_timeout_s: float = 600.0
+    """Seconds that all scoring of a step may take on one rank; what is not scored by then is unscored. The other ranks wait so long, and give up after 1800."""
+    max_unscored: float = 0.25
+    """Share of a step's completions that may go unscored (error or timeout) before the run ends."""
+    sandbox: Literal["auto", "bubblewrap", "namespaces", "unsafe_subprocess"] = "auto"
+    """Where code of the model runs (task `code`). auto: bubblewrap, else Linux namespaces, whichever stops every attack of a self-test; else the task is refused. unsafe_subprocess: limits on time and memory only, with your files and network in reach."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +242,7 @@ class Config:
     """Everything a run is made of. Written, resolved, into the run folder."""
 
     task: str = "word_problems"
-    """word_problems (embedded), gsm8k, or jsonl (any file with a prompt and an answer column)."""
+    """word_problems (embedded), gsm8k, jsonl (any file with a prompt and an answer column), code or keywords (rows with tests or key terms; small embedded sets)."""
     seed: int = 0
     """Seeds initialisation, the order of problems and every sampled token."""
     num_steps: int = 50
@@ -457,6 +471,10 @@ INTERVALS = {
     "prompt.shots": "[0, 8]",
     "rewards.format_weight": "[0, inf)",
     "rewards.correctness_weight": "[0, inf)",
+    "rewards.workers": "[0, inf)",
+    "rewards.timeout_s": "(0, inf)",
+    "rewards.step_timeout_s": "(0, 1500]",
+    "rewards.max_unscored": "[0, 1]",
     "rollout.prompts_per_step": "[1, inf)",
     "rollout.group_size": "[1, inf)",
     "rollout.max_new_tokens": "[1, inf)",

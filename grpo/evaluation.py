@@ -13,7 +13,7 @@ import torch
 
 from grpo.distributed import World
 from grpo.records import Group, Problem, Scores
-from grpo.rewards import Reward, final_answer, score_groups
+from grpo.rewards import Reward, Scorer, final_answer, score_groups, score_texts
 from grpo.rollout import Sampler
 
 CORRECTNESS = "correctness"  # the component that accuracy counts
@@ -73,10 +73,11 @@ def evaluate(
     require_finish: bool,
     world: World,
     step: int = 0,
+    score: Scorer = score_texts,
 ) -> Evaluation:
     """Complete and score the prompted problems; the sampler decides how many samples and how they are drawn."""
     groups = sampler.generate(world.mine(problems), step) if world.mine(problems) else []
-    scores = score_groups(groups, rewards, require_finish=require_finish) if groups else None
+    scores = score_groups(groups, rewards, require_finish=require_finish, score=score) if groups else None
     shares = world.gather([_row(group, scores, i) for i, group in enumerate(groups)])
     rows = world.interleave(shares)
     groups = [row["group"] for row in rows]

@@ -8,10 +8,11 @@ prompts, G completions of each, N = P * G sequences, T completion tokens (always
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # reward workers import this module, and must start without loading torch
+    import torch
+    from torch import Tensor
 
 FINISH_REASONS = ("eos", "stop", "length")
 OK, ABSTAIN, TIMEOUT, ERROR = "ok", "abstain", "timeout", "error"
@@ -92,12 +93,16 @@ class Scores:
 
 def join_scores(draws: list[Scores]) -> Scores:
     """Scores of one draw after another."""
+    import torch
+
     columns = {name: torch.cat([getattr(draw, name) for draw in draws]) for name in ("components", "total", "scored")}
     return replace(draws[0], **columns, status=[row for draw in draws for row in draw.status])
 
 
 def merge_scores(shares: list[Scores]) -> Scores:
     """Scores of all ranks from each rank's own: prompt i was on rank i mod W."""
+    import torch
+
     size = len(shares)
     whole = lambda name: torch.stack([getattr(share, name) for share in shares], 1).flatten(0, 1)  # noqa: E731
     status = [shares[i % size].status[i // size] for i in range(sum(len(share.status) for share in shares))]
@@ -181,8 +186,7 @@ class MicroBatch:
 
 def _moved(record: Any, device: torch.device | str) -> dict[str, Any]:
     """The fields of a record, tensors and records of tensors on `device`."""
-    can_move = (Tensor, TokenColumns, SharedPrefix)
-    return {name: value.to(device) if isinstance(value, can_move) else value for name, value in vars(record).items()}
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in vars(record).items()}
 
 
 @dataclass

@@ -118,9 +118,9 @@ def test_the_learning_rate_warms_up_and_decays_to_nearly_nothing(task, tokenizer
 
 def test_supervised_training_learns_its_solutions_by_heart(task, tokenizer):
     supervisor = supervisor_of(task, tokenizer, BaseConfig(**{**vars(TINY), "hidden_size": 32}))
-    points = list(supervisor.train(lr=2e-2, guesses=0.0, share_done=lambda step, seconds: step / 100))
+    points = list(supervisor.train(lr=2e-2, guesses=0.0, share_done=lambda step, seconds: step / 200))
     assert points[0].loss > 5 and points[-1].loss < 0.3
-    assert [point.step for point in points] == list(range(1, 101))
+    assert [point.step for point in points] == list(range(1, 201))
 
 
 def test_the_same_seed_gives_the_same_model_to_the_bit_and_another_seed_another_folder(task, folder, tmp_path):

@@ -17,7 +17,7 @@ ARROWS = {  # room of grpo: the rooms that it may import
     "policy": "config records",
     "lora": "config policy",
     "rollout": "config records",
-    "rewards": "records",
+    "rewards": "config records",
     "batch": "config records",
     "attention": "records",
     "logprobs": "attention batch policy records",
@@ -41,6 +41,7 @@ WITHOUT_A_MODEL = {"tasks", "rewards"}
 ONLY_TORCH = {"advantages", "objectives"}
 IMPORTED_WHERE_USED = (
     "datasets",
+    "math_verify",
     "matplotlib",
     "mlflow",
     "tensorboard",

@@ -97,6 +97,15 @@ def test_the_command_reports_bad_input_and_fails(tmp_path, capsys):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_the_command_without_a_file_shows_what_references_and_wrong_answers_earn(capsys):
+    weights = ["--rewards.weights", "format=0.25"]
+    assert main(["check", "word_problems", *weights]) == 0
+    rows = {" ".join(line.split()[:-4]): line.split()[-4:] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert rows["reference"] == ["1.000", "1.000", "1.250", "0"]
+    assert rows["another's reference"][0] == "1.000" and float(rows["another's reference"][1]) < 0.5
+    assert rows["empty"] == rows["first half"] == ["0.000", "0.000", "0.000", "0"]
+
+
 def test_the_command_scores_without_a_model_or_a_data_set(tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps({"completion": "\ud800 \u2028\n" + LINE + "$4.00", "answer": "4"}))

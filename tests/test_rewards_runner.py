@@ -6,7 +6,15 @@ import math
 import pytest
 
 from grpo.records import ABSTAIN, ERROR, OK, Completion, Group, Problem
-from grpo.rewards import Reward, correctness_reward, format_reward, runner, score_groups, score_texts
+from grpo.rewards import (
+    Reward,
+    correctness_reward,
+    format_reward,
+    refuse_unscored,
+    runner,
+    score_groups,
+    score_texts,
+)
 
 GSM8K = {"format": Reward(format_reward, 0.5), "correctness": Reward(correctness_reward, 1.0)}
 LINE = "#### The final answer is "
@@ -106,7 +114,26 @@ def test_one_traceback_is_logged_for_each_kind_of_failure(caplog):
     with caplog.at_level(logging.WARNING):
         score_texts(["a", "b", "c"], {}, {"fail": Reward(fail, 1.0)})
         score_texts(["a", "b", "c"], {}, {"fail": Reward(fail, 1.0)})
-    assert [record.exc_info[0] for record in caplog.records] == [RuntimeError, KeyError]
+    assert [record.message.splitlines()[-1] for record in caplog.records] == ["RuntimeError: no", "KeyError: 'verdict'"]
+
+
+def test_no_call_sees_more_completions_than_its_batch_size_and_an_async_function_is_awaited():
+    seen = []
+
+    async def look(completions, *, level, **columns):
+        seen.append((completions, level))
+        return [1.0] * len(completions)
+
+    columns = {"level": [1, 2, 3], "answer": ["", "", ""]}
+    outcomes = score_texts(["a", "b", "c"], columns, {"look": Reward(look, 1.0, batch_size=2)})
+    assert seen == [(["a", "b"], [1, 2]), (["c"], [3])] and [row[0].value for row in outcomes] == [1.0] * 3
+
+
+def test_a_step_with_too_many_unscored_completions_is_refused_with_the_share_and_the_remedy():
+    scores = score_groups([group("ab", "axb", "abc", "d")], {"x": Reward(refuse_x, 1.0)}, require_finish=True)
+    refuse_unscored(scores, 0.25)
+    with pytest.raises(ValueError, match=r"25% .*1 errors, 0 timeouts.*max_unscored=0.2;.*--rewards.timeout-s"):
+        refuse_unscored(scores, 0.2)
 
 
 def test_interrupting_a_reward_is_not_swallowed():

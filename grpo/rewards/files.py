@@ -12,14 +12,19 @@ from statistics import fmean
 from typing import Any
 
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT
-from grpo.rewards.runner import Outcome, Reward, score_paid, weighted_total
+from grpo.rewards.runner import Outcome, Reward, Scorer, score_paid, score_texts, weighted_total
 from grpo.tasks.rows import read_jsonl
 
 _WORST_FIRST = (ERROR, TIMEOUT, ABSTAIN, OK)
 
 
 def score_file(
-    rewards: dict[str, Reward], completions_path: Path | str, output_path: Path | str, *, require_finish: bool
+    rewards: dict[str, Reward],
+    completions_path: Path | str,
+    output_path: Path | str,
+    *,
+    require_finish: bool,
+    score: Scorer = score_texts,
 ) -> dict[str, Any]:
     """Scores every line of a JSONL file and writes it back with `rewards`, `reward` and `status` added.
 
@@ -33,7 +38,7 @@ def score_file(
     if not rows:
         raise ValueError(f"{completions_path} holds no completions; write one JSON object a line")
     is_paid = [not (require_finish and row.get("finish_reason") == "length") for row in rows]
-    table = score_paid([row["completion"] for row in rows], [_columns(row) for row in rows], is_paid, rewards)
+    table = score_paid([row["completion"] for row in rows], [_columns(row) for row in rows], is_paid, rewards, score)
     scored = [row | _verdict(outcomes, rewards) for row, outcomes in zip(rows, table, strict=True)]
     with open(output_path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in scored)

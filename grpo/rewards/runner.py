@@ -1,32 +1,38 @@
 """Groups in, Scores out: runs the reward functions of a task and gives every value a status.
 
-Functions run in this process, a batch at a time. A batch that raises or returns the wrong length is scored
-again one completion at a time, so that one bad completion does not cost the others their reward.
+`score_texts` runs them in this process and trusts them to end; train.py and eval.py pass a Pool (grpo.rewards.pool),
+which runs them in worker processes under a deadline. Either way a batch that fails is scored again one completion at
+a time, so that one bad completion does not cost the others their reward. Importing this loads no torch.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 import math
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
 
-import torch
-
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Group, Scores
 
 logger = logging.getLogger(__name__)
-_logged_kinds: set[tuple[str, type]] = set()  # a failing reward fails thousands of times: one traceback is enough
+_logged_kinds: set[tuple[str, str]] = set()  # a failing reward fails thousands of times: one traceback is enough
 
 
 @dataclass(frozen=True)
 class Reward:
-    """One component: `function(completions, **columns) -> list of float | None` and its weight in the total."""
+    """One component: `function(completions, **columns) -> list of float | None` and its weight in the total.
 
-    function: Callable[..., list[float | None]]
+    The function may be async. It gets at most batch_size completions a call: 1 where a single one is work enough.
+    """
+
+    function: Callable[..., Any]
     weight: float
+    batch_size: int = 256
 
 
 class Outcome(NamedTuple):
@@ -36,10 +42,20 @@ class Outcome(NamedTuple):
     status: str
 
 
+Table = list[list[Outcome]]  # [N][K]: of N completions, every component in the order of the rewards
+Scorer = Callable[[list[str], dict[str, list], dict[str, Reward]], Table]  # score_texts, or a Pool
 UNFINISHED = Outcome(0.0, OK)  # what require_finish pays a completion that ran into the length limit
 
 
-def score_groups(groups: list[Group], rewards: dict[str, Reward], *, require_finish: bool) -> Scores:
+def score_texts(completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> Table:
+    """[N][K] outcomes of N texts, computed in this process. Each column is a list of N values."""
+    by_component = [_score_component(name, reward, completions, columns) for name, reward in rewards.items()]
+    return [list(row) for row in zip(*by_component, strict=True)] if rewards else [[] for _ in completions]
+
+
+def score_groups(
+    groups: list[Group], rewards: dict[str, Reward], *, require_finish: bool, score: Scorer = score_texts
+) -> Scores:
     """Scores of this rank's groups, each of the same size G: components [P, G, K], total and scored [P, G].
 
     require_finish: a completion that ended by `length` earns 0 in every component and is not shown to the
@@ -50,22 +66,16 @@ def score_groups(groups: list[Group], rewards: dict[str, Reward], *, require_fin
     texts = [completion.text for _, completion in pairs]
     rows = [{**p.columns, "answer": p.answer, "question": p.question, "prompt": p.prompt} for p, _ in pairs]
     is_paid = [not (require_finish and completion.finish == "length") for _, completion in pairs]
-    return _as_scores(score_paid(texts, rows, is_paid, rewards), rewards, num_groups=len(groups))
+    return _as_scores(score_paid(texts, rows, is_paid, rewards, score), rewards, num_groups=len(groups))
 
 
 def score_paid(
-    texts: list[str], rows: list[dict[str, Any]], is_paid: list[bool], rewards: dict[str, Reward]
-) -> list[list[Outcome]]:
+    texts: list[str], rows: list[dict[str, Any]], is_paid: list[bool], rewards: dict[str, Reward], score: Scorer
+) -> Table:
     """[N][K] outcomes of N texts, each with a row of columns; what is not paid gets UNFINISHED and is not run."""
     paid_texts, paid_rows = list(compress(texts, is_paid)), list(compress(rows, is_paid))
-    outcomes = iter(score_texts(paid_texts, _as_columns(paid_rows), rewards))
+    outcomes = iter(score(paid_texts, _as_columns(paid_rows), rewards))
     return [next(outcomes) if paid else [UNFINISHED] * len(rewards) for paid in is_paid]
-
-
-def score_texts(completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> list[list[Outcome]]:
-    """[N][K] outcomes of N texts: every component in the order of `rewards`. Each column is a list of N values."""
-    by_component = [_score_component(name, reward, completions, columns) for name, reward in rewards.items()]
-    return [list(row) for row in zip(*by_component, strict=True)] if rewards else [[] for _ in completions]
 
 
 def weighted_total(row: list[Outcome], rewards: dict[str, Reward]) -> float:
@@ -86,29 +96,57 @@ def _as_columns(rows: list[dict[str, Any]]) -> dict[str, list]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
+def refuse_unscored(scores: Scores, limit: float) -> None:
+    """ValueError where more than a share `limit` of the completions of a step could not be scored."""
+    unscored = 1 - scores.scored.float().mean().item()
+    if unscored > limit:
+        failed = [status for group in scores.status for row in group for status in row]
+        raise ValueError(
+            f"{unscored:.0%} of the step's completions could not be scored ({failed.count(ERROR)} errors, "
+            f"{failed.count(TIMEOUT)} timeouts), more than rewards.max_unscored={limit}; the first failure of each "
+            "kind is logged above: mend the reward, or give it more time with --rewards.timeout-s"
+        )
+
+
 def _score_component(name: str, reward: Reward, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
-    try:
-        return _call(name, reward, completions, columns) if completions else []
-    except Exception as error:  # a user's function may raise anything, and none of it may end the run
-        _log_once(name, error)
     outcomes = []
-    for i, completion in enumerate(completions):
+    for start in range(0, len(completions), reward.batch_size):
+        rows = range(start, min(start + reward.batch_size, len(completions)))
         try:
-            outcomes += _call(name, reward, [completion], {key: [column[i]] for key, column in columns.items()})
-        except Exception as error:
-            _log_once(name, error)
-            outcomes.append(Outcome(math.nan, ERROR))
+            outcomes += call(name, reward.function, *take_rows(completions, columns, rows))
+        except Exception as error:  # a user's function may raise anything, and none of it may end the run
+            log_once(name, error)
+            outcomes += [_score_alone(name, reward, *take_rows(completions, columns, [i])) for i in rows]
     return outcomes
 
 
-def _call(name: str, reward: Reward, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
-    values = list(reward.function(completions, **columns))
+def _score_alone(name: str, reward: Reward, completion: list[str], columns: dict[str, list]) -> Outcome:
+    try:
+        return call(name, reward.function, completion, columns)[0]
+    except Exception as error:
+        log_once(name, error)
+        return Outcome(math.nan, ERROR)
+
+
+def take_rows(completions: list[str], columns: dict[str, list], rows: Any) -> tuple[list[str], dict[str, list]]:
+    """Some of the completions, and the same rows of every column."""
+    return [completions[i] for i in rows], {key: [column[i] for i in rows] for key, column in columns.items()}
+
+
+def call(name: str, function: Callable, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
+    """One call of a reward function, awaited where it is async; ValueError where it does not return what it must."""
+    values = function(completions, **columns)
+    values = list(asyncio.run(_result_of(values)) if inspect.isawaitable(values) else values)
     if len(values) != len(completions):
         raise ValueError(
             f"reward {name!r} returned {len(values)} values for {len(completions)} completions; "
             "return one float or None for each"
         )
     return [_outcome(name, value) for value in values]
+
+
+async def _result_of(awaitable: Any) -> Any:
+    return await awaitable
 
 
 def _outcome(name: str, value: float | None) -> Outcome:
@@ -120,15 +158,19 @@ def _outcome(name: str, value: float | None) -> Outcome:
     return Outcome(number, OK)
 
 
-def _log_once(name: str, error: Exception) -> None:
-    kind = (name, type(error))
-    if kind not in _logged_kinds:
-        _logged_kinds.add(kind)
-        logger.warning("reward %r failed; further failures of this kind are only counted", name, exc_info=error)
+def log_once(name: str, error: BaseException | str, details: str = "") -> None:
+    """A warning with the traceback: of an exception, or of a worker's failure, given as kind and details."""
+    kind = error if isinstance(error, str) else type(error).__name__
+    if (name, kind) not in _logged_kinds:
+        _logged_kinds.add((name, kind))
+        details = details or "".join(traceback.format_exception(error))
+        logger.warning("reward %r failed; further failures of this kind are only counted: %s\n%s", name, kind, details)
 
 
-def _as_scores(table: list[list[Outcome]], rewards: dict[str, Reward], *, num_groups: int) -> Scores:
+def _as_scores(table: Table, rewards: dict[str, Reward], *, num_groups: int) -> Scores:
     """[N][K] outcomes of equally large groups -> Scores [P, G, K]."""
+    import torch
+
     group_size = len(table) // num_groups if num_groups else 0
     assert len(table) == num_groups * group_size, "groups differ in size"
     shape = (num_groups, group_size)

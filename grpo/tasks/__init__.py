@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
 from grpo.rewards import FINAL_PREFIX, Reward, correctness_reward, format_reward
+from grpo.rewards.worker import load_function
 
-TASKS = ("gsm8k", "jsonl", "word_problems")
+TASKS = ("code", "gsm8k", "jsonl", "keywords", "word_problems")
 
 
 class Task:
@@ -57,6 +59,19 @@ class Task:
         """Reads or makes one split; a subclass must define it."""
         raise NotImplementedError(f"{type(self).__name__} does not define load(split)")
 
+    def trial_completions(self, problem: Problem, other: Problem) -> dict[str, str]:
+        """Completions to try the rewards on: the problem's reference and deliberately wrong ones, each with its name.
+
+        other: another problem of the split. `python -m grpo.rewards check` shows what each earns.
+        """
+        return {
+            "reference": problem.solution,
+            "another's reference": other.solution,
+            "first half": problem.solution[: len(problem.solution) // 2],
+            "the question": problem.question,
+            "empty": "",
+        }
+
     def plain_prompt(self, question: str, exemplars: Sequence[Problem]) -> str:
         """Text for a base model: instruction, worked exemplars, question, with blank lines between.
 
@@ -67,10 +82,23 @@ class Task:
 
 
 def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:
-    """The task of a name in TASKS, or of a user's own `path/to/file.py:ClassName`. Loads no data."""
+    """The task of a name in TASKS, or of a user's own `path/to/file.py:ClassName`. Loads no data.
+
+    Its rewards are the class's own, those of `rewards.functions`, and weighted by `rewards.weights`.
+    """
+    task = _task_class(name)(data=data, rewards=rewards)
+    task.rewards = _configured(task.rewards, rewards)
+    return task
+
+
+def _task_class(name: str) -> type[Task]:
     if ".py:" in name:
-        return _user_class(name)(data=data, rewards=rewards)
-    if name == "gsm8k":
+        return _user_class(name)
+    if name == "code":
+        from grpo.tasks.code import Code as chosen
+    elif name == "keywords":
+        from grpo.tasks.keywords import Keywords as chosen
+    elif name == "gsm8k":
         from grpo.tasks.gsm8k import Gsm8k as chosen
     elif name == "jsonl":
         from grpo.tasks.jsonl import Jsonl as chosen
@@ -82,7 +110,25 @@ def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:
             f"unknown task {name!r}; did you mean {nearest!r}? "
             f"Tasks: {', '.join(TASKS)}, or path/to/file.py:ClassName for your own"
         )
-    return chosen(data=data, rewards=rewards)
+    return chosen
+
+
+def _configured(own: dict[str, Reward], config: RewardsConfig) -> dict[str, Reward]:
+    rewards = dict(own)
+    for path in config.functions:
+        name = path.rpartition(":")[2]
+        if name in rewards:
+            raise ValueError(f"rewards.functions: {path!r} has the name of another component; rename the function")
+        rewards[name] = Reward(load_function(path), weight=1.0)
+    for setting in config.weights:
+        name, _, number = setting.partition("=")
+        if name not in rewards:
+            raise ValueError(f"rewards.weights: no component {name!r}; this task has {', '.join(rewards)}")
+        try:
+            rewards[name] = replace(rewards[name], weight=float(number))
+        except ValueError:
+            raise ValueError(f"rewards.weights: {setting!r} is not component=number") from None
+    return rewards
 
 
 def _user_class(name: str) -> type[Task]:

@@ -1,0 +1,94 @@
+"""Rewards for code: does it parse, does it run, which share of the tests does it pass. Used by the task `code`.
+
+A row has tests as MBPP (`test_list`, optional `test_imports` and `test_setup_code`) or as HumanEval (`test`, which
+defines `check`, with `entry_point`; the question then is the head of the program). Programs run in a sandbox.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from grpo.rewards.sandbox import Sandbox, Verdict, judge_program
+
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+class Tests(NamedTuple):
+    """What judges a program: code before the tests, the tests, and the names that the program must define."""
+
+    setup: str
+    tests: tuple[str, ...]
+    functions: tuple[str, ...]
+    head: str  # of the program: a completion goes on from it
+
+
+def extract_code(completion: str) -> str:
+    """The first fenced block, also where its end is missing; without a fence the whole text."""
+    match = _FENCE.search(completion)
+    return match[1] if match else completion
+
+
+def read_tests(row: dict[str, Any]) -> Tests:
+    """The tests in a row's columns; ValueError where it has none."""
+    if row.get("entry_point"):
+        name = row["entry_point"]
+        return Tests(row["test"], (f"check({name})",), (name,), row.get("question") or "")
+    if not row.get("test_list"):
+        raise ValueError("no tests: neither `test_list` (a list of asserts) nor `test` with `entry_point`")
+    setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""])
+    tests = tuple(row["test_list"])
+    missing = _names(tests, ast.Load) - _names([setup, *tests], ast.Store) - set(dir(builtins))
+    return Tests(setup, tests, tuple(sorted(missing)), "")
+
+
+def _names(sources: Iterable[str], context: type) -> set[str]:
+    """Names that code reads (ast.Load), or that it defines in any way (ast.Store)."""
+    found = set()
+    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, context):
+            found.add(node.id)
+        elif context is ast.Store and isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif context is ast.Store and isinstance(node, ast.alias):
+            found.add((node.asname or node.name).split(".")[0])
+        elif context is ast.Store and isinstance(node, ast.arg):
+            found.add(node.arg)
+    return found
+
+
+def parses(completions: list[str], **columns: list) -> list[float]:
+    """1 where the code is Python and defines what the tests call."""
+    return [float(_defines(*pair)) for pair in _programs(completions, columns)]
+
+
+def runs(completions: list[str], *, sandbox: Sandbox, **columns: list) -> list[float]:
+    """1 where it loads and answers every test in time: wrong answers count as running, exceptions do not."""
+    return [float(_verdict(sandbox, *pair).ran) for pair in _programs(completions, columns)]
+
+
+def tests_passed(completions: list[str], *, sandbox: Sandbox, **columns: list) -> list[float]:
+    """The share of the tests that pass."""
+    verdicts = [_verdict(sandbox, *pair) for pair in _programs(completions, columns)]
+    return [verdict.passed / verdict.total for verdict in verdicts]
+
+
+def _programs(completions: list[str], columns: dict[str, list]) -> list[tuple[str, Tests]]:
+    rows = [read_tests({name: column[i] for name, column in columns.items()}) for i in range(len(completions))]
+    return [(tests.head + extract_code(text), tests) for text, tests in zip(completions, rows, strict=True)]
+
+
+def _defines(program: str, tests: Tests) -> bool:
+    try:
+        return set(tests.functions) <= _names([program], ast.Store)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a zero byte, or nesting without end
+        return False
+
+
+@lru_cache(maxsize=1024)  # `runs` and `tests_passed` ask for the same verdict, one after the other
+def _verdict(sandbox: Sandbox, program: str, tests: Tests) -> Verdict:
+    return judge_program(sandbox, program, tests.setup, tests.tests, tests.functions)

@@ -1,0 +1,105 @@
+"""Rewards for domain text: which of the required terms does it use, in prose. Used by the task `keywords`.
+
+A row has `groups`, a list of groups of terms that mean the same (any one of them is enough), and optionally
+`sections`, a heading for each group or null: its term must stand under a line that opens with that heading and a
+colon; and `ordered`: the groups must come in their order.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from typing import NamedTuple
+
+LIST_CREDIT = 0.5  # of a term outside a sentence
+SENTENCE_WORDS = 5  # fewer are a list item or a heading
+_WORD = re.compile(r"[^\W_]+")
+_SENTENCE_END = re.compile(r"[.!?]+(?=\s|\Z)|\n+")
+_HEADING = re.compile(r"^[ \t#*]*([^\n:]{1,40}?)[ \t*]*:", re.MULTILINE)
+_ENDINGS = (("ies", "y"), ("ing", ""), ("ed", ""), ("es", ""), ("s", ""), ("e", ""))
+
+
+class Found(NamedTuple):
+    """A term in a text: its first word's number, and whether it stands in a sentence."""
+
+    place: int
+    is_prose: bool
+
+
+def stem(word: str) -> str:
+    """The word without case and the commonest English endings: treats, treated, treating -> treat."""
+    word = word.casefold()
+    for ending, instead in _ENDINGS:
+        if word.endswith(ending) and not word.endswith("ss") and len(word) - len(ending) >= 3:
+            return word[: -len(ending)] + instead
+    return word
+
+
+def keyword_reward(
+    completions: list[str], *, groups: list, sections: list | None = None, ordered: list | None = None, **columns: list
+) -> list[float]:
+    """The share of the groups of which a term is used: 1 in a sentence, LIST_CREDIT elsewhere.
+
+    A sentence has at least SENTENCE_WORDS words, at most half of them required terms: a list of keywords earns half.
+    With `ordered` only the longest run of groups in rising order counts. Repeating a term adds nothing.
+    """
+    empty = [None] * len(completions)
+    rows = zip(completions, groups, sections or empty, ordered or empty, strict=True)
+    return [_score(text, own, headings or [None] * len(own), bool(order)) for text, own, headings, order in rows]
+
+
+def _score(text: str, groups: list[list[str]], headings: list[str | None], ordered: bool) -> float:
+    terms = [[_stems(term) for term in group] for group in groups]
+    parts = _sections(text)
+    found = [
+        _find(text if heading is None else parts.get(heading.casefold(), ""), group, terms)
+        for group, heading in zip(terms, headings, strict=True)
+    ]
+    places = [match.place for match in found if match]
+    credit = sum(1.0 if match.is_prose else LIST_CREDIT for match in found if match)
+    if ordered and places:
+        credit *= _longest_rise(places) / len(places)
+    return credit / len(groups)
+
+
+def _stems(text: str) -> list[str]:
+    return [stem(word) for word in _WORD.findall(text)]
+
+
+def _sections(text: str) -> dict[str, str]:
+    """Text by heading: what follows a line's opening `Heading:`, up to the next."""
+    marks = list(_HEADING.finditer(text))
+    ends = [*(mark.start() for mark in marks), len(text)][1:]
+    return {mark[1].strip().casefold(): text[mark.end() : end] for mark, end in zip(marks, ends, strict=True)}
+
+
+def _find(text: str, group: list[list[str]], every: list[list[list[str]]]) -> Found | None:
+    """The first place of any term of the group, one in a sentence before any other."""
+    best, start = None, 0
+    for words in (_stems(sentence) for sentence in _SENTENCE_END.split(text)):
+        places = [place for term in group for place in _places(words, term)]
+        if places:
+            found = Found(start + min(places), _is_prose(words, every))
+            if found.is_prose:
+                return found
+            best = best or found
+        start += len(words)
+    return best
+
+
+def _places(words: list[str], term: list[str]) -> list[int]:
+    return [i for i in range(len(words) - len(term) + 1) if words[i : i + len(term)] == term]
+
+
+def _is_prose(words: list[str], every: list[list[list[str]]]) -> bool:
+    required = {i + k for group in every for term in group for i in _places(words, term) for k in range(len(term))}
+    return len(words) >= SENTENCE_WORDS and 2 * len(required) <= len(words)
+
+
+def _longest_rise(places: list[int]) -> int:
+    """Length of the longest strictly rising subsequence (patience sorting)."""
+    tails: list[int] = []
+    for place in places:
+        at = bisect_left(tails, place)
+        tails[at : at + 1] = [place]
+    return len(tails)

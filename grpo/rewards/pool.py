@@ -1,0 +1,220 @@
+"""The runner's worker processes: reward functions under a deadline, so that no reward can hurt the run.
+
+A Pool is called like `score_texts` (grpo.rewards.runner) and returns the same table. Workers are spawned, never forked,
+each the leader of a session of its own; one that is late is killed with its whole process group and replaced.
+
+A call that fails (raises, is late, dies, returns the wrong length) on several completions is made again for each alone,
+in a fresh worker; what fails alone gets its status. A component that was late once is called with single
+completions for the rest of the step: a batch that will be late wastes a whole deadline.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+
+from grpo.config import RewardsConfig
+from grpo.records import ERROR, TIMEOUT
+from grpo.rewards.runner import Outcome, Reward, Table, log_once, take_rows
+from grpo.rewards.worker import READY, pack_function
+
+IMPORT_TIMEOUT_S = 60.0  # for a worker to start and import what defines a function; not part of a call's deadline
+RETRIED_TOGETHER = 8  # single completions in one job: few, so that the hung ones spread over the workers
+MAX_DEFAULT_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class Call:
+    """One component of some rows."""
+
+    component: int
+    rows: tuple[int, ...]
+
+    def one_by_one(self) -> list[Call]:
+        return [Call(self.component, (i,)) for i in self.rows]
+
+
+class Worker:
+    """One process, the calls that it still owes an answer, and when the first of them is late."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        code = "from grpo.rewards.worker import main; main()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            start_new_session=True,
+        )
+        theirs.close()
+        self.calls: deque[Call] = deque()
+        self.deadline = math.inf
+
+    def kill(self) -> None:
+        """End it and every process of its group."""
+        self.connection.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@dataclass
+class Work:
+    """One step's table as it fills, and the jobs (lists of calls) that are still to do."""
+
+    completions: list[str]
+    columns: dict[str, list]
+    rewards: dict[str, Reward]
+    jobs: deque[list[Call]] = field(default_factory=deque)
+    late: set[int] = field(default_factory=set)  # components that are called with single completions
+
+    def __post_init__(self) -> None:
+        self.names = list(self.rewards)
+        self.packed = [pack_function(name, reward.function) for name, reward in self.rewards.items()]
+        unscored = Outcome(math.nan, TIMEOUT)  # what the step's deadline leaves behind
+        self.table = [[unscored] * len(self.names) for _ in self.completions]
+
+    def divide(self, workers: int) -> None:
+        """Jobs of at most a worker's even share; a job holds all components of its rows that take as many."""
+        total, even_share = len(self.completions), max(1, -(-len(self.completions) // workers))
+        sizes = [min(reward.batch_size, even_share) for reward in self.rewards.values()]
+        for size in dict.fromkeys(sizes):
+            for start in range(0, total, size):
+                rows = tuple(range(start, min(start + size, total)))
+                self.jobs.append([Call(k, rows) for k, own in enumerate(sizes) if own == size])
+
+    def next_job(self) -> list[Call]:
+        job = self.jobs.popleft()
+        return [part for call in job for part in (call.one_by_one() if call.component in self.late else [call])]
+
+    def message(self, job: list[Call]) -> bytes:
+        return pickle.dumps(
+            [
+                (self.names[call.component], self.packed[call.component])
+                + take_rows(self.completions, self.columns, call.rows)
+                for call in job
+            ]
+        )
+
+    def succeed(self, call: Call, outcomes: list) -> None:
+        for row, outcome in zip(call.rows, outcomes, strict=True):
+            self.table[row][call.component] = Outcome(*outcome)
+
+    def fail(self, call: Call, status: str, kind: str, details: str) -> None:
+        """A status where the call was for one completion; else each is to be tried alone."""
+        log_once(self.names[call.component], kind, details)
+        if status == TIMEOUT:
+            self.late.add(call.component)
+        if len(call.rows) == 1:
+            self.table[call.rows[0]][call.component] = Outcome(math.nan, status)
+        else:
+            singles = call.one_by_one()
+            self.jobs += [singles[i : i + RETRIED_TOGETHER] for i in range(0, len(singles), RETRIED_TOGETHER)]
+
+
+class Pool:
+    """`pool(completions, columns, rewards) -> [N][K] outcomes`, by `workers` processes (0: this rank's share of cores).
+
+    timeout_s: of one call.  step_timeout_s: of the whole table; what has no outcome by then is `timeout`.
+    Workers start when there is work for them and stay; `with Pool(...) as pool` ends them.
+    """
+
+    def __init__(self, *, workers: int, timeout_s: float, step_timeout_s: float):
+        self.size = workers or default_workers()
+        self.timeout_s, self.step_timeout_s = timeout_s, step_timeout_s
+        self.workers: list[Worker] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self.workers:
+            self._drop(self.workers[0])
+
+    def __call__(self, completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> Table:
+        work, end = Work(completions, columns, rewards), time.monotonic() + self.step_timeout_s
+        work.divide(self.size)
+        try:
+            while time.monotonic() < end and (work.jobs or self._busy()):
+                self._dispatch(work)
+                self._collect(work, end)
+        finally:  # late, or interrupted: what still runs is of no use to the next step
+            for worker in self._busy():
+                self._drop(worker)
+        return work.table
+
+    def _busy(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.calls]
+
+    def _dispatch(self, work: Work) -> None:
+        while work.jobs and len(self._busy()) < self.size:
+            idle = next((worker for worker in self.workers if not worker.calls), None)
+            if idle is None:
+                self.workers.append(idle := Worker())
+            job = work.next_job()
+            idle.calls, idle.deadline = deque(job), time.monotonic() + IMPORT_TIMEOUT_S
+            with suppress(OSError):  # it has died: reading from it will say so
+                idle.connection.send_bytes(work.message(job))
+
+    def _collect(self, work: Work, end: float) -> None:
+        """Wait for an answer or a deadline, and take what there is."""
+        busy = {worker.connection: worker for worker in self._busy()}
+        first = min([end, *(worker.deadline for worker in busy.values())])
+        for connection in wait(list(busy), max(0.0, first - time.monotonic())):
+            self._receive(busy[connection], connection, work)
+        for worker in self._busy():
+            is_late = worker.deadline <= min(time.monotonic(), end)
+            if is_late and not worker.connection.poll():  # an answer that is there counts, however late we look
+                self._lose(worker, work, TIMEOUT, "timeout", f"no answer within {self.timeout_s} s")
+
+    def _receive(self, worker: Worker, connection: Connection, work: Work) -> None:
+        try:
+            data = connection.recv_bytes()
+        except (EOFError, OSError):
+            self._lose(worker, work, ERROR, "death", "its worker process died")
+            return
+        if data == READY:
+            worker.deadline = time.monotonic() + self.timeout_s
+            return
+        answer = json.loads(data)
+        if "outcomes" in answer:
+            work.succeed(worker.calls.popleft(), answer["outcomes"])
+        elif len(worker.calls[0].rows) > 1:
+            self._lose(worker, work, ERROR, **answer)
+        else:
+            work.fail(worker.calls.popleft(), ERROR, **answer)
+        worker.deadline = time.monotonic() + IMPORT_TIMEOUT_S
+
+    def _lose(self, worker: Worker, work: Work, status: str, kind: str, details: str) -> None:
+        """Its first call failed and it goes; its other calls go to a fresh one."""
+        work.fail(worker.calls.popleft(), status, kind, details)
+        if worker.calls:
+            work.jobs.appendleft(list(worker.calls))
+        self._drop(worker)
+
+    def _drop(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        worker.kill()
+
+
+def make_pool(rewards: RewardsConfig) -> Pool:
+    """The pool that a config asks for."""
+    return Pool(workers=rewards.workers, timeout_s=rewards.timeout_s, step_timeout_s=rewards.step_timeout_s)
+
+
+def default_workers() -> int:
+    """The cores that this process may use, shared with the other ranks of its machine."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)) // local_ranks))

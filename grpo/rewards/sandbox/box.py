@@ -1,0 +1,285 @@
+"""Which walls there are on this machine, whether they hold, and a process behind them. Used by the judge.
+
+The self-test attacks: it forks past the limit, fills memory and disk, opens the network, reads a planted secret, and
+makes itself root of a new namespace. Walls that let one through are no sandbox here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from grpo.rewards.sandbox import guest
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+ISOLATED = ("-I", "-S", "-B")  # no environment, no user site, no site-packages, no files written
+START_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 5.0
+UNUSED_UID = 2_000_000_000  # + process id: far above what any distribution hands out, and one of its own for each
+FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
+
+
+class SandboxError(Exception):
+    """The walls could not be put up: no fault of the program, which gets no verdict."""
+
+
+class Expired(BaseException):
+    """The deadline has passed. No Exception: what runs under it must not catch it by accident."""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Walls and limits, for one program at a time and a fresh process each.
+
+    backend: "namespaces", "unsafe_subprocess" or the path of bwrap.  wall_s: seconds for the whole program with all its
+    tests; memory_mib: address space of one process; processes: with threads; quota_mib: all files; file_mib: one file.
+    """
+
+    backend: str
+    wall_s: float = 3.0
+    memory_mib: int = 256
+    processes: int = 8
+    quota_mib: int = 16
+    file_mib: int = 4
+
+    @contextmanager
+    def start(self) -> Iterator[subprocess.Popen]:
+        """A guest that has said hello, behind the walls; SandboxError without. At the end nothing of it is left."""
+        process = subprocess.Popen(
+            [sys.executable, *ISOLATED, str(HERE / "launcher.py"), json.dumps(self._settings())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={},
+            cwd="/",
+        )
+        try:
+            _wait_for_hello(process)
+            yield process
+        finally:
+            _stop(process)
+
+    def _settings(self) -> dict:
+        python = os.path.realpath(sys.executable)
+        command = [python, *ISOLATED, "-c", Path(guest.__file__).read_text()]
+        folders = [folder for folder in FOLDERS if os.path.lexists(folder)]
+        if not sys.base_prefix.startswith("/usr"):
+            folders.append(sys.base_prefix)
+        masked = {sysconfig.get_path(name, vars={"base": sys.base_prefix}) for name in ("purelib", "platlib")}
+        masked = sorted(path for path in masked if os.path.isdir(path) and path.startswith(tuple(folders)))
+        is_bubblewrap = self.backend.startswith("/")
+        return {
+            "backend": self.backend,
+            "command": self._bubblewrap(command, folders, masked) if is_bubblewrap else command,
+            "folders": folders,
+            "masked": masked,
+            "quota_mib": self.quota_mib,
+            "uid": UNUSED_UID + os.getpid(),
+            "limits": {
+                "RLIMIT_AS": self.memory_mib << 20,
+                "RLIMIT_CPU": math.ceil(self.wall_s) + 1,
+                "RLIMIT_NPROC": self.processes + 2 * is_bubblewrap,  # it has a process outside and one inside
+                "RLIMIT_FSIZE": self.file_mib << 20,
+                "RLIMIT_NOFILE": 32,
+                "RLIMIT_CORE": 0,
+                "RLIMIT_MEMLOCK": 0,
+                "RLIMIT_MSGQUEUE": 0,
+            },
+        }
+
+    def _bubblewrap(self, command: list[str], folders: list[str], masked: list[str]) -> list[str]:
+        mounts = []
+        for folder in folders:
+            is_link = os.path.islink(folder)
+            mounts += ["--symlink", os.readlink(folder), folder] if is_link else ["--ro-bind", folder, folder]
+        for folder in masked:
+            mounts += ["--tmpfs", folder, "--remount-ro", folder]
+        for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
+            mounts += ["--dev-bind", device, device]
+        walls = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
+        files = ["--size", str(self.quota_mib << 20), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+        return [self.backend, *walls, "--cap-drop", "ALL", *mounts, *files, "--", *command]
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raises Expired in the main thread after so many seconds, wherever it then is."""
+
+    def expire(number: int, frame: object) -> None:
+        raise Expired
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # again and again: one may land where it is swallowed
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _wait_for_hello(process: subprocess.Popen) -> None:
+    try:
+        with deadline(START_TIMEOUT_S):
+            if guest.receive(process.stdout, limit=100) != {"hello": 1}:
+                raise SandboxError("the sandbox said something else than hello")
+    except EOFError:
+        raise SandboxError(
+            process.stderr.read().decode(errors="replace").strip()[-500:] or "it ended at once"
+        ) from None
+    except Expired:
+        raise SandboxError(f"nothing started within {START_TIMEOUT_S} s") from None
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """The launcher kills everything behind the walls and waits for it; its end is the end of all."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # everything inside dies with it
+        process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        try:
+            pipe.close()
+        except BrokenPipeError:  # a message that nobody reads any more
+            continue
+
+
+ATTACKS = """
+def answers():
+    return 42
+
+def fork_past(limit):
+    import os, time
+    for count in range(limit):
+        try:
+            if os.fork() == 0:
+                time.sleep(2)
+                os._exit(0)
+        except OSError:
+            return False
+    return True
+
+def allocate(mib):
+    return len(bytearray(mib << 20)) > 0
+
+def write_past(mib):
+    import os
+    made, written = [], 0
+    for folder in ("/tmp", "/dev", "/dev/shm", "/var/tmp", "/"):
+        for i in range(mib):
+            try:
+                with open(f"{folder}/grpo_self_test_{i}", "xb", buffering=0) as file:
+                    made.append(file.name)
+                    written += file.write(bytes(1 << 20))
+            except OSError:
+                break
+    for name in made:
+        os.remove(name)
+    return written > mib << 20
+
+def connect(port):
+    import socket
+    socket.create_connection(("127.0.0.1", port), timeout=1)
+    return True
+
+def find(path, secret):
+    import os, pathlib
+    places = [path, *pathlib.Path("/proc").glob("*/environ")]
+    seen = [str(dict(os.environ))]
+    for place in places:
+        try:
+            seen.append(pathlib.Path(place).read_text(errors="replace"))
+        except OSError:
+            pass
+    return any(secret in text for text in seen)
+
+def become_root():
+    import ctypes
+    return ctypes.CDLL(None).unshare(0x10000000) == 0
+"""
+
+
+def self_test(sandbox: Sandbox) -> list[str]:
+    """What the walls let through; nothing is what a sandbox must answer. SandboxError where they cannot be put up."""
+    secret = secrets.token_hex(16)
+    with (
+        tempfile.NamedTemporaryFile("w", prefix="grpo_secret_") as file,
+        socket.create_server(("127.0.0.1", 0)) as host,
+    ):
+        file.write(secret)
+        file.flush()
+        os.chmod(file.name, 0o644)
+        attacks = {
+            "more processes than its limit": ("fork_past", 3 * sandbox.processes + 10),
+            "more memory than its limit": ("allocate", 2 * sandbox.memory_mib),
+            "more on disk than its quota": ("write_past", 2 * sandbox.quota_mib),
+            "the network": ("connect", host.getsockname()[1]),
+            "a file of the user": ("find", file.name, secret),
+            "root rights in a new namespace": ("become_root",),
+        }
+        if _attack(sandbox, "answers") != 42:
+            raise SandboxError("an honest program got no answer")
+        return [
+            name for name, (function, *arguments) in attacks.items() if _attack(sandbox, function, *arguments) is True
+        ]
+
+
+def _attack(sandbox: Sandbox, function: str, *arguments: object) -> object:
+    """What one of ATTACKS answers, or None where it was stopped."""
+    with sandbox.start() as process:
+        try:
+            with deadline(START_TIMEOUT_S):
+                guest.send(process.stdin, ATTACKS)
+                guest.receive(process.stdout)
+                guest.send(
+                    process.stdin,
+                    {"function": function, "arguments": guest.encode(list(arguments)), "keywords": {"dict": []}},
+                )
+                return guest.receive(process.stdout).get("value")
+        except (EOFError, OSError, Expired):
+            return None
+
+
+@lru_cache
+def find_sandbox(setting: str, wall_s: float) -> Sandbox:
+    """The sandbox that config field rewards.sandbox asks for, tested once a process; ValueError where there is none."""
+    if setting == "unsafe_subprocess":
+        logger.warning("rewards.sandbox=unsafe_subprocess: code of the model can reach your files and the network")
+        return Sandbox(setting, wall_s)
+    bubblewrap, failures = shutil.which("bwrap"), []
+    backends = {"bubblewrap": bubblewrap, "namespaces": "namespaces"}
+    for name in backends if setting == "auto" else [setting]:
+        if backends[name] is None:
+            failures.append(f"{name}: bwrap is not installed")
+            continue
+        sandbox = Sandbox(backends[name], wall_s)
+        try:
+            let_through = self_test(sandbox)
+        except SandboxError as error:
+            failures.append(f"{name}: {error}")
+            continue
+        if not let_through:
+            return sandbox
+        failures.append(f"{name}: lets through {', '.join(let_through)}")
+    raise ValueError(
+        f"code of the model would run unprotected here ({'; '.join(failures)}); install bubblewrap, allow user "
+        "namespaces or run as root; --rewards.sandbox unsafe_subprocess does without, on a machine that you can lose"
+    )

@@ -1,0 +1,57 @@
+"""Task `code`: write a Python function; scored by running it against tests (grpo.rewards.code), in a sandbox.
+
+Rows are as in MBPP or HumanEval, from a file, a folder or the hub (data.path); without a path the 66 small problems in
+data/code.jsonl, which were written for this project: a quarter each for validation and test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from grpo.config import DataConfig, RewardsConfig
+from grpo.records import Problem
+from grpo.rewards import Reward
+from grpo.rewards.code import parses, read_tests, runs, tests_passed
+from grpo.rewards.sandbox import find_sandbox
+from grpo.tasks.rows import RowTask
+
+EMBEDDED = Path(__file__).parent / "data" / "code.jsonl"
+WALL_SHARE = 0.6  # of rewards.timeout_s for a program: the rest is for putting the walls up, on a busy machine
+
+
+class Code(RowTask):
+    """Constructing it tests the sandbox; ValueError where there is none (see rewards.sandbox)."""
+
+    name = "code"
+    instruction = "Write the Python function that is asked for. Answer with one code block and nothing else."
+
+    def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
+        super().__init__(data, rewards)
+        if not self.data.path:
+            self.data = replace(self.data, path=str(EMBEDDED), validation_fraction=0.25)
+        rewards = rewards or RewardsConfig()
+        sandbox = find_sandbox(rewards.sandbox, WALL_SHARE * rewards.timeout_s)
+        self.rewards = {
+            "parses": Reward(parses, 0.1),
+            "runs": Reward(partial(runs, sandbox=sandbox), 0.2, batch_size=1),
+            "correctness": Reward(partial(tests_passed, sandbox=sandbox), 0.7, batch_size=1),
+        }
+
+    @cached_property
+    def exemplars(self) -> tuple[Problem, ...]:
+        """Eight of the training problems; the prompter leaves the problem itself out."""
+        return tuple(self.split("train")[:8])
+
+    def _problem(self, id: str, where: str, row: dict[str, Any]) -> Problem:
+        question, code = row.get("prompt") or row.get("text"), row.get("code") or row.get("canonical_solution") or ""
+        if not question:
+            raise ValueError(f"{where}: no column `prompt` or `text` among {sorted(row)}")
+        try:
+            read_tests(row)
+        except (ValueError, SyntaxError, KeyError) as error:
+            raise ValueError(f"{where}: {error!r}") from None
+        rest = {name: value for name, value in row.items() if name not in ("prompt", "text", "code")}
+        return Problem(id=id, question=question, answer=code, solution=f"```python\n{code}\n```", columns=rest)

@@ -1,0 +1,52 @@
+"""Task `keywords`: domain text, scored by the required terms that it uses in sentences (grpo.rewards.keywords).
+
+Rows have `prompt`, `groups` and optionally `answer` (a reference text), `sections` and `ordered`, from data.path;
+without a path twelve short medical cases in data/keywords.jsonl, written for this project to show the format. They
+are no medical advice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from grpo.config import DataConfig, RewardsConfig
+from grpo.records import Problem
+from grpo.rewards import Reward
+from grpo.rewards.keywords import keyword_reward
+from grpo.tasks.rows import RowTask
+
+EMBEDDED = Path(__file__).parent / "data" / "keywords.jsonl"
+
+
+class Keywords(RowTask):
+    """Full marks (accuracy) are all groups, in prose and where they belong."""
+
+    name = "keywords"
+    instruction = "Answer in full sentences, with the headings `Diagnosis:` and `Therapy:`."
+
+    def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
+        super().__init__(data, rewards)
+        if not self.data.path:
+            self.data = replace(self.data, path=str(EMBEDDED), validation_fraction=0.25)
+        self.rewards = {"correctness": Reward(keyword_reward, 1.0)}
+
+    @cached_property
+    def exemplars(self) -> tuple[Problem, ...]:
+        """The first training problems; the prompter leaves the problem itself out."""
+        return tuple(self.split("train")[:8])
+
+    def _problem(self, id: str, where: str, row: dict[str, Any]) -> Problem:
+        groups, headings = row.get("groups"), row.get("sections")
+        is_groups = isinstance(groups, list) and groups and all(isinstance(g, list) and g for g in groups)
+        if not is_groups or not all(isinstance(term, str) and term.strip() for group in groups for term in group):
+            raise ValueError(f"{where}: groups={groups!r:.80} is not a list of groups of terms")
+        if headings is not None and len(headings) != len(groups):
+            raise ValueError(
+                f"{where}: {len(headings)} sections for {len(groups)} groups; give a heading or null for each"
+            )
+        answer = row.get("answer") or ""
+        rest = {name: value for name, value in row.items() if name not in ("prompt", "answer")}
+        return Problem(id=id, question=self._text(row, "prompt", where), answer=answer, solution=answer, columns=rest)

@@ -1,0 +1,103 @@
+"""Exact, numeric, choice and boxed answers, formats and penalties: values by hand, and no text that stops them."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+
+import pytest
+
+from grpo.rewards import FINAL_PREFIX
+from grpo.rewards.matching import (
+    boxed_math,
+    choice_match,
+    exact_match,
+    length_penalty,
+    numeric_match,
+    parse_value,
+    regex_format,
+    repetition_penalty,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3/4", "3/4"),
+        ("-3/4", "-3/4"),
+        ("1 1/2", "3/2"),
+        ("-1 1/2", "-3/2"),
+        ("75%", "3/4"),
+        ("0.5 %", "1/200"),
+        ("1.5e-3", "3/2000"),
+        ("1.5 x 10^-3", "3/2000"),
+        ("2*10^{3}", "2000"),
+        ("1,234.5", "2469/2"),
+        (".5", "1/2"),
+        ("7.", "7"),
+    ],
+)
+def test_numbers_in_many_forms_have_their_exact_value(text, value):
+    assert parse_value(text) == Fraction(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", ".", "-", "1/0", "1e999", "1e99999999", "nan", "12,34", "1 2", "٣", "1/2/3", "%", "e5"]
+)
+def test_anything_else_has_none(text):
+    assert parse_value(text) is None
+
+
+def test_numbers_match_by_value_and_an_answer_that_is_none_abstains():
+    texts = ["0.75", "75%", f"so\n{FINAL_PREFIX}3/4", "0.7500001", "0.76", "three quarters"]
+    assert numeric_match(texts, answer=["3/4"] * 6) == [1, 1, 1, 1, 0, 0]
+    assert numeric_match(["0", "1e-9"], answer=["0"] * 2) == [1, 0]
+    assert numeric_match(["1"], answer=["one"]) == [None]
+
+
+def test_an_exact_answer_may_differ_in_case_and_space_only():
+    assert exact_match(["New  York\n", f"{FINAL_PREFIX}new york", "New York."], answer=["New York"] * 3) == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "text", ["B", "(b)", "**B**", "B.", "Answer: B", "The answer is (B).", "so\nThe correct option is B"]
+)
+def test_a_choice_is_one_letter_on_the_last_line(text):
+    assert choice_match([text], answer=["B"]) == choice_match([text], answer=["(b)"]) == [1.0]
+    assert choice_match([text], answer=["C"]) == [0.0]
+
+
+@pytest.mark.parametrize("text", ["A or B", "B C", "", "Because", "B\nI am not sure", "ABCD"])
+def test_anything_but_one_letter_is_no_choice(text):
+    assert choice_match([text], answer=["B"]) == [0.0]
+
+
+def test_boxed_answers_are_compared_as_mathematics():
+    pytest.importorskip("math_verify")
+    texts = [r"so \boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{2}", "no box"]
+    assert boxed_math(texts, answer=["1/2"] * 4) == [1, 1, 0, 0]
+
+
+def test_a_format_is_a_pattern_of_the_whole_text():
+    pattern = r"<think>.*</think>\s*<answer>.*</answer>"
+    texts = ["<think>a\nb</think> <answer>5</answer>", "x<think></think><answer></answer>"]
+    assert regex_format(texts, pattern=pattern) == [1, 0]
+
+
+def test_penalties_by_hand():
+    assert length_penalty(["w " * n for n in (0, 10, 15, 20, 99)], soft=10, hard=20) == [0, 0, -0.5, -1, -1]
+    assert repetition_penalty(["a b c d", "a b a b a b", "a", ""], size=2) == [0, pytest.approx(-3 / 5), 0, 0]
+    with pytest.raises(ValueError, match="soft=5 must be below hard=5"):
+        length_penalty(["a"], soft=5, hard=5)
+
+
+@pytest.mark.parametrize(
+    "text", ["1" * 10**6, "so the " * 10**5, "(" * 10**6, "1,111" * 10**5, "\ud800\0", " " * 10**6]
+)
+def test_no_text_stops_or_stalls_them(text):
+    started = time.process_time()
+    for reward in (exact_match, numeric_match, choice_match):
+        assert reward([text], answer=["5"]) == [0.0]
+    length_penalty([text])
+    repetition_penalty([text])
+    assert time.process_time() - started < 3

@@ -1,0 +1,173 @@
+"""The worker processes: what fails costs only itself, nothing outlives its deadline, every value has its status."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT
+from grpo.rewards import Reward, correctness_reward, runner, score_texts
+from grpo.rewards.pool import Pool
+from grpo.rewards.worker import load_function
+from tests import reward_functions as functions
+
+ROOT = Path(__file__).parents[1]
+IN_WORDS = {"words": Reward(functions.in_words, 1.0)}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(workers=2, timeout_s=0.8, step_timeout_s=60) as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def forget_logged_kinds(monkeypatch):
+    monkeypatch.setattr(runner, "_logged_kinds", set())
+
+
+def statuses(table, component=0):
+    return [row[component].status for row in table]
+
+
+def is_running(command: str) -> bool:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace").strip())
+    return command in found
+
+
+def test_a_pool_gives_the_table_that_one_process_gives(pool):
+    texts = [f"#### The final answer is {i % 7}" for i in range(300)]
+    columns = {"answer": [str(i % 5) for i in range(300)]}
+    rewards = {"right": Reward(correctness_reward, 1.0), "later": Reward(functions.length_later, 0.0, batch_size=40)}
+    assert pool(texts, columns, rewards) == score_texts(texts, columns, rewards)
+
+
+def test_no_completions_or_no_components_are_no_work(pool):
+    assert pool([], {}, IN_WORDS) == [] and pool(["a", "b"], {}, {}) == [[], []]
+
+
+def test_workers_are_other_processes_that_stay_and_never_load_torch(pool):
+    rewards = {"id": Reward(functions.process_id, 1.0), "torch": Reward(functions.has_torch, 1.0)}
+    first, second = (pool([""] * 8, {}, rewards) for _ in range(2))
+    ids = {row[0].value for row in first + second}
+    assert os.getpid() not in ids and len(ids) <= 2
+    assert {row[1].value for row in first} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("word", "status"),
+    [
+        ("raise", ERROR),
+        ("exit", ERROR),
+        ("die", ERROR),
+        ("killed", ERROR),
+        ("miscount", ERROR),
+        ("infinite", ERROR),
+        ("text", ERROR),
+        ("hang", TIMEOUT),
+        ("abstain", ABSTAIN),
+    ],
+)
+def test_what_fails_costs_only_its_own_completion_and_component(pool, word, status):
+    rewards = {**IN_WORDS, "length": Reward(functions.length_of, 1.0)}
+    texts = ["a", "ab", word, "abcd"]
+    table = pool(texts, {}, rewards)
+    assert statuses(table) == [OK, OK, status, OK]
+    assert [row[0].value for row in table[:2]] == [1.0, 2.0]
+    assert [row[1] for row in table] == [(float(len(text)), OK) for text in texts]
+
+
+def test_all_kinds_of_failure_together_are_each_logged_once(pool, caplog):
+    words = ["raise", "hang", "die", "exit", "fine"] * 3
+    assert statuses(pool(words, {}, IN_WORDS)) == [ERROR, TIMEOUT, ERROR, ERROR, OK] * 3
+    kinds = [record.args[1] for record in caplog.records]
+    assert sorted(kinds) == ["RuntimeError", "SystemExit", "death", "timeout"]
+    assert "RuntimeError: asked to" in next(r.message for r in caplog.records if "RuntimeError" in r.message)
+
+
+def test_a_late_worker_is_killed_with_its_process_group(pool):
+    nap = "86123.5"
+    started = time.monotonic()
+    assert statuses(pool(["stubborn", "a"], {"nap": [nap] * 2}, IN_WORDS)) == [TIMEOUT, OK]
+    assert time.monotonic() - started < 10
+    time.sleep(0.1)
+    assert not is_running(f"sleep {nap}")
+
+
+def test_a_component_that_was_late_once_costs_one_deadline_for_each_hanging_completion(monkeypatch):
+    late, lose = [], Pool._lose
+
+    def count(pool, worker, *arguments):
+        late.append(len(worker.calls[0].rows))
+        lose(pool, worker, *arguments)
+
+    monkeypatch.setattr(Pool, "_lose", count)
+    texts = ["hang" if i % 100 == 0 else "a" for i in range(600)]
+    with Pool(workers=2, timeout_s=0.8, step_timeout_s=60) as pool:
+        table = pool(texts, {}, {"words": Reward(functions.in_words, 1.0, batch_size=50)})
+    assert statuses(table) == [TIMEOUT if text == "hang" else OK for text in texts]
+    assert late.count(1) == 6 and len(late) <= 6 + 2  # at most one batch on each of the two workers was late
+
+
+def test_the_deadline_of_the_step_leaves_what_is_not_scored_as_timeout():
+    with Pool(workers=1, timeout_s=100, step_timeout_s=1.5) as pool:
+        pool([""], {}, IN_WORDS)  # a worker is there
+        started = time.monotonic()
+        table = pool(["a", "hang", "a"], {}, {"words": Reward(functions.in_words, 1.0, batch_size=1)})
+        assert time.monotonic() - started < 3
+        assert statuses(table) == [OK, TIMEOUT, TIMEOUT]
+        assert statuses(pool(["a"], {}, IN_WORDS)) == [OK]  # and the next step goes on
+
+
+def test_functions_of_a_users_file_and_partials_reach_the_workers(pool, tmp_path):
+    file = tmp_path / "my_rewards.py"
+    file.write_text(
+        "def brevity(completions, *, scale=1, **columns):\n    return [scale / len(x) for x in completions]"
+    )
+    brevity = load_function(f"{file}:brevity")
+    rewards = {"brevity": Reward(brevity, 1.0), "tenfold": Reward(partial(brevity, scale=10), 1.0)}
+    assert [[o.value for o in row] for row in pool(["ab"], {}, rewards)] == [[0.5, 5.0]]
+
+
+def test_a_function_that_only_this_process_knows_is_refused_with_a_remedy(pool):
+    with pytest.raises(ValueError, match="reward 'mine' cannot be sent .*define it at the top level of a file"):
+        pool(["a"], {}, {"mine": Reward(lambda completions, **_: [1.0], 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("nowhere.py:f", "no file 'nowhere.py'"), ("json:nothing", "defines no function 'nothing'"), ("f", "no module")],
+)
+def test_a_path_to_no_function_is_named(path, message):
+    with pytest.raises(ValueError, match=message):
+        load_function(path)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    code = (
+        "from grpo.rewards.pool import Pool; from grpo.rewards import Reward; from tests.reward_functions import *\n"
+        "pool = Pool(workers=1, timeout_s=100, step_timeout_s=100)\n"
+        "print(int(pool([''], {}, {'id': Reward(process_id, 1.0)})[0][0].value), flush=True)\n"
+        "pool(['hang'], {}, {'words': Reward(in_words, 1.0)})"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    worker = int(parent.stdout.readline())
+    time.sleep(0.2)
+    parent.kill()
+    parent.communicate()
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists() or "State:\tZ" in Path(f"/proc/{worker}/status").read_text():
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail(f"worker {worker} outlived its parent")
