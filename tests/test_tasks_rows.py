@@ -186,7 +186,8 @@ def test_hub_rows_become_the_same_problems_as_local_ones(monkeypatch, folder):
 
 
 def test_an_unknown_task_names_the_nearest_and_the_list():
-    with pytest.raises(ValueError, match="unknown task 'gsm8'; did you mean 'gsm8k'.*code, gsm8k, jsonl, keywords, word_problems"):
+    names = "code, gsm8k, jsonl, keywords, word_problems"
+    with pytest.raises(ValueError, match=f"unknown task 'gsm8'; did you mean 'gsm8k'.*{names}"):
         make_task("gsm8", DataConfig(), RewardsConfig())
 
 
