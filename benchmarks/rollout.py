@@ -177,9 +177,9 @@ def measure(work: Workload, device: torch.device, repeats: int, options: dict[st
     rows, total = work.prompts * work.group_size, work.prompts * work.group_size * work.new_tokens
     sampler = Sampler(model, NoText(), sampling, seed=0, max_sequences=rows, prefill_tokens=16384, **options)
     runs = contenders(model, work, sampler)
-    peak = peak_mib(lambda: runs["rollout"](0), device)  # also the warm-up; the peers have theirs after it
+    peak = peak_mib(lambda: runs["rollout"](0), device)  # also its warm-up
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for name in list(runs)[1:]:
+    for name in list(runs)[1:] if device.type == "cuda" else ():
         seconds_of(runs[name], 0, device, total)
     for number in range(1, repeats + 1):
         for name, run in runs.items():

@@ -57,7 +57,7 @@ def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
     """Why no Triton kernel can compute `op` on `device`, or None."""
     if op not in TRITON:
         return f"{op} has no Triton kernel"
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if device.type == "cpu" and impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return None  # tests: Triton's interpreter, far slower than torch
@@ -65,6 +65,11 @@ def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
         return f"Triton kernels need a CUDA device, not {device.type}"
     capability = torch.cuda.get_device_capability(device)
     return None if capability >= (8, 0) else f"Triton kernels need compute capability 8.0, not {capability}"
+
+
+@cache  # the search takes as long as a small op, and every call of one asks
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _serves(op: str, impl: str, obstacle: str | None) -> bool:

@@ -112,15 +112,17 @@ class Draw:
         """Prompts of new groups, from first_group on, and their rows."""
         if not problems:
             return
-        device, group_size, rows = self.device, self.sampling.group_size, rows.to(self.device)
+        device, group_size = self.device, self.sampling.group_size
         prompts = [problem.prompt_ids for problem in problems]
         by_row = lambda values: torch.tensor(values, device=device).repeat_interleave(group_size)  # noqa: E731
         keys = dict(seed=self.sampler.seed, step=self.training_step, stream=self.sampling.stream, device=device)
         numbers = uniforms([problem.index for problem in problems], group_size, self.plan.suffix_size, **keys)
-        self.step.slab.clear(slice(first_group, first_group + len(problems)), rows)
+        # Between the first and the last of them lie only rows without an owner.
+        rows_between = slice(int(rows[0]), int(rows[-1]) + 1)
+        self.step.slab.clear(slice(first_group, first_group + len(problems)), rows_between)
         self._prefill([prompt[:-1] for prompt in prompts], first_group)
         token, prefix = by_row([prompt[-1] for prompt in prompts]), by_row([len(prompt) - 1 for prompt in prompts])
-        self.step.admit(rows, token=token, prefix=prefix, uniforms=numbers)
+        self.step.admit(rows.to(device), token=token, prefix=prefix, uniforms=numbers)
 
     def _prefill(self, prefixes: list[tuple[int, ...]], first_group: int) -> None:
         slab = self.step.slab

@@ -169,7 +169,7 @@ class KVSlab:
         """Of all storage."""
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)
 
-    def clear(self, groups: slice, rows: Tensor) -> None:
+    def clear(self, groups: slice, rows: slice) -> None:
         """Zero what earlier owners left: masked keys get probability 0, but 0 times NaN is NaN."""
         for layer in self.layers.values():
             for prefix in layer[:2]:
