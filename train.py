@@ -22,7 +22,9 @@ from grpo import base, checkpoint, distributed
 from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
 from grpo.attention import choose_layout
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
-from grpo.config import Command, Config, ObjectiveConfig, check, parse_command, save
+from grpo.command_line import Command, parse_command
+from grpo.config import Config, ObjectiveConfig, save
+from grpo.config_check import check
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table

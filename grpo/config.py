@@ -1,22 +1,20 @@
 """Frozen dataclasses, one per room. YAML files and the typed command line both come from these fields.
 
-Imports nothing of ours. `load` reads YAML, `save` writes it, `parse_command` is the command line of
-train.py. An unknown key is an error that names the nearest one; the docstring under a field is its
-line in `--help`. A field that is None takes its value from somewhere stated in its docstring.
+Imports nothing of ours. `load` reads YAML, `save` writes it. An unknown key is an error that names the nearest one; the
+docstring under a field is its line in `--help`. A field that is None takes its value from somewhere stated in its
+docstring. The command line is in grpo.command_line, what is refused in grpo.config_check.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import math
-import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, make_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
 
@@ -365,191 +363,3 @@ def _is_number(value: Any) -> bool:
 
 def _shipped() -> list[str]:
     return sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.yaml"))
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """The options of train.py that are no part of the config."""
-
-    config: str | None = None
-    """YAML file to start from; the options below override it. None: configs/gsm8k.yaml with a CUDA device, configs/demo.yaml without."""
-    run_dir: str | None = None
-    """Run folder. None: runs/ and the name of the config with the time or the launcher's run id."""
-    resume: str | None = None
-    """Run folder to go on with, from its last checkpoint and with its own config."""
-    dry_run: bool = False
-    """Print the resolved config, the effective batch and a memory estimate, then stop."""
-    preset: str | None = None
-    """Short for --objective.preset."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """What the command line of train.py asks for."""
-
-    config: Config
-    config_path: Path
-    source: str  # one sentence: which config and why
-    run_dir: str | None
-    resume: str | None
-    dry_run: bool
-
-
-def parse_command(argv: list[str]) -> Command:
-    """The command line of train.py: a YAML file, then typed overrides such as `--optim.lr 5e-6` on top of it.
-
-    Dashes and underscores are the same. A mistake prints one line, with the nearest option where one is unknown,
-    and exits with status 2.
-    """
-    try:
-        path, source = _base_config(argv)
-        options, config = _override(argv, load(path))
-    except ValueError as error:
-        _exit(str(error))
-    if options.preset is not None:
-        config = replace(config, objective=replace(config.objective, preset=options.preset))
-    return Command(config, path, source, options.run_dir, options.resume, options.dry_run)
-
-
-def _base_config(argv: list[str]) -> tuple[Path, str]:
-    """The YAML file to start from, and the sentence that says why it is this one."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--config", "--resume"):
-        early.add_argument(name, nargs="?")  # a missing value is reported by the full parser
-    chosen, _ = early.parse_known_args(argv)
-    if chosen.config and chosen.resume:
-        raise ValueError(f"--config {chosen.config} with --resume: the run has its own config; leave --config out")
-    if chosen.resume:
-        path = Path(chosen.resume) / "config.yaml"
-        if not path.is_file():
-            raise ValueError(f"--resume {chosen.resume}: no config.yaml there; name a run folder such as runs/NAME")
-        return path, f"config: {path}, of the run that goes on"
-    if chosen.config:
-        return Path(chosen.config), f"config: {chosen.config}, as asked for"
-
-    import torch  # the only question that this file asks of it
-
-    has_cuda = torch.cuda.is_available()
-    path = CONFIGS / ("gsm8k.yaml" if has_cuda else "demo.yaml")
-    why = "a CUDA device is here" if has_cuda else "no CUDA device is here (with one it would be configs/gsm8k.yaml)"
-    return path, f"config: configs/{path.name}, because {why} and no --config was given"
-
-
-def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
-    """Parse the whole command line over `config`; the help shows every field with its docstring and its value there."""
-    import tyro
-
-    flat = tyro.conf.arg(name="")
-    fields = [("options", Annotated[RunOptions, flat]), ("config", Annotated[Config, flat])]
-    both = make_dataclass("Train", fields, frozen=True)
-    parsed, unknown = tyro.cli(
-        both,
-        prog="train.py",
-        description="Train a language model with GRPO. Every option below the first five is a key of the config.",
-        default=both(RunOptions(), config),
-        args=argv,
-        return_unknown_args=True,
-    )
-    if unknown:
-        option = next((argument for argument in unknown if argument.startswith("--")), unknown[0])
-        known = [key.replace("_", "-") for key in [*typing.get_type_hints(RunOptions), *known_keys()]]
-        name = option.split("=")[0].lstrip("-").replace("_", "-")
-        raise ValueError(f"unknown option {option}{nearest(name, known, dashes='--')}; --help shows them all")
-    return parsed.options, parsed.config
-
-
-def _exit(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-INTERVALS = {
-    "num_steps": "[1, inf)",
-    "save_every": "[1, inf)",
-    "keep_last": "[1, inf)",
-    "data.validation_fraction": "(0, 1)",
-    "prompt.shots": "[0, 8]",
-    "rewards.format_weight": "[0, inf)",
-    "rewards.correctness_weight": "[0, inf)",
-    "rewards.workers": "[0, inf)",
-    "rewards.timeout_s": "(0, inf)",
-    "rewards.step_timeout_s": "(0, 1500]",
-    "rewards.max_unscored": "[0, 1]",
-    "rollout.prompts_per_step": "[1, inf)",
-    "rollout.group_size": "[1, inf)",
-    "rollout.max_new_tokens": "[1, inf)",
-    "rollout.temperature": "(0, inf)",
-    "rollout.max_sequences": "[1, inf)",
-    "rollout.prefill_tokens": "[1, inf)",
-    "rollout.kv_gib": "(0, inf)",
-    "objective.clip_low": "(0, 1]",
-    "objective.clip_high": "(0, inf)",
-    "objective.ratio_cap": "(1, inf)",
-    "objective.tau_positive": "(0, inf)",
-    "objective.tau_negative": "(0, inf)",
-    "objective.beta": "[0, inf)",
-    "objective.entropy_bonus": "[0, inf)",
-    "objective.entropy_share": "(0, 1]",
-    "objective.mismatch_cap": "(1, inf)",
-    "objective.max_draws": "[1, inf)",
-    "objective.overlong_share": "[0, 1]",
-    "batch.tokens_per_micro_batch": "[1, inf)",
-    "batch.minibatches": "[1, inf)",
-    "batch.passes": "[1, inf)",
-    "optim.lr": "(0, inf)",
-    "optim.warmup": "[0, 1]",
-    "optim.betas": "[0, 1)",
-    "optim.eps": "(0, inf)",
-    "optim.weight_decay": "[0, inf)",
-    "optim.max_grad_norm": "(0, inf)",
-    "eval.every": "[0, inf)",
-    "eval.validation_problems": "[1, inf)",
-    "eval.test_problems": "[0, inf)",
-}
-"""Where each number must lie. A pair is checked item by item; None passes."""
-
-
-def check(config: Config, world_size: int) -> None:
-    """Refuse what cannot work, before any long work: one ValueError with a line for each mistake, value and remedy."""
-    mistakes = [*_outside_intervals(config), *_indivisible(config, world_size), *_contradictions(config)]
-    if mistakes:
-        raise ValueError("\n".join(mistakes))
-
-
-def _outside_intervals(config: Config) -> Iterator[str]:
-    for key, interval in INTERVALS.items():
-        value = get(config, key)
-        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        if not all(_lies_in(number, interval) for number in numbers):
-            yield f"{key}={value} is outside {interval}; choose a value inside"
-
-
-def _lies_in(number: float, interval: str) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    above = number >= low if interval[0] == "[" else number > low
-    return above and (number <= high if interval[-1] == "]" else number < high)  # NaN fails both
-
-
-def _indivisible(config: Config, world_size: int) -> Iterator[str]:
-    """Whole groups go to a rank, and a minibatch is a block of prompts of which every rank has as many."""
-    prompts, minibatches = config.rollout.prompts_per_step, config.batch.minibatches
-    divisors = {"world_size": world_size, "batch.minibatches": minibatches}
-    if min(prompts, minibatches) >= 1 and not any(prompts % divisor for divisor in divisors.values()):
-        divisors = {"batch.minibatches * world_size": minibatches * world_size}
-    for name, divisor in divisors.items():
-        if divisor >= 1 and prompts % divisor:
-            below = prompts - prompts % divisor
-            remedy = f"{below} or {below + divisor}" if below else f"{divisor}"
-            yield f"rollout.prompts_per_step={prompts} is not divisible by {name}={divisor}; use {remedy}"
-
-
-def _contradictions(config: Config) -> Iterator[str]:
-    rollout = config.rollout
-    if rollout.group_size == 1:
-        yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
-    if rollout.top_p != 1:
-        yield f"rollout.top_p={rollout.top_p}: the loss would not see the distribution that was sampled; train with 1"
-    if rollout.top_k != 0:
-        yield f"rollout.top_k={rollout.top_k}: the loss would not see the distribution that was sampled; train with 0"
-    if config.rewards.format_weight == 0 and config.rewards.correctness_weight == 0:
-        yield "rewards.format_weight=0 and rewards.correctness_weight=0: nothing is rewarded; raise one of them"

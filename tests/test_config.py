@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 
+from grpo import command_line, config_check, dry_run
 from grpo import config as config_module
-from grpo import dry_run
-from grpo.config import Config, check, from_dict, get, known_keys, load, parse_command, save, to_dict
+from grpo.command_line import parse_command
+from grpo.config import Config, from_dict, get, known_keys, load, save, to_dict
+from grpo.config_check import check
 
 ROOT = Path(__file__).parents[1]
 FACTS = dry_run.ModelFacts(
@@ -202,7 +204,8 @@ def docstrings() -> dict[str, str]:
         for name in to_dict(Config())
         if "Config" in type(getattr(Config(), name)).__name__
     }
-    lines = Path(config_module.__file__).read_text().splitlines()
+    files = (config_module, command_line)
+    lines = [line for module in files for line in Path(module.__file__).read_text().splitlines()]
     for line, following in zip(lines, lines[1:], strict=False):
         if declared := re.match(r"class (\w+)", line):
             section = sections.get(declared[1], "" if declared[1] in ("Config", "RunOptions") else None)
@@ -271,7 +274,7 @@ def test_nothing_rewarded_is_refused():
 
 
 def test_every_interval_belongs_to_a_number_of_the_config():
-    for key in config_module.INTERVALS:
+    for key in config_check.INTERVALS:
         value = get(Config(), key)
         assert value is None or isinstance(value, int | float | tuple), key
 

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 ARROWS = {  # room of grpo: the rooms that it may import
     "config": "",
+    "config_check": "config",
+    "command_line": "config",
     "records": "",
     "tasks": "config records rewards",
     "policy": "config records",

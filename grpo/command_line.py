@@ -1,0 +1,108 @@
+"""The command line of train.py: a YAML file, then typed overrides of any of its keys."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from dataclasses import dataclass, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+from grpo.config import CONFIGS, Config, known_keys, load, nearest
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of train.py that are no part of the config."""
+
+    config: str | None = None
+    """YAML file to start from; the options below override it. None: configs/gsm8k.yaml with a CUDA device, configs/demo.yaml without."""
+    run_dir: str | None = None
+    """Run folder. None: runs/ and the name of the config with the time or the launcher's run id."""
+    resume: str | None = None
+    """Run folder to go on with, from its last checkpoint and with its own config."""
+    dry_run: bool = False
+    """Print the resolved config, the effective batch and a memory estimate, then stop."""
+    preset: str | None = None
+    """Short for --objective.preset."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line of train.py asks for."""
+
+    config: Config
+    config_path: Path
+    source: str  # one sentence: which config and why
+    run_dir: str | None
+    resume: str | None
+    dry_run: bool
+
+
+def parse_command(argv: list[str]) -> Command:
+    """The command line of train.py: a YAML file, then typed overrides such as `--optim.lr 5e-6` on top of it.
+
+    Dashes and underscores are the same. A mistake prints one line, with the nearest option where one is unknown,
+    and exits with status 2.
+    """
+    try:
+        path, source = _base_config(argv)
+        options, config = _override(argv, load(path))
+    except ValueError as error:
+        _exit(str(error))
+    if options.preset is not None:
+        config = replace(config, objective=replace(config.objective, preset=options.preset))
+    return Command(config, path, source, options.run_dir, options.resume, options.dry_run)
+
+
+def _base_config(argv: list[str]) -> tuple[Path, str]:
+    """The YAML file to start from, and the sentence that says why it is this one."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--config", "--resume"):
+        early.add_argument(name, nargs="?")  # a missing value is reported by the full parser
+    chosen, _ = early.parse_known_args(argv)
+    if chosen.config and chosen.resume:
+        raise ValueError(f"--config {chosen.config} with --resume: the run has its own config; leave --config out")
+    if chosen.resume:
+        path = Path(chosen.resume) / "config.yaml"
+        if not path.is_file():
+            raise ValueError(f"--resume {chosen.resume}: no config.yaml there; name a run folder such as runs/NAME")
+        return path, f"config: {path}, of the run that goes on"
+    if chosen.config:
+        return Path(chosen.config), f"config: {chosen.config}, as asked for"
+
+    import torch  # the only question that this file asks of it
+
+    has_cuda = torch.cuda.is_available()
+    path = CONFIGS / ("gsm8k.yaml" if has_cuda else "demo.yaml")
+    why = "a CUDA device is here" if has_cuda else "no CUDA device is here (with one it would be configs/gsm8k.yaml)"
+    return path, f"config: configs/{path.name}, because {why} and no --config was given"
+
+
+def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
+    """Parse the whole command line over `config`; the help shows every field with its docstring and its value there."""
+    import tyro
+
+    flat = tyro.conf.arg(name="")
+    fields = [("options", Annotated[RunOptions, flat]), ("config", Annotated[Config, flat])]
+    both = make_dataclass("Train", fields, frozen=True)
+    parsed, unknown = tyro.cli(
+        both,
+        prog="train.py",
+        description="Train a language model with GRPO. Every option below the first five is a key of the config.",
+        default=both(RunOptions(), config),
+        args=argv,
+        return_unknown_args=True,
+    )
+    if unknown:
+        option = next((argument for argument in unknown if argument.startswith("--")), unknown[0])
+        known = [key.replace("_", "-") for key in [*typing.get_type_hints(RunOptions), *known_keys()]]
+        name = option.split("=")[0].lstrip("-").replace("_", "-")
+        raise ValueError(f"unknown option {option}{nearest(name, known, dashes='--')}; --help shows them all")
+    return parsed.options, parsed.config
+
+
+def _exit(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
