@@ -206,7 +206,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     for problems in splits:
         prompter.check(problems)
     objective = resolve(**asdict(config.objective))
-    options = {"temperature": config.rollout.temperature, "impl": config.impl}
+    options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
     module = PolicyModule(policy, **options, checkpointing=config.model.gradient_checkpointing)
     layout, why = choose_layout(config.batch.layout, policy.model)
     log.say(f"layout of micro-batches: {layout} ({why})")
