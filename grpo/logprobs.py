@@ -40,16 +40,32 @@ class LogprobModel(nn.Module):
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         # row source[t] predicts token t: the only shift
         hidden = self._hidden(micro_batch).flatten(0, 1)[micro_batch.source]
-        head = self.model.get_output_embeddings()
-        options = {
+        if token_loss is None:
+            return linear_logprob(hidden, self._head.weight, micro_batch.tokens.target, **self._head_options())
+        return self.folded_loss(hidden, micro_batch.tokens, token_loss)
+
+    def folded_loss(self, hidden: Tensor, tokens: TokenColumns, token_loss: TokenLoss) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed loss, log-probs and entropy, given hidden states [T, D]. Tokens of weight 0 never reach the head:
+        their log-prob is NaN."""
+        rows, options = tokens.head_rows, self._head_options()
+        if rows is None:
+            return linear_logprob_loss(hidden, self._head.weight, tokens.target, token_loss, **options)
+        loss_of = lambda *values: token_loss(*values[:2], rows[values[2]])  # noqa: E731
+        arguments = (hidden[rows], self._head.weight, tokens.target[rows], loss_of)
+        loss, *columns = linear_logprob_loss(*arguments, **options)
+        return loss, *(column.new_full((len(hidden),), torch.nan).index_copy_(0, rows, column) for column in columns)
+
+    @property
+    def _head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    def _head_options(self) -> dict[str, object]:
+        return {
             "temperature": self.temperature,
-            "bias": head.bias,
+            "bias": self._head.bias,
             "softcap": getattr(self.model.config, "final_logit_softcapping", None),
             "impl": self.impl,
         }
-        if token_loss is None:
-            return linear_logprob(hidden, head.weight, micro_batch.tokens.target, **options)
-        return _folded_loss(hidden, head.weight, micro_batch.tokens, token_loss, options)
 
     def _hidden(self, micro_batch: MicroBatch) -> Tensor:
         """Last hidden states, [rows, length, D]."""
@@ -72,19 +88,6 @@ class LogprobModel(nn.Module):
         finally:
             for layer in self._forwards:
                 del layer.forward
-
-
-def _folded_loss(
-    hidden: Tensor, weight: Tensor, tokens: TokenColumns, token_loss: TokenLoss, options: dict[str, object]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, log-probs and entropy. Tokens of weight 0 never reach the head: their log-prob is NaN."""
-    rows = tokens.head_rows
-    if rows is None:
-        return linear_logprob_loss(hidden, weight, tokens.target, token_loss, **options)
-    loss, *columns = linear_logprob_loss(
-        hidden[rows], weight, tokens.target[rows], lambda *values: token_loss(*values[:2], rows[values[2]]), **options
-    )
-    return loss, *(column.new_full((len(hidden),), torch.nan).index_copy_(0, rows, column) for column in columns)
 
 
 class _WorkingCopy(torch.autograd.Function):
