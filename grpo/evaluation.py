@@ -146,19 +146,11 @@ def result_table(results: dict[str, dict]) -> str:
     ]
     for name, entry in results.items():
         low, high = entry["interval"]
-        shares = [f"{entry[f'{kind}_at_k'].get(k, 0.0):.1%}" for kind, k in ks] + [
-            f"{entry[key]:.1%}" for key in components
-        ]
+        shares = [entry[f"{kind}_at_k"].get(k, 0.0) for kind, k in ks] + [entry[key] for key in components]
+        cells = [f"{share:.1%}" for share in (entry["accuracy"], *shares)]
+        cells.insert(1, f"{low:.1%} to {high:.1%}")
         numbers = [f"{entry['reward']:.3f}", f"{entry['completion_length']:.1f}", f"{entry['truncated']:.1%}"]
-        rows.append(
-            [
-                name,
-                f"{entry['accuracy']:.1%}",
-                f"{low:.1%} to {high:.1%}",
-                *(f"{share:.1%}" for share in shares),
-                *numbers,
-            ]
-        )
+        rows.append([name, *cells, *numbers])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = lambda row: [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]  # noqa: E731
     return "\n".join("  ".join(align(row)) for row in rows)
