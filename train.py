@@ -203,7 +203,12 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         prompter.check(problems)
     objective = resolve(**asdict(config.objective))
     options = {"temperature": config.rollout.temperature, "impl": config.impl}
-    module = PolicyModule(policy, **options, checkpointing=config.model.gradient_checkpointing)
+    module = PolicyModule(
+        policy,
+        **options,
+        entropy_gradient=objective.entropy_bonus > 0,
+        checkpointing=config.model.gradient_checkpointing,
+    )
     layout, why = choose_layout(config.batch.layout, policy.model)
     log.say(f"layout of micro-batches: {layout} ({why})")
     optim = config.optim

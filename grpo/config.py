@@ -134,7 +134,7 @@ class ObjectiveConfig:
     kl_corrected: bool | None = None
     """Multiply the KL in the loss by the ratio, so that its gradient is that of KL(policy || reference), off-policy too."""
     entropy_bonus: float | None = None
-    """Coefficient of the mean token entropy, which is then maximised too; needs the gradient of the entropy."""
+    """Coefficient of the mean token entropy, weighted as the surrogate is, which is then maximised too. The exact entropy of every distribution, not that of the token drawn."""
     entropy_share: float | None = None
     """Share of tokens, those of highest entropy over the whole optimizer step, that contribute a gradient (arXiv:2506.01939: 0.2); 1: all. The denominators stay."""
     mask_truncated: bool | None = None

@@ -25,13 +25,17 @@ TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
 
 
 class LogprobModel(nn.Module):
-    """A causal language model as a function from micro-batch to log-probs and entropy, fp32, tempered."""
+    """A causal language model as a function from micro-batch to log-probs and entropy, fp32, tempered.
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, impl: str):
+    entropy_gradient: the entropy carries a gradient as the log-prob does, for an objective with an entropy bonus.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float, impl: str, entropy_gradient: bool = False):
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.impl = impl
+        self.entropy_gradient = entropy_gradient
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         # row source[t] predicts token t: the only shift
@@ -42,6 +46,7 @@ class LogprobModel(nn.Module):
             "bias": head.bias,
             "softcap": getattr(self.model.config, "final_logit_softcapping", None),
             "impl": self.impl,
+            "entropy_gradient": self.entropy_gradient,
         }
         if token_loss is None:
             return linear_logprob(hidden, head.weight, micro_batch.tokens.target, **options)
@@ -107,10 +112,18 @@ def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None
 class PolicyModule(nn.Module):
     """The policy as DistributedDataParallel sees it: its parameters are the fp32 masters."""
 
-    def __init__(self, policy: Policy, *, temperature: float, impl: str, checkpointing: bool = False):
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        temperature: float,
+        impl: str,
+        entropy_gradient: bool = False,
+        checkpointing: bool = False,
+    ):
         super().__init__()
         self.masters = policy.masters
-        compute = LogprobModel(policy.model, temperature=temperature, impl=impl)
+        compute = LogprobModel(policy.model, temperature=temperature, impl=impl, entropy_gradient=entropy_gradient)
         self._hidden_from_ddp = (compute,)  # a tuple, so that the working copy is not registered as parameters too
         self._shares_weights = policy.model is policy.masters
         self._weights: dict[str, Tensor] = {}

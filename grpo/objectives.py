@@ -363,8 +363,7 @@ def token_loss(
         kl = corrected_kl(name, logprobs, old, ref) if objective.kl_corrected else KL_ESTIMATORS[name](logprobs, ref)
         loss = loss + objective.beta * kl
     if objective.entropy_bonus:
-        if logprobs.requires_grad and not entropy.requires_grad:
-            raise ValueError("objective.entropy_bonus: this head gives no gradient of the entropy; use 0")
+        assert entropy.requires_grad or not logprobs.requires_grad, "the head was not asked for the entropy's gradient"
         loss = loss - objective.entropy_bonus * entropy
     return loss
 

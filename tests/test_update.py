@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from grpo.batch import LAYOUTS, pack, weigh
+from grpo.advantages import normalise
+from grpo.batch import LAYOUTS, kl_by_completion, pack, weigh
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve, token_loss
@@ -26,7 +27,10 @@ OBJECTIVES = {
     "dr_grpo": resolve("dr_grpo"),
     "token_mean": resolve("grpo", aggregation="token_mean", clip_high=0.28),
     "gspo": resolve("gspo"),
+    "entropy_bonus": resolve("grpo", beta=0.3, entropy_bonus=0.5),
+    "gspo, entropy_bonus": resolve("gspo", entropy_bonus=0.5),
 }
+ON_RANKS = OBJECTIVES | {"kl_in_reward": resolve("grpo", beta=0.3, kl_estimator="k1", kl_where="reward")}
 
 
 def advantages_and_scored():
@@ -42,11 +46,12 @@ def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, la
     """Gradients of the last optimizer step, weights after the update, and its metrics, on this rank."""
     if dtype == torch.float64:
         use_fp64_rms_norm()
-    objective = OBJECTIVES[objective_name]
+    objective = ON_RANKS[objective_name]
     policy = Policy(tiny_qwen2().to(dtype), word_tokenizer(), "fp32")
-    module = PolicyModule(policy, temperature=0.9, impl="torch")
+    options = {"temperature": 0.9, "impl": "torch"}
+    module = PolicyModule(policy, **options, entropy_gradient=objective.entropy_bonus > 0)
     wrapped = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
-    reference = LogprobModel(tiny_qwen2(seed=1).to(dtype), temperature=0.9, impl="torch") if objective.beta else None
+    reference = LogprobModel(tiny_qwen2(seed=1).to(dtype), **options) if objective.beta else None
     advantages, scored = advantages_and_scored()
     batch = pack(
         world.mine(made_up_groups(NUM_GROUPS, GROUP_SIZE)),
@@ -57,7 +62,11 @@ def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, la
         device=world.device,
         layout=layout,
     )
-    frozen_logprobs(batch, module, reference)
+    frozen_logprobs(batch, module, reference, always_policy=objective.needs_frozen_pass)
+    if objective.kl_in_reward:
+        mine = kl_by_completion(batch, world.mine(advantages).shape)
+        kl = torch.stack(world.interleave(world.gather(list(mine))))
+        advantages = normalise(objective.advantages, advantages - objective.beta * kl, scored)
     weigh(
         batch,
         advantages[world.rank :: world.size],
@@ -105,6 +114,7 @@ def loop_gradient(objective_name):
                 "constant": 1 / (num_sequences * MAX_NEW_TOKENS),
             }[objective.aggregation]
             log_softmax = (model(ids).logits / 0.9).log_softmax(-1)[0]
+            entropy = -(log_softmax.exp() * log_softmax).sum(-1)
             with torch.no_grad():
                 reference_log_softmax = (reference(ids).logits / 0.9).log_softmax(-1)[0]
             for t, token in enumerate(completion.ids):
@@ -112,7 +122,7 @@ def loop_gradient(objective_name):
                 lp, ref = log_softmax[row, token], reference_log_softmax[row, token]
                 kl = torch.exp(ref - lp) - (ref - lp) - 1
                 surrogate = torch.exp(lp - lp.detach()) * float(advantages[g, s])
-                total = total + weight * (-surrogate + objective.beta * kl)
+                total = total + weight * (-surrogate + objective.beta * kl - objective.entropy_bonus * entropy[row])
     total.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}, total.item()
 
@@ -145,6 +155,9 @@ def test_gradients_are_the_same_on_one_rank_and_on_several(world_size):
         (torch.float64, "grpo", 60, 2, 2, "packed", 1e-10),
         (torch.float64, "grpo", 60, 2, 2, "padded", 1e-10),
         (torch.float64, "gspo", 60, 2, 2, "packed", 1e-10),
+        (torch.float64, "entropy_bonus", 30, 1, 1, "packed", 1e-10),
+        (torch.float64, "gspo, entropy_bonus", 60, 2, 2, "packed", 1e-10),
+        (torch.float64, "kl_in_reward", 30, 1, 1, "packed", 1e-10),
     ]
     results = run_ranks(world_size, all_cases, [case[:-1] for case in cases])
     for case, *by_rank in zip(cases, *results, strict=True):
