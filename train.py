@@ -31,7 +31,7 @@ from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
 from grpo.logprobs import LogprobModel, PolicyModule, check_packing, frozen_logprobs
 from grpo.metrics import RunLogger, completion_records, environment, length_metrics
 from grpo.objectives import check_steps, resolve
-from grpo.policy import Policy, load_model_config, load_policy, load_reference
+from grpo.policy import MovingReference, Policy, load_model_config, load_policy, load_reference
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.rewards import refuse_unscored, score_groups
 from grpo.rewards.pool import Pool, make_pool
@@ -59,6 +59,7 @@ class Run:
     module: PolicyModule
     layout: str  # of micro-batches: packed or padded
     reference: LogprobModel | None
+    moving: MovingReference | None  # the weights of the reference, where it is refreshed
     sampler: Sampler
     pool: Pool  # the worker processes that score
     updater: Updater
@@ -89,6 +90,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         optim = config.optim
         lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
         metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
+        if run.moving and step % objective.ref_refresh_every == 0:
+            run.moving.follow(run.policy, objective.ref_mix)
     run.log.log_completions(step, completion_records(everyones, scores, advantages))
     spread = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
     spread["groups_dropped"] = 1 - len(everyones) / len(drawn)
@@ -215,6 +218,10 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     optimizer = make_optimizer(
         list(module.parameters()), optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
+    moving = MovingReference(policy) if objective.ref_refresh_every else None
+    reference = None
+    if objective.beta:
+        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
     ddp = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
     return Run(
         config=config,
@@ -226,7 +233,8 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         policy=policy,
         module=module,
         layout=layout,
-        reference=LogprobModel(load_reference(policy), **options) if objective.beta else None,
+        reference=reference,
+        moving=moving,
         sampler=make_sampler(config, policy.model, prompter, log),
         pool=make_pool(config.rewards),
         updater=Updater(ddp, optimizer, objective, world, optim.max_grad_norm, policy.refresh),
@@ -270,13 +278,14 @@ def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Pa
 
 def parts(run: Run) -> dict:
     """What has a state, by its name in a checkpoint."""
-    return {
+    named = {
         "policy": run.policy,
         "optimizer": run.updater.optimizer,
         "stream": run.stream,
         "sampler": run.sampler,
         "log": run.log,
     }
+    return named | ({"reference": run.moving} if run.moving else {})
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -296,6 +305,8 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     """Go on exactly where `save_checkpoint` left off."""
     state = checkpoint.load_state(folder)
     for name, part in parts(run).items():
+        if name not in state:
+            raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that one")
         part.load_state_dict(state[name])
     torch.set_rng_state(state["random"])
     run.best, run.before, run.steps_done = state["best"], state["before"], state["step"]

@@ -126,13 +126,17 @@ class ObjectiveConfig:
     tau_negative: float | None = None
     """sapo: steepness of the gate where it is not."""
     beta: float | None = None
-    """Coefficient of the KL to the frozen reference; 0 loads no reference."""
+    """Coefficient of the KL to the reference; 0 loads no reference."""
     kl_estimator: str | None = None
     """Estimator of the KL: k1, k2 or k3. docs/objectives.md shows what the gradient of each is."""
     kl_where: Literal["loss", "reward"] | None = None
     """loss: per token. reward: its sum over the completion is taken from the reward before advantages are made (k1 only)."""
     kl_corrected: bool | None = None
     """Multiply the KL in the loss by the ratio, so that its gradient is that of KL(policy || reference), off-policy too."""
+    ref_refresh_every: int | None = None
+    """Bring the reference nearer to the policy after every this many training steps; 0: it stays as it was loaded. In bf16 it then has fp32 masters of its own: 4 bytes a parameter."""
+    ref_mix: float | None = None
+    """How near: reference <- (1 - ref_mix) reference + ref_mix policy. 1 is a copy, less a moving average."""
     entropy_bonus: float | None = None
     """Coefficient of the mean token entropy, weighted as the surrogate is, which is then maximised too. The exact entropy of every distribution, not that of the token drawn."""
     entropy_share: float | None = None

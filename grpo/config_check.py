@@ -31,6 +31,8 @@ INTERVALS = {
     "objective.tau_positive": "(0, inf)",
     "objective.tau_negative": "(0, inf)",
     "objective.beta": "[0, inf)",
+    "objective.ref_refresh_every": "[0, inf)",
+    "objective.ref_mix": "(0, 1]",
     "objective.entropy_bonus": "[0, inf)",
     "objective.entropy_share": "(0, 1]",
     "objective.mismatch_cap": "(1, inf)",

@@ -313,6 +313,7 @@ def test_a_bad_choice_is_refused_with_its_name(arguments, message):
         ("gspo", {"entropy_share": 0.2}, "use sequence_token"),
         ("dapo", {"advantages": "per_reward"}, "it would not be seen"),
         ("gspo", {"mismatch": "token_truncate"}, "use sequence_truncate"),
+        ("dapo", {"ref_refresh_every": 5}, "ref_refresh_every=5 with beta=0: there is no reference to refresh"),
     ],
 )
 def test_a_combination_that_cannot_be_meant_is_refused_with_the_reason(preset, overrides, message):

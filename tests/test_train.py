@@ -31,6 +31,9 @@ SMALL = [
     "--eval.test-problems=20",
     "--num-steps=4",
     "--save-every=2",
+    "--objective.ref-refresh-every=1",  # what moves the reference or the entropy must survive a resume, too
+    "--objective.ref-mix=0.5",
+    "--objective.entropy-bonus=0.01",
 ]
 DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), *SMALL]
 CLOCK = ("seconds/", "tokens_per_second")  # what two equal runs may differ in
@@ -108,6 +111,12 @@ def test_a_resumed_run_repeats_the_lost_steps_bit_for_bit(finished, workplace):
     assert rows_without_clock(resumed) == rows_without_clock(finished)
     ours, theirs = (load_file(run / "checkpoints" / "step_4" / "model.safetensors") for run in (resumed, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_saved_without_a_part_is_refused_by_its_name(finished, monkeypatch):
+    monkeypatch.setattr(train, "parts", lambda run: {"moon": None})
+    with pytest.raises(ValueError, match="step_4 has no state of the moon: it was saved under another config"):
+        train.load_checkpoint(None, finished / "checkpoints" / "step_4")
 
 
 def test_two_ranks_train_like_one(finished, workplace):
