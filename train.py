@@ -95,7 +95,15 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     run.log.log_completions(step, completion_records(everyones, scores, advantages))
     spread = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
     spread["groups_dropped"] = 1 - len(everyones) / len(drawn)
-    return {**drawn_scores.means(), **spread, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
+    visits = {f"problems/{name}": value for name, value in run.stream.metrics().items()}
+    return {
+        **drawn_scores.means(),
+        **spread,
+        **visits,
+        **length_metrics(drawn, timer.since_taken()),
+        **metrics,
+        "lr": lr,
+    }
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
@@ -115,6 +123,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
             my_scores = score_groups(mine, run.task.rewards, **options)
             scores.append(merge_scores(world.gather(my_scores)))
             refuse_unscored(scores[-1], config.rewards.max_unscored)
+            run.stream.remember(scores[-1].pass_rates(CORRECTNESS))
         drawn = join_scores(scores)
         teaching = len(groups) * (1 - zero_spread_share(drawn.total, drawn.scored))
         if round(teaching) >= config.rollout.prompts_per_step:
@@ -197,6 +206,8 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     log = RunLogger(run_dir, is_writer=world.is_writer)
     task = make_task(config.task, config.data, config.rewards)
     splits = [task.split(name) for name in ("train", "validation", "test")]
+    curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
+    stream = ProblemStream(splits[0], seed=config.seed, **curriculum)
     base_folder = None if config.model.path else prepare_base(config, task, world, log)
     path = str(base_folder or config.model.path)
     policy = load_policy(path, precision=config.model.precision, device=world.device)
@@ -229,7 +240,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         log=log,
         task=task,
         prompter=prompter,
-        stream=ProblemStream(task.split("train"), seed=config.seed),
+        stream=stream,
         policy=policy,
         module=module,
         layout=layout,

@@ -41,6 +41,10 @@ class DataConfig:
     """Share of the training file held out for validation, drawn with `split_seed`."""
     split_seed: int = 0
     """Seed of the train/validation split. Apart from `seed`, so that runs with different seeds share one split."""
+    curriculum: Literal["none", "drop_solved", "target_rate"] = "none"
+    """Which training problems an epoch visits, by the share of correct completions at their last visit. drop_solved: not those where it was 1. target_rate: the nearer to `target_rate`, the more often. Not for an endless split (task `word_problems`)."""
+    target_rate: float = 0.5
+    """Curriculum target_rate: the share of correct completions that is sought. At 0.5 groups have the most spread."""
 
 
 @dataclass(frozen=True)

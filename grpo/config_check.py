@@ -11,6 +11,7 @@ INTERVALS = {
     "save_every": "[1, inf)",
     "keep_last": "[1, inf)",
     "data.validation_fraction": "(0, 1)",
+    "data.target_rate": "(0, 1)",
     "prompt.shots": "[0, 8]",
     "rewards.format_weight": "[0, inf)",
     "rewards.correctness_weight": "[0, inf)",
