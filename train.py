@@ -81,11 +81,14 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         if run.layout == "packed" and step == run.steps_done + 1:
             error = check_packing(run.module, groups, world.device)
             run.log.say("packed log-probs of one group are off by {:.1g} nats, {:.1g} at most".format(*error))
-        batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
-        frozen_logprobs(batch, run.module, run.reference, always_policy=objective.needs_frozen_pass)
-        rewards = shaped_rewards(run, batch, everyones, scores)
+        rewards = scores.total + length_penalty(run, everyones)
         by_component = {"components": scores.components, "weights": scores.weights}
         advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
+        silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
+        batch = pack(groups, **layout, silent=silent, max_over_ranks=world.max, device=world.device)
+        frozen_logprobs(batch, run.module, run.reference, always_policy=objective.needs_frozen_pass)
+        if objective.kl_in_reward:
+            advantages = normalise(objective.advantages, rewards - kl_penalty(run, batch), scores.scored)
         set_weights(run, batch, groups, advantages, scores.scored)
         optim = config.optim
         lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
@@ -93,17 +96,9 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         if run.moving and step % objective.ref_refresh_every == 0:
             run.moving.follow(run.policy, objective.ref_mix)
     run.log.log_completions(step, completion_records(everyones, scores, advantages))
-    spread = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
-    spread["groups_dropped"] = 1 - len(everyones) / len(drawn)
-    visits = {f"problems/{name}": value for name, value in run.stream.metrics().items()}
-    return {
-        **drawn_scores.means(),
-        **spread,
-        **visits,
-        **length_metrics(drawn, timer.since_taken()),
-        **metrics,
-        "lr": lr,
-    }
+    drawing = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
+    drawing |= {"groups_dropped": 1 - len(everyones) / len(drawn), **run.stream.metrics()}
+    return {**drawn_scores.means(), **drawing, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
@@ -131,15 +126,16 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
     return groups, drawn
 
 
-def shaped_rewards(run: Run, batch: Batch, groups: list[Group], scores: Scores) -> Tensor:
-    """Total rewards [P, G] of everyone's groups, less what the objective takes for length and for distance (KL)."""
-    objective, world, limit = run.updater.objective, run.world, run.config.rollout.max_new_tokens
+def length_penalty(run: Run, groups: list[Group]) -> Tensor:
+    """What the objective adds to the rewards of everyone's groups for their lengths: [P, G], 0 or less."""
     lengths = torch.tensor([[len(completion.ids) for completion in group.completions] for group in groups])
-    rewards = scores.total + overlong_penalty(lengths, limit, objective.overlong_share)
-    if objective.kl_in_reward:
-        mine = kl_by_completion(batch, world.mine(rewards).shape)
-        rewards = rewards - objective.beta * torch.stack(world.interleave(world.gather(list(mine))))
-    return rewards
+    return overlong_penalty(lengths, run.config.rollout.max_new_tokens, run.updater.objective.overlong_share)
+
+
+def kl_penalty(run: Run, batch: Batch) -> Tensor:
+    """What the rewards of everyone's groups lose for their distance from the reference: [P, G]."""
+    mine = kl_by_completion(batch, batch.lengths.shape)
+    return run.updater.objective.beta * torch.stack(run.world.interleave(run.world.gather(list(mine))))
 
 
 def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:
@@ -216,7 +212,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     for problems in splits:
         prompter.check(problems)
     objective = resolve(**asdict(config.objective))
-    options = {"temperature": config.rollout.temperature, "impl": config.impl}
+    options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
     module = PolicyModule(
         policy,
         **options,

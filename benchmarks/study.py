@@ -122,7 +122,9 @@ def outcome(run_dir: Path) -> Row:
         "best_step": summary["best_step"],
         "steps": len(metrics),
         "completions": sum(drawn),
-        "entropy": metrics[-1]["entropy"],
+        "entropy": [row["entropy"] for row in metrics if row["entropy"] is not None][
+            -1
+        ],  # None: nothing was learnt from
         "seconds": sum(summary["seconds"].get(phase, 0.0) for phase in TRAINING_PHASES),
         "validation": curve,
         "commit": git_commit(),

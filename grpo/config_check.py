@@ -91,6 +91,8 @@ def _indivisible(config: Config, world_size: int) -> Iterator[str]:
 
 def _contradictions(config: Config) -> Iterator[str]:
     rollout = config.rollout
+    if config.model.compile and config.model.gradient_checkpointing:
+        yield "model.compile with model.gradient_checkpointing: a compiled layer cannot be recomputed; choose one"
     if rollout.group_size == 1:
         yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
     if rollout.top_p != 1:

@@ -20,6 +20,8 @@ from grpo.policy import Policy
 from grpo.records import Batch, Group, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
 
+BACKEND = "inductor"  # of torch.compile
+
 # (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
 TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
 
@@ -30,12 +32,22 @@ class LogprobModel(nn.Module):
     entropy_gradient: the entropy carries a gradient as the log-prob does, for an objective with an entropy bonus.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, impl: str, entropy_gradient: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float,
+        impl: str,
+        compile: bool = False,
+        entropy_gradient: bool = False,
+    ):
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.impl = impl
         self.entropy_gradient = entropy_gradient
+        layers = model.base_model.layers if compile else ()
+        self._forwards = {layer: torch.compile(layer.forward, dynamic=True, backend=BACKEND) for layer in layers}
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         # row source[t] predicts token t: the only shift
@@ -55,11 +67,24 @@ class LogprobModel(nn.Module):
     def _hidden(self, micro_batch: MicroBatch) -> Tensor:
         """Last hidden states, [rows, length, D]."""
         inputs = {"input_ids": micro_batch.input_ids, "position_ids": micro_batch.position_ids, "use_cache": False}
-        if micro_batch.shared_prefix is None:
-            # Right padding needs no mask under causal attention, and explicit positions leave nothing to be guessed.
+        attention = self.model.config._attn_implementation
+        if micro_batch.shared_prefix is not None:
+            attention, inputs["shared_prefix"] = SHARED_PREFIX, micro_batch.shared_prefix
+        # Right padding needs no mask under causal attention, and explicit positions leave nothing to be guessed.
+        with self.training_mode(attention):
             return self.model.base_model(**inputs).last_hidden_state
-        with attention_mode(self.model, SHARED_PREFIX):
-            return self.model.base_model(**inputs, shared_prefix=micro_batch.shared_prefix).last_hidden_state
+
+    @contextmanager
+    def training_mode(self, attention: str) -> Iterator[None]:
+        """The model attends through `attention`, and its layers are the compiled ones: rollout wants neither."""
+        try:
+            for layer, forward in self._forwards.items():
+                layer.forward = forward
+            with attention_mode(self.model, attention):
+                yield
+        finally:
+            for layer in self._forwards:
+                del layer.forward
 
 
 def _folded_loss(
@@ -118,12 +143,14 @@ class PolicyModule(nn.Module):
         *,
         temperature: float,
         impl: str,
+        compile: bool = False,
         entropy_gradient: bool = False,
         checkpointing: bool = False,
     ):
         super().__init__()
         self.masters = policy.masters
-        compute = LogprobModel(policy.model, temperature=temperature, impl=impl, entropy_gradient=entropy_gradient)
+        options = {"temperature": temperature, "impl": impl, "compile": compile}
+        compute = LogprobModel(policy.model, **options, entropy_gradient=entropy_gradient)
         self._hidden_from_ddp = (compute,)  # a tuple, so that the working copy is not registered as parameters too
         self._shares_weights = policy.model is policy.masters
         self._weights: dict[str, Tensor] = {}
@@ -161,8 +188,8 @@ class PolicyModule(nn.Module):
     @contextmanager
     def _as_now(self, attention: str, weights: dict[str, Tensor]) -> Iterator[None]:
         """The attention and the weights of this forward pass: both are put back long before its backward pass runs."""
-        model = self.compute.model
-        with attention_mode(model, attention), using_weights(model, weights) if weights else nullcontext():
+        weights_then = using_weights(self.compute.model, weights) if weights else nullcontext()
+        with self.compute.training_mode(attention), weights_then:
             yield
 
 

@@ -81,6 +81,12 @@ class Objective:
         """There is a gradient even where every advantage is 0."""
         return self.kl_in_loss or self.entropy_bonus != 0
 
+    @property
+    def hears_all(self) -> bool:
+        """A group whose advantages are all 0 still matters: to the gradient, to a threshold over all tokens, or (who
+        knows) to a surrogate of the user's own."""
+        return self.acts_without_advantage or self.needs_frozen_pass or self.surrogate not in SURROGATES
+
 
 # grpo: beta 0.02, half the paper's 0.04: short runs move little, and the reference is exercised by default.
 PRESETS = {

@@ -200,6 +200,8 @@ class Batch:
     """A list of optimizer steps, each a list of micro-batches: equally many on every rank."""
 
     optimizer_steps: list[list[MicroBatch]]
+    groups: list[range]  # of each optimizer step of one pass, by place in this rank's list, silent ones too
+    lengths: Tensor  # [groups of this rank, G] int64: tokens of each completion
 
     @property
     def micro_batches(self) -> list[MicroBatch]:

@@ -267,6 +267,12 @@ def test_all_mistakes_are_reported_at_once():
     assert len(str(refused.value).splitlines()) == 2
 
 
+def test_compiled_layers_with_gradient_checkpointing_are_refused():
+    model = replace(Config().model, compile=True, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="model.compile with model.gradient_checkpointing: .* choose one"):
+        check(replace(Config(), model=model), world_size=1)
+
+
 def test_nothing_rewarded_is_refused():
     rewards = replace(Config().rewards, format_weight=0.0, correctness_weight=0.0)
     with pytest.raises(ValueError, match="nothing is rewarded"):

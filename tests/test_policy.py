@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.batch import pack, weigh
+from grpo import logprobs
+from grpo.batch import LAYOUTS, pack, weigh
 from grpo.distributed import World
 from grpo.logprobs import PolicyModule
 from grpo.objectives import resolve
@@ -75,6 +76,30 @@ def test_gradient_checkpointing_changes_no_gradient(precision, tied):
 
     for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
         assert plain.norm() > 0 and torch.equal(plain, checkpointed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_layers_change_no_log_prob_and_no_gradient_and_rollout_does_not_see_them(layout, monkeypatch):
+    monkeypatch.setattr(logprobs, "BACKEND", "eager")  # traces as inductor does, and compiles nothing for a minute
+    compiled_calls = torch._dynamo.utils.counters["stats"]
+
+    def values(compile):
+        policy = Policy(tiny_qwen2(), word_tokenizer(), "bf16")
+        module = PolicyModule(policy, temperature=1.0, impl="torch", compile=compile)
+        found = []
+        for groups in (made_up_groups(2), made_up_groups(3, seed=1)):  # two lengths
+            options = {"minibatches": 1, "passes": 1, "tokens_per_micro_batch": 10_000, "layout": layout}
+            batch = pack(groups, **options, max_over_ranks=ALONE.max, device=ALONE.device)
+            output = module(batch.micro_batches[0])[0]
+            output.sum().backward()
+            found.append(output.detach())
+        assert not any("forward" in vars(layer) for layer in policy.model.base_model.layers)
+        return [*found, *(parameter.grad for parameter in module.parameters())]
+
+    plain, before = values(False), compiled_calls["unique_graphs"]
+    for ours, theirs in zip(values(True), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert compiled_calls["unique_graphs"] > before
 
 
 def test_the_working_copy_follows_the_masters_at_the_same_addresses():

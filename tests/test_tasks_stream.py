@@ -68,7 +68,7 @@ def test_solved_problems_are_left_out_of_later_epochs_until_none_is_left():
     second = visit(stream, 3, lambda i: 1.0 if i == 7 else 0.0)
     third = visit(stream, 2, lambda i: 1.0)
     assert [sorted(epoch) for epoch in (first, second, third)] == [list("0123456789"), list("789"), list("89")]
-    assert stream.metrics() == {"epoch": 3, "solved": 1.0, "skipped": 0.8}
+    assert stream.metrics() == {"problems/epoch": 3, "problems/solved": 1.0, "problems/skipped": 0.8}
     assert sorted(visit(stream, 10, lambda i: 1.0)) == list("0123456789")
 
 

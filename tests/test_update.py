@@ -53,6 +53,7 @@ def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, la
     wrapped = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
     reference = LogprobModel(tiny_qwen2(seed=1).to(dtype), **options) if objective.beta else None
     advantages, scored = advantages_and_scored()
+    silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
     batch = pack(
         world.mine(made_up_groups(NUM_GROUPS, GROUP_SIZE)),
         minibatches=minibatches,
@@ -61,6 +62,7 @@ def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, la
         max_over_ranks=world.max,
         device=world.device,
         layout=layout,
+        silent=silent,
     )
     frozen_logprobs(batch, module, reference, always_policy=objective.needs_frozen_pass)
     if objective.kl_in_reward:

@@ -62,11 +62,11 @@ class ProblemStream:
                 self.rates[place] = self.rates[place] if rate is None else rate
 
     def metrics(self) -> dict[str, float]:
-        """Of a finite split, for the log."""
+        """For the log, where the split is finite; docs/metrics.md defines the keys."""
         if self.is_endless:
             return {}
-        size = len(self.problems)
-        return {"epoch": self.epoch, "solved": self.rates.count(1.0) / size, "skipped": self.skipped / size}
+        shares = {"solved": self.rates.count(1.0), "skipped": self.skipped}
+        return {"problems/epoch": self.epoch} | {f"problems/{k}": n / len(self.rates) for k, n in shares.items()}
 
     def state_dict(self) -> dict[str, Any]:
         names = ("position", "seed", "epoch", "skipped")
