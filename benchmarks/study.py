@@ -34,6 +34,7 @@ from grpo.objectives import PRESETS
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo.yaml"
+OWN = {"--config", "--preset", "--seed", "--run-dir", "--resume", "--batch.minibatches", "--optim.warmup"}
 COMPARED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
 
 Train = Callable[[list[str]], int]  # the command line of train.py -> its exit status
@@ -197,7 +198,7 @@ def hardware() -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    what = f"{__doc__.splitlines()[0]}  Further options are those of train.py, for every run."
+    what = f"{__doc__.partition(':')[0]}. Further options are those of train.py, for every run."
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=what, allow_abbrev=False)
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=list(COMPARED), metavar="PRESET")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
@@ -206,6 +207,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--page", type=Path, help="Markdown file for the result (default: DIR/study.md)")
     chosen, chosen.options = parser.parse_known_args(argv)
+    taken = sorted(OWN & {option.split("=")[0].replace("_", "-") for option in chosen.options})
+    if taken:
+        parser.error(f"{', '.join(taken)}: the study decides this of every run; see --help for what it takes itself")
     return chosen
 
 

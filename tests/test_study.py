@@ -91,6 +91,14 @@ def test_other_settings_and_failed_runs_are_refused(tmp_path):
         run(tmp_path / "other", parse_command, presets=["gspo"], settings=SETTINGS | {"options": ["--no-such-option"]})
 
 
+def test_options_go_to_train_py_unless_the_study_decides_them(capsys):
+    chosen = study.parse(["--out", "DIR", "--seeds", "3", "--rollout.group-size=4", "--optim.lr", "1e-4"])
+    assert (chosen.seeds, chosen.options) == ([3], ["--rollout.group-size=4", "--optim.lr", "1e-4"])
+    with pytest.raises(SystemExit):
+        study.parse(["--out", "DIR", "--seed", "3", "--batch.minibatches=4"])
+    assert "--batch.minibatches, --seed: the study decides this" in capsys.readouterr().err
+
+
 def a_row(preset, after, entropy):
     validation = [(64, 0.2), (128, after)]
     columns = {"accuracy_before": 0.125, "completions": 6400, "seconds": 90.4, "commit": "c0ffee"}

@@ -237,6 +237,10 @@ def refusal(capsys, arguments):
         (["--model.path", "./nowhere"], "model.path='./nowhere' is no folder"),
         (["--task", "gsm8k", "--data.path", "nowhere/", "--model.path", "model"], "nowhere"),
         (["--resume", "nowhere"], "no config.yaml there"),
+        (
+            ["--data.curriculum", "drop_solved"],
+            "data.curriculum=drop_solved: the training split of this task is endless",
+        ),
         (["--rollout.max-new-tokens", "600"], "exceed the model's context of 512"),
     ],
 )
