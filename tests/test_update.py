@@ -16,6 +16,7 @@ from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve, token_loss
 from grpo.policy import Policy
+from grpo.records import Scores, merge_scores
 from grpo.update import NonFiniteLoss, Updater, learning_rate, make_optimizer, update_policy
 from tests.ranks import run_ranks
 from tests.tiny import made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
@@ -30,7 +31,10 @@ OBJECTIVES = {
     "entropy_bonus": resolve("grpo", beta=0.3, entropy_bonus=0.5),
     "gspo, entropy_bonus": resolve("gspo", entropy_bonus=0.5),
 }
-ON_RANKS = OBJECTIVES | {"kl_in_reward": resolve("grpo", beta=0.3, kl_estimator="k1", kl_where="reward")}
+ON_RANKS = OBJECTIVES | {
+    "kl_in_reward": resolve("grpo", beta=0.3, kl_estimator="k1", kl_where="reward"),
+    "per_reward": resolve("dr_grpo", advantages="per_reward"),
+}
 
 
 def advantages_and_scored():
@@ -40,6 +44,23 @@ def advantages_and_scored():
     advantages[2] = 0.0
     advantages[5, 1], scored[5, 1] = 0.0, False
     return advantages, scored
+
+
+def gathered(world, objective, batch, rewards, scored):
+    """Advantages that need what other ranks know; where they do not, `rewards` stand for them."""
+    if objective.kl_in_reward:
+        kl = kl_by_completion(batch, world.mine(rewards).shape)
+        kl = torch.stack(world.interleave(world.gather(list(kl))))
+        return normalise(objective.advantages, rewards - objective.beta * kl, scored)
+    if objective.advantages == "per_reward":
+        components = torch.stack([rewards, rewards.flip(0)], -1)
+        shares = {"components": components, "total": rewards, "scored": scored}
+        shares = {name: world.mine(column) for name, column in shares.items()}
+        status = [[["ok"] * 2] * GROUP_SIZE] * len(shares["total"])
+        scores = merge_scores(world.gather(Scores(("a", "b"), (1.0, 2.0), status=status, **shares)))
+        options = {"components": scores.components, "weights": scores.weights}
+        return normalise("per_reward", scores.total, scores.scored, **options)
+    return rewards
 
 
 def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, layout="packed"):
@@ -65,10 +86,7 @@ def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, la
         silent=silent,
     )
     frozen_logprobs(batch, module, reference, always_policy=objective.needs_frozen_pass)
-    if objective.kl_in_reward:
-        mine = kl_by_completion(batch, world.mine(advantages).shape)
-        kl = torch.stack(world.interleave(world.gather(list(mine))))
-        advantages = normalise(objective.advantages, advantages - objective.beta * kl, scored)
+    advantages = gathered(world, objective, batch, advantages, scored)
     weigh(
         batch,
         advantages[world.rank :: world.size],
@@ -160,6 +178,7 @@ def test_gradients_are_the_same_on_one_rank_and_on_several(world_size):
         (torch.float64, "entropy_bonus", 30, 1, 1, "packed", 1e-10),
         (torch.float64, "gspo, entropy_bonus", 60, 2, 2, "packed", 1e-10),
         (torch.float64, "kl_in_reward", 30, 1, 1, "packed", 1e-10),
+        (torch.float64, "per_reward", 30, 1, 1, "packed", 1e-10),
     ]
     results = run_ranks(world_size, all_cases, [case[:-1] for case in cases])
     for case, *by_rank in zip(cases, *results, strict=True):
