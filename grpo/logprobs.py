@@ -27,13 +27,25 @@ TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
 
 
 class LogprobModel(nn.Module):
-    """A causal language model as a function from micro-batch to log-probs and entropy, fp32, tempered."""
+    """A causal language model as a function from micro-batch to log-probs and entropy, fp32, tempered.
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, impl: str, compile: bool = False):
+    entropy_gradient: the entropy carries a gradient as the log-prob does, for an objective with an entropy bonus.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float,
+        impl: str,
+        compile: bool = False,
+        entropy_gradient: bool = False,
+    ):
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.impl = impl
+        self.entropy_gradient = entropy_gradient
         layers = model.base_model.layers if compile else ()
         self._forwards = {layer: torch.compile(layer.forward, dynamic=True, backend=BACKEND) for layer in layers}
 
@@ -65,6 +77,7 @@ class LogprobModel(nn.Module):
             "bias": self._head.bias,
             "softcap": getattr(self.model.config, "final_logit_softcapping", None),
             "impl": self.impl,
+            "entropy_gradient": self.entropy_gradient,
         }
 
     def _hidden(self, micro_batch: MicroBatch) -> Tensor:
@@ -128,11 +141,19 @@ class PolicyModule(nn.Module):
     """The policy as DistributedDataParallel sees it: its parameters are the fp32 masters."""
 
     def __init__(
-        self, policy: Policy, *, temperature: float, impl: str, compile: bool = False, checkpointing: bool = False
+        self,
+        policy: Policy,
+        *,
+        temperature: float,
+        impl: str,
+        compile: bool = False,
+        entropy_gradient: bool = False,
+        checkpointing: bool = False,
     ):
         super().__init__()
         self.masters = policy.masters
-        compute = LogprobModel(policy.model, temperature=temperature, impl=impl, compile=compile)
+        options = {"temperature": temperature, "impl": impl, "compile": compile}
+        compute = LogprobModel(policy.model, **options, entropy_gradient=entropy_gradient)
         self._hidden_from_ddp = (compute,)  # a tuple, so that the working copy is not registered as parameters too
         self._shares_weights = policy.model is policy.masters
         self._weights: dict[str, Tensor] = {}

@@ -324,6 +324,8 @@ def test_the_memory_estimate_by_hand():
     assert memory["KV cache"] == 5280 * 128
     assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 64) * 2
     assert memory["logits of a chunk"] == 4 * 100 * 16
+    moved = replace(Config(), objective=replace(Config().objective, ref_refresh_every=5))
+    assert dry_run.memory_estimate(moved, 1, FACTS)["masters of the reference, fp32"] == 4000
     in_fp32 = dry_run.memory_estimate(Config(), 1, replace(FACTS, bytes_per_element=4, has_reference=False))
     assert not {"working copy, bf16", "frozen reference"} & set(in_fp32)
 
