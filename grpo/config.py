@@ -217,6 +217,8 @@ class BaseConfig:
     """MLP width."""
     num_solutions: int = 0
     """Worked solutions that supervised training may see, again and again; 0: a fresh one every time."""
+    long_solutions: int | None = None
+    """How many of these are of problems of three equations, the longest; None: as they come, about half."""
     steps: int = 350
     """Optimizer steps on worked solutions, at most."""
     stop_accuracy: float = 1.0
