@@ -10,6 +10,7 @@ the rooms in the order in which data flows through them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
 from grpo.logprobs import LogprobModel, PolicyModule, check_packing, frozen_logprobs
-from grpo.metrics import RunLogger, completion_records, environment, length_metrics
+from grpo.metrics import RunLogger, completion_records, environment, length_metrics, token_texts
 from grpo.objectives import check_steps, resolve
 from grpo.policy import Policy, load_model_config, load_policy, load_reference
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
@@ -61,6 +62,7 @@ class Run:
     reference: LogprobModel | None
     sampler: Sampler
     pool: Pool  # the worker processes that score
+    token_text: Callable[[int], str]  # for people to read
     updater: Updater
     base_folder: Path | None  # of the embedded base model
     best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
@@ -89,7 +91,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         optim = config.optim
         lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
         metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
-    run.log.log_completions(step, completion_records(everyones, scores, advantages))
+    run.log.log_completions(step, completion_records(everyones, scores, advantages, run.token_text))
     spread = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
     spread["groups_dropped"] = 1 - len(everyones) / len(drawn)
     return {**drawn_scores.means(), **spread, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
@@ -224,6 +226,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         reference=LogprobModel(load_reference(policy), **options) if objective.beta else None,
         sampler=make_sampler(config, policy.model, prompter, log),
         pool=make_pool(config.rewards),
+        token_text=token_texts(policy.tokenizer),
         updater=Updater(ddp, optimizer, objective, world, optim.max_grad_norm, policy.refresh),
         base_folder=base_folder,
     )

@@ -15,8 +15,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
@@ -26,10 +27,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grpo.records import Group, Scores
+from grpo.records import Completion, Group, Scores
 
 DEFINITIONS = Path(__file__).parents[1] / "docs" / "metrics.md"
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "triton", "numpy", "tyro")
+GROUPS_WITH_TOKENS = 2  # of a step: all of them would make completions/ several times as large
 TRAINING_PHASES = ("rollout", "score", "update")
 COLUMNS = {  # key: heading, format; reward components come after `reward`
     "step": ("step", "d"),
@@ -250,10 +252,13 @@ def _event_writer(run_dir: Path, *, purge_step: int) -> Any:
     return SummaryWriter(run_dir, purge_step=purge_step)
 
 
-def completion_records(groups: Sequence[Group], scores: Scores, advantages: Tensor) -> Iterator[dict[str, Any]]:
+def completion_records(
+    groups: Sequence[Group], scores: Scores, advantages: Tensor, token_text: Callable[[int], str]
+) -> Iterator[dict[str, Any]]:
     """One plain record a completion, in the order of groups. advantages: [P, G].
 
     `python -m grpo.rewards check` reads these lines again. A component without a value is null; its status says why.
+    The first GROUPS_WITH_TOKENS groups also have each token's text and log-prob as sampled, natural, to 3 decimals.
     """
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
@@ -269,7 +274,20 @@ def completion_records(groups: Sequence[Group], scores: Scores, advantages: Tens
                 "status": dict(zip(scores.names, scores.status[p][g], strict=True)),
                 "reward": scores.total[p, g].item(),
                 "advantage": advantages[p, g].item(),
+                **(_token_record(completion, token_text) if p < GROUPS_WITH_TOKENS else {}),
             }
+
+
+def _token_record(completion: Completion, token_text: Callable[[int], str]) -> dict[str, list]:
+    texts = [token_text(token) for token in completion.ids]
+    return {"tokens": texts, "logprobs": [round(logprob, 3) for logprob in completion.logprobs]}
+
+
+def token_texts(tokenizer: Any) -> Callable[[int], str]:
+    """Token id -> the text that it adds, remembered. Decoded behind another: some tokenizers drop a first space."""
+    before = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    start = len(tokenizer.decode(before))
+    return cache(lambda token: tokenizer.decode([*before, token])[start:])
 
 
 def length_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
@@ -374,12 +392,19 @@ def training_seconds(rows: list[dict[str, Any]]) -> list[float]:
     return list(accumulate(sum(row.get(f"seconds/{phase}", 0.0) for phase in TRAINING_PHASES) for row in rows))
 
 
-def documented_keys() -> list[str]:
-    """The keys that docs/metrics.md defines; `<...>` in one stands for a name."""
-    return re.findall(r"^- `([^`]+)`:", DEFINITIONS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+def documented_keys() -> dict[str, str]:
+    """What docs/metrics.md says of each key that it defines; `<...>` in a key stands for a name."""
+    text = DEFINITIONS.read_text(encoding="utf-8")
+    found = re.findall(r"^- `([^`]+)`: (.*(?:\n  .*)*)", text, flags=re.MULTILINE)
+    return {key: " ".join(words.split()) for key, words in found}
+
+
+def definition(key: str) -> str | None:
+    """What docs/metrics.md says of a logged key; None where it says nothing."""
+    patterns = {re.sub(r"<[^>]+>", "[^/]+", re.escape(known)): text for known, text in documented_keys().items()}
+    return next((text for pattern, text in patterns.items() if re.fullmatch(pattern, key)), None)
 
 
 def undocumented(keys: Iterable[str]) -> list[str]:
     """Those of the keys that docs/metrics.md does not define."""
-    patterns = [re.sub(r"<[^>]+>", "[^/]+", re.escape(key)) for key in documented_keys()]
-    return [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)]
+    return [key for key in keys if definition(key) is None]
