@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,12 +20,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
-from grpo import base, checkpoint, distributed
+from grpo import base, checkpoint, distributed, trackers
 from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
 from grpo.attention import choose_layout
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
 from grpo.command_line import Command, parse_command
-from grpo.config import Config, ObjectiveConfig, save
+from grpo.config import Config, ObjectiveConfig, get, known_keys, save
 from grpo.config_check import check
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
@@ -193,7 +194,8 @@ def evaluate_greedily(
 def build(command: Command, world: World, run_dir: Path) -> Run:
     """Every part of the run, in the order in which mistakes are cheapest to find."""
     config = command.config
-    log = RunLogger(run_dir, is_writer=world.is_writer)
+    settings = {key: get(config, key) for key in known_keys()}
+    log = RunLogger(run_dir, is_writer=world.is_writer, track=trackers.chosen(config.track), config=settings)
     task = make_task(config.task, config.data, config.rewards)
     splits = [task.split(name) for name in ("train", "validation", "test")]
     base_folder = None if config.model.path else prepare_base(config, task, world, log)
@@ -384,6 +386,7 @@ def run_command(command: Command, world: World) -> int:
     check(command.config, world.size)
     objective = resolve(**asdict(command.config.objective))
     check_steps(objective, command.config.batch.passes * command.config.batch.minibatches)
+    trackers.chosen(command.config.track)  # a missing one is found before a run folder is made
     resolved = ObjectiveConfig(preset=command.config.objective.preset, **asdict(objective))
     config = replace(command.config, objective=resolved)
     if command.dry_run:
@@ -401,7 +404,7 @@ def run_command(command: Command, world: World) -> int:
         run.log.write_json("env.json", facts)
     kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
     run.log.say(f"run folder {run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
-    with run.pool:
+    with run.pool, closing(run.log):
         if goes_on:
             load_checkpoint(run, checkpoint.latest(run_dir))
         else:

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grpo.records import Completion, Group, Scores
+from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
 DEFINITIONS = Path(__file__).parents[1] / "docs" / "metrics.md"
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "triton", "numpy", "tyro")
@@ -142,20 +143,31 @@ class Console:
 
 
 class RunLogger:
-    """Writes metrics.jsonl, completions/, TensorBoard events, env.json, summary.json and curves.png; prints the table.
+    """Writes metrics.jsonl, completions/, env.json, summary.json and curves.png; prints the table; feeds the trackers.
 
-    is_terminal: progress bars are drawn; by default, whether standard output is one. Raises ValueError where another
-    process is writing in the same folder.
+    track: names of trackers, opened at the first step that they get.  config: every setting by its dotted key, for
+    them.  is_terminal: progress bars are drawn; by default, whether standard output is one. Raises ValueError where
+    another process is writing in the same folder.
     """
 
-    def __init__(self, run_dir: Path, *, is_writer: bool, is_terminal: bool | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        is_writer: bool,
+        is_terminal: bool | None = None,
+        track: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
         self.run_dir = run_dir
         self.is_writer = is_writer
         is_terminal = sys.stdout.isatty() if is_terminal is None else is_terminal
         self.progress = Progress(is_writer and is_terminal)
         self.timer = PhaseTimer(self.progress)
         self._console = Console()
-        self._events: Any = None
+        self._track, self._config = tuple(track), config or {}
+        self._trackers: dict[str, Tracker] = {}
+        self._tracker_ids: dict[str, str] = {}
         self._last_step = 0
         self._is_placed = False  # metrics.jsonl stands where this run begins
         if is_writer:
@@ -172,7 +184,7 @@ class RunLogger:
             print(text, flush=True)
 
     def log(self, row: dict[str, float | int | None]) -> None:
-        """One training step: a line in metrics.jsonl, TensorBoard scalars, a row on the console."""
+        """One training step: a line in metrics.jsonl, scalars for the trackers, a row on the console."""
         if not self.is_writer:
             return
         if not self._is_placed:
@@ -180,24 +192,30 @@ class RunLogger:
         row = {key: None if value is None or not math.isfinite(value) else value for key, value in row.items()}
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
-        self._log_events(row)
+        scalars = {key: float(value) for key, value in row.items() if value is not None and key != "step"}
+        for tracker in self._open_trackers().values():
+            tracker.log(row["step"], scalars)
         self._last_step = row["step"]
         for line in self._console.lines(row):
             self.say(line)
 
-    def _log_events(self, row: dict[str, Any]) -> None:
-        if self._events is None:
-            self._events = _event_writer(self.run_dir, purge_step=self._last_step + 1)
-        if self._events:
-            for key, value in row.items():
-                if value is not None and key != "step":
-                    self._events.add_scalar(key, value, row["step"])
+    def _open_trackers(self) -> dict[str, Tracker]:
+        for name in self._track:
+            if name not in self._trackers:  # only now is it known whether a run goes on, and where
+                run_id = self._tracker_ids.get(name)
+                self._trackers[name] = TRACKERS[name](self.run_dir, self._config, run_id, self._last_step + 1)
+                self._tracker_ids[name] = self._trackers[name].id
+        return self._trackers
 
     def log_completions(self, step: int, records: Iterable[dict[str, Any]]) -> None:
-        """completions/step_N.jsonl, one line a completion (see `completion_records`)."""
+        """completions/step_N.jsonl, one line a completion (see `completion_records`); trackers get the first groups."""
         if self.is_writer:
             folder = self.run_dir / "completions"
             folder.mkdir(exist_ok=True)
+            records = list(records)
+            rows = [[record[name] for name in COMPLETION_COLUMNS] for record in records if "tokens" in record]
+            for tracker in self._open_trackers().values():
+                tracker.log_completions(step, rows)
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (folder / f"step_{step}.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -215,9 +233,10 @@ class RunLogger:
                 self.say(f"curves.png is not drawn: {error.name} is not installed (pip install matplotlib)")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where metrics.jsonl stands and the seconds spent so far."""
+        """Where metrics.jsonl stands, the seconds spent so far and the runs of the trackers."""
         offset = self._file.tell() if self.is_writer else 0
-        return {"offset": offset, "step": self._last_step, "seconds": dict(self.timer.totals)}
+        state = {"offset": offset, "step": self._last_step, "seconds": dict(self.timer.totals)}
+        return state | {"trackers": dict(self._tracker_ids)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where a checkpoint was written: later lines are cut off, their steps come again."""
@@ -229,6 +248,7 @@ class RunLogger:
                 wrote = f"{self.run_dir}/metrics.jsonl has {size} bytes, but {state['offset']} when the checkpoint was"
                 raise ValueError(f"{wrote} written; put the lost lines back or start another run")
             self._place(state["offset"])
+            self._tracker_ids = dict(state["trackers"])
 
     def _place(self, offset: int) -> None:
         self._file.truncate(offset)
@@ -239,17 +259,8 @@ class RunLogger:
         self.progress.close()
         if self.is_writer:
             self._file.close()
-            if self._events:
-                self._events.close()
-
-
-def _event_writer(run_dir: Path, *, purge_step: int) -> Any:
-    """TensorBoard's writer, or False where that is not installed. It hides a killed run's events from purge_step on."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return False
-    return SummaryWriter(run_dir, purge_step=purge_step)
+            for tracker in self._trackers.values():
+                tracker.close()
 
 
 def completion_records(

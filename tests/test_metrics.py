@@ -78,18 +78,8 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_tensorboard_gets_the_scalars_of_the_row(logger, tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    logger.log(row(1))
-    logger.log(row(2, kl=0.5, loss=float("inf")))
-    logger.close()
-    written = events.EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in written.Scalars("kl")] == [(1, pytest.approx(0.01)), (2, 0.5)]
-    assert set(written.Tags()["scalars"]) == {"reward", "reward/format", "kl", "seconds/rollout"}
-
-
-def test_without_tensorboard_and_matplotlib_a_run_goes_on(logger, tmp_path, monkeypatch, capsys):
-    for name in ("tensorboard", "torch.utils.tensorboard", "matplotlib", "matplotlib.figure"):
+def test_without_matplotlib_a_run_goes_on(logger, tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     logger.log(row(1))
     logger.draw_curves()
