@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from grpo.live import Progress, can_show
 from grpo.records import Completion, Group, Scores
 from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
@@ -56,32 +56,8 @@ PANELS = {  # title: key, without its components; the validation accuracy has a 
 Points = Sequence[tuple[float, float]]
 
 
-class Progress:
-    """Called as progress(done, total): a bar with ETA for the phase under way on a terminal, nothing elsewhere."""
-
-    def __init__(self, is_shown: bool):
-        self.is_shown = is_shown
-        self.phase = ""
-        self._bar: tqdm | None = None
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        if not self.is_shown:
-            return
-        if self._bar is None or self._bar.total != total or done < self._bar.n:
-            self.close()
-            self._bar = tqdm(total=total, desc=self.phase, leave=False, dynamic_ncols=True, file=sys.stdout)
-        if note:
-            self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
 class PhaseTimer:
-    """Wall seconds by phase: `with timer("rollout"): ...`. Names the phase to the progress bar, too."""
+    """Wall seconds by phase: `with timer("rollout"): ...`. Shows them on a terminal, too."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -90,7 +66,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        self.progress.phase = phase
+        self.progress.begin(phase)
         start = time.perf_counter()
         try:
             yield
@@ -146,7 +122,7 @@ class RunLogger:
     """Writes metrics.jsonl, completions/, env.json, summary.json and curves.png; prints the table; feeds the trackers.
 
     track: names of trackers, opened at the first step that they get.  config: every setting by its dotted key, for
-    them.  is_terminal: progress bars are drawn; by default, whether standard output is one. Raises ValueError where
+    them.  is_terminal: the live view is drawn; by default, where standard output can show it. Raises ValueError where
     another process is writing in the same folder.
     """
 
@@ -161,11 +137,11 @@ class RunLogger:
     ):
         self.run_dir = run_dir
         self.is_writer = is_writer
-        is_terminal = sys.stdout.isatty() if is_terminal is None else is_terminal
-        self.progress = Progress(is_writer and is_terminal)
+        self._track, self._config = tuple(track), config or {}
+        is_terminal = can_show() if is_terminal is None else is_terminal
+        self.progress = Progress(is_writer and is_terminal, self._config.get("num_steps", 0))
         self.timer = PhaseTimer(self.progress)
         self._console = Console()
-        self._track, self._config = tuple(track), config or {}
         self._trackers: dict[str, Tracker] = {}
         self._tracker_ids: dict[str, str] = {}
         self._last_step = 0
@@ -196,6 +172,7 @@ class RunLogger:
         for tracker in self._open_trackers().values():
             tracker.log(row["step"], scalars)
         self._last_step = row["step"]
+        self.progress.step_done(row)
         for line in self._console.lines(row):
             self.say(line)
 

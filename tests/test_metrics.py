@@ -2,13 +2,13 @@
 
 import json
 import sys
-import time
 
 import pytest
 import torch
 
 from grpo import metrics
-from grpo.metrics import Console, PhaseTimer, Progress, RunLogger
+from grpo.live import Progress
+from grpo.metrics import Console, PhaseTimer, RunLogger
 from grpo.records import Completion, Group, Problem, Scores
 
 
@@ -117,20 +117,6 @@ def test_phase_seconds_are_measured_taken_once_and_summed_over_the_run(monkeypat
     assert timer.since_taken() == 0.0
     assert timer.totals == {"rollout": 5.0, "update": 0.5, "evaluation": 7.0}
     assert timer.training_seconds() == 5.5, "evaluation does not count as training"
-
-
-def test_a_bar_is_drawn_for_the_phase_on_a_terminal_and_nothing_elsewhere(capsys):
-    shown = PhaseTimer(Progress(is_shown=True))
-    with shown("rollout"):
-        shown.progress(1, 4)
-        time.sleep(0.15)  # a bar is redrawn at most every 0.1 s
-        shown.progress(3, 4)
-    drawn = capsys.readouterr().out
-    assert "rollout:  75%" in drawn and "3/4" in drawn
-    silent = PhaseTimer(Progress(is_shown=False))
-    with silent("rollout"):
-        silent.progress(1, 4)
-    assert capsys.readouterr() == ("", "")
 
 
 def test_completion_records_hold_what_the_reward_checker_reads():
