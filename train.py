@@ -33,7 +33,7 @@ from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
 from grpo.logprobs import LogprobModel, PolicyModule, check_packing, frozen_logprobs
 from grpo.metrics import RunLogger, completion_records, environment, length_metrics, token_texts
 from grpo.objectives import check_steps, resolve
-from grpo.policy import Policy, load_model_config, load_policy, load_reference
+from grpo.policy import MovingReference, Policy, load_model_config, load_policy, load_reference
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.rewards import refuse_unscored, score_groups
 from grpo.rewards.pool import Pool, make_pool
@@ -61,6 +61,7 @@ class Run:
     module: PolicyModule
     layout: str  # of micro-batches: packed or padded
     reference: LogprobModel | None
+    moving: MovingReference | None  # the weights of the reference, where it is refreshed
     sampler: Sampler
     pool: Pool  # the worker processes that score
     token_text: Callable[[int], str]  # for people to read
@@ -83,19 +84,24 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         if run.layout == "packed" and step == run.steps_done + 1:
             error = check_packing(run.module, groups, world.device)
             run.log.say("packed log-probs of one group are off by {:.1g} nats, {:.1g} at most".format(*error))
-        batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
-        frozen_logprobs(batch, run.module, run.reference, always_policy=objective.needs_frozen_pass)
-        rewards = shaped_rewards(run, batch, everyones, scores)
+        rewards = scores.total + length_penalty(run, everyones)
         by_component = {"components": scores.components, "weights": scores.weights}
         advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
+        silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
+        batch = pack(groups, **layout, silent=silent, max_over_ranks=world.max, device=world.device)
+        frozen_logprobs(batch, run.module, run.reference, always_policy=objective.needs_frozen_pass)
+        if objective.kl_in_reward:
+            advantages = normalise(objective.advantages, rewards - kl_penalty(run, batch), scores.scored)
         set_weights(run, batch, groups, advantages, scores.scored)
         optim = config.optim
         lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
         metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
+        if run.moving and step % objective.ref_refresh_every == 0:
+            run.moving.follow(run.policy, objective.ref_mix)
     run.log.log_completions(step, completion_records(everyones, scores, advantages, run.token_text))
-    spread = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
-    spread["groups_dropped"] = 1 - len(everyones) / len(drawn)
-    return {**drawn_scores.means(), **spread, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
+    drawing = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
+    drawing |= {"groups_dropped": 1 - len(everyones) / len(drawn), **run.stream.metrics()}
+    return {**drawn_scores.means(), **drawing, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
@@ -115,6 +121,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
             my_scores = score_groups(mine, run.task.rewards, **options)
             scores.append(merge_scores(world.gather(my_scores)))
             refuse_unscored(scores[-1], config.rewards.max_unscored)
+            run.stream.remember(scores[-1].pass_rates(CORRECTNESS))
         drawn = join_scores(scores)
         teaching = len(groups) * (1 - zero_spread_share(drawn.total, drawn.scored))
         if round(teaching) >= config.rollout.prompts_per_step:
@@ -122,15 +129,16 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
     return groups, drawn
 
 
-def shaped_rewards(run: Run, batch: Batch, groups: list[Group], scores: Scores) -> Tensor:
-    """Total rewards [P, G] of everyone's groups, less what the objective takes for length and for distance (KL)."""
-    objective, world, limit = run.updater.objective, run.world, run.config.rollout.max_new_tokens
+def length_penalty(run: Run, groups: list[Group]) -> Tensor:
+    """What the objective adds to the rewards of everyone's groups for their lengths: [P, G], 0 or less."""
     lengths = torch.tensor([[len(completion.ids) for completion in group.completions] for group in groups])
-    rewards = scores.total + overlong_penalty(lengths, limit, objective.overlong_share)
-    if objective.kl_in_reward:
-        mine = kl_by_completion(batch, world.mine(rewards).shape)
-        rewards = rewards - objective.beta * torch.stack(world.interleave(world.gather(list(mine))))
-    return rewards
+    return overlong_penalty(lengths, run.config.rollout.max_new_tokens, run.updater.objective.overlong_share)
+
+
+def kl_penalty(run: Run, batch: Batch) -> Tensor:
+    """What the rewards of everyone's groups lose for their distance from the reference: [P, G]."""
+    mine = kl_by_completion(batch, batch.lengths.shape)
+    return run.updater.objective.beta * torch.stack(run.world.interleave(run.world.gather(list(mine))))
 
 
 def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:
@@ -198,6 +206,8 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     log = RunLogger(run_dir, is_writer=world.is_writer, track=trackers.chosen(config.track), config=settings)
     task = make_task(config.task, config.data, config.rewards)
     splits = [task.split(name) for name in ("train", "validation", "test")]
+    curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
+    stream = ProblemStream(splits[0], seed=config.seed, **curriculum)
     base_folder = None if config.model.path else prepare_base(config, task, world, log)
     path = str(base_folder or config.model.path)
     policy = load_policy(path, precision=config.model.precision, device=world.device)
@@ -206,14 +216,23 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     for problems in splits:
         prompter.check(problems)
     objective = resolve(**asdict(config.objective))
-    options = {"temperature": config.rollout.temperature, "impl": config.impl}
-    module = PolicyModule(policy, **options, checkpointing=config.model.gradient_checkpointing)
+    options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
+    module = PolicyModule(
+        policy,
+        **options,
+        entropy_gradient=objective.entropy_bonus > 0,
+        checkpointing=config.model.gradient_checkpointing,
+    )
     layout, why = choose_layout(config.batch.layout, policy.model)
     log.say(f"layout of micro-batches: {layout} ({why})")
     optim = config.optim
     optimizer = make_optimizer(
         list(module.parameters()), optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
+    moving = MovingReference(policy) if objective.ref_refresh_every else None
+    reference = None
+    if objective.beta:
+        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
     ddp = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
     return Run(
         config=config,
@@ -221,11 +240,12 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         log=log,
         task=task,
         prompter=prompter,
-        stream=ProblemStream(task.split("train"), seed=config.seed),
+        stream=stream,
         policy=policy,
         module=module,
         layout=layout,
-        reference=LogprobModel(load_reference(policy), **options) if objective.beta else None,
+        reference=reference,
+        moving=moving,
         sampler=make_sampler(config, policy.model, prompter, log),
         pool=make_pool(config.rewards),
         token_text=token_texts(policy.tokenizer),
@@ -270,13 +290,14 @@ def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Pa
 
 def parts(run: Run) -> dict:
     """What has a state, by its name in a checkpoint."""
-    return {
+    named = {
         "policy": run.policy,
         "optimizer": run.updater.optimizer,
         "stream": run.stream,
         "sampler": run.sampler,
         "log": run.log,
     }
+    return named | ({"reference": run.moving} if run.moving else {})
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -296,6 +317,8 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     """Go on exactly where `save_checkpoint` left off."""
     state = checkpoint.load_state(folder)
     for name, part in parts(run).items():
+        if name not in state:
+            raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that one")
         part.load_state_dict(state[name])
     torch.set_rng_state(state["random"])
     run.best, run.before, run.steps_done = state["best"], state["before"], state["step"]

@@ -11,6 +11,7 @@ INTERVALS = {
     "save_every": "[1, inf)",
     "keep_last": "[1, inf)",
     "data.validation_fraction": "(0, 1)",
+    "data.target_rate": "(0, 1)",
     "prompt.shots": "[0, 8]",
     "rewards.format_weight": "[0, inf)",
     "rewards.correctness_weight": "[0, inf)",
@@ -31,6 +32,8 @@ INTERVALS = {
     "objective.tau_positive": "(0, inf)",
     "objective.tau_negative": "(0, inf)",
     "objective.beta": "[0, inf)",
+    "objective.ref_refresh_every": "[0, inf)",
+    "objective.ref_mix": "(0, 1]",
     "objective.entropy_bonus": "[0, inf)",
     "objective.entropy_share": "(0, 1]",
     "objective.mismatch_cap": "(1, inf)",
@@ -88,6 +91,8 @@ def _indivisible(config: Config, world_size: int) -> Iterator[str]:
 
 def _contradictions(config: Config) -> Iterator[str]:
     rollout = config.rollout
+    if config.model.compile and config.model.gradient_checkpointing:
+        yield "model.compile with model.gradient_checkpointing: a compiled layer cannot be recomputed; choose one"
     if rollout.group_size == 1:
         yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
     if rollout.top_p != 1:

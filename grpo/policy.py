@@ -1,4 +1,4 @@
-"""The model being trained, its tokenizer, its two precisions and the frozen reference.
+"""The model being trained, its tokenizer, its two precisions and the reference, which stays or follows it.
 
 On CUDA the fp32 *masters* are what DistributedDataParallel and AdamW see, and one bf16 *working* copy at fixed
 addresses serves the sampler and the training forward alike; `refresh` rewrites it in place after each optimizer
@@ -67,6 +67,24 @@ def bf16_copy(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in duplicate.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return duplicate
+
+
+class MovingReference(Policy):
+    """A reference that follows the policy at a distance.
+
+    Its masters are fp32 as the policy's are: many small moves add up where bf16 would round each of them away.
+    """
+
+    def __init__(self, policy: Policy):
+        masters = copy.deepcopy(policy.masters).requires_grad_(False).eval()
+        super().__init__(masters, policy.tokenizer, "fp32" if policy.model is policy.masters else "bf16")
+
+    @torch.no_grad()
+    def follow(self, policy: Policy, mix: float) -> None:
+        """masters <- (1 - mix) * masters + mix * the policy's masters; mix 1 is a copy, bit for bit."""
+        for own, current in zip(self.masters.parameters(), policy.masters.parameters(), strict=True):
+            own.lerp_(current, mix)
+        self.refresh()
 
 
 def choose_precision(precision: str, device: torch.device) -> str:

@@ -212,8 +212,8 @@ def take_step(updater: Updater, sums: dict[str, float]) -> float:
 
 
 def summarise(totals: dict[str, float]) -> dict[str, float]:
-    """Token sums -> token means; loss and gradient norm -> means over optimizer steps; maxima as they are."""
-    tokens, steps = max(totals.pop("tokens"), 1.0), totals.pop("optimizer_steps")
+    """Token sums -> token means, NaN of none; loss and gradient norm -> means over steps; maxima as they are."""
+    tokens, steps = totals.pop("tokens") or math.nan, totals.pop("optimizer_steps")
     totals.pop("teaching_tokens")
     per_step = {"loss", "grad_norm"}
     return {
