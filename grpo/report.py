@@ -79,6 +79,8 @@ def collect(folders: Sequence[Path], evals: Iterable[Path] = (), *, steps: int, 
 
 def _run(name: str, folder: Path, *, steps: int, groups: int) -> dict[str, Any]:
     rows = read_metrics(folder)
+    if not rows:
+        raise ValueError(f"{folder}/metrics.jsonl holds no step yet; leave this run out or wait for its first")
     keys = dict.fromkeys(key for row in rows for key in row)
     summary, environment = (_json(folder / f"{part}.json") for part in ("summary", "env"))
     phases = [key.removeprefix("seconds/") for key in keys if key.startswith("seconds/")]

@@ -181,6 +181,9 @@ def test_what_is_no_run_folder_and_no_evaluation_is_refused_by_name(folders, tmp
     assert "holds no metrics.jsonl and config.yaml; name a run folder" in capsys.readouterr().err
     assert report.main([str(folders[0]), "--evals", str(folders[0] / "summary.json")]) == 2
     assert "holds no results of eval.py" in capsys.readouterr().err
+    (folders[0] / "metrics.jsonl").write_text("")
+    assert report.main([str(folders[0])]) == 2
+    assert "holds no step yet; leave this run out" in capsys.readouterr().err
 
 
 # --- in a browser ---
