@@ -23,7 +23,8 @@ from grpo import checkpoint, distributed
 from grpo.config import Config, DataConfig, PromptConfig, load
 from grpo.distributed import World
 from grpo.evaluation import evaluate, result_table
-from grpo.metrics import PhaseTimer, Progress, environment
+from grpo.live import Progress, can_show
+from grpo.metrics import PhaseTimer, environment
 from grpo.policy import Policy, load_policy
 from grpo.rewards.__main__ import report
 from grpo.rewards.files import score_file
@@ -130,7 +131,7 @@ def make_prompter(config: Config, task: Task, policy: Policy, shots: int) -> Pro
 
 def evaluate_model(path: str, options: argparse.Namespace, config: Config, task: Task, world: World) -> dict[int, dict]:
     """Summary by number of shots."""
-    timer = PhaseTimer(Progress(world.is_writer and sys.stdout.isatty()))
+    timer = PhaseTimer(Progress(world.is_writer and can_show()))
     policy = load_policy(path, precision=options.precision, device=world.device)
     problems = task.split(options.split)[: options.limit]
     problems = [replace(problem, index=i) for i, problem in enumerate(problems)]

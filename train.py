@@ -10,6 +10,8 @@ the rooms in the order in which data flows through them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,18 +20,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
-from grpo import base, checkpoint, distributed
+from grpo import base, checkpoint, distributed, trackers
 from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
 from grpo.attention import choose_layout
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
 from grpo.command_line import Command, parse_command
-from grpo.config import Config, ObjectiveConfig, save
+from grpo.config import Config, ObjectiveConfig, get, known_keys, save
 from grpo.config_check import check
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
 from grpo.logprobs import LogprobModel, PolicyModule, check_packing, frozen_logprobs
-from grpo.metrics import RunLogger, completion_records, environment, length_metrics
+from grpo.metrics import RunLogger, completion_records, environment, length_metrics, token_texts
 from grpo.objectives import check_steps, resolve
 from grpo.policy import MovingReference, Policy, load_model_config, load_policy, load_reference
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
@@ -62,6 +64,7 @@ class Run:
     moving: MovingReference | None  # the weights of the reference, where it is refreshed
     sampler: Sampler
     pool: Pool  # the worker processes that score
+    token_text: Callable[[int], str]  # for people to read
     updater: Updater
     base_folder: Path | None  # of the embedded base model
     best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
@@ -95,7 +98,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
         if run.moving and step % objective.ref_refresh_every == 0:
             run.moving.follow(run.policy, objective.ref_mix)
-    run.log.log_completions(step, completion_records(everyones, scores, advantages))
+    run.log.log_completions(step, completion_records(everyones, scores, advantages, run.token_text))
     drawing = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
     drawing |= {"groups_dropped": 1 - len(everyones) / len(drawn), **run.stream.metrics()}
     return {**drawn_scores.means(), **drawing, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
@@ -199,7 +202,8 @@ def evaluate_greedily(
 def build(command: Command, world: World, run_dir: Path) -> Run:
     """Every part of the run, in the order in which mistakes are cheapest to find."""
     config = command.config
-    log = RunLogger(run_dir, is_writer=world.is_writer)
+    settings = {key: get(config, key) for key in known_keys()}
+    log = RunLogger(run_dir, is_writer=world.is_writer, track=trackers.chosen(config.track), config=settings)
     task = make_task(config.task, config.data, config.rewards)
     splits = [task.split(name) for name in ("train", "validation", "test")]
     curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
@@ -244,6 +248,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         moving=moving,
         sampler=make_sampler(config, policy.model, prompter, log),
         pool=make_pool(config.rewards),
+        token_text=token_texts(policy.tokenizer),
         updater=Updater(ddp, optimizer, objective, world, optim.max_grad_norm, policy.refresh),
         base_folder=base_folder,
     )
@@ -404,6 +409,7 @@ def run_command(command: Command, world: World) -> int:
     check(command.config, world.size)
     objective = resolve(**asdict(command.config.objective))
     check_steps(objective, command.config.batch.passes * command.config.batch.minibatches)
+    trackers.chosen(command.config.track)  # a missing one is found before a run folder is made
     resolved = ObjectiveConfig(preset=command.config.objective.preset, **asdict(objective))
     config = replace(command.config, objective=resolved)
     if command.dry_run:
@@ -421,7 +427,7 @@ def run_command(command: Command, world: World) -> int:
         run.log.write_json("env.json", facts)
     kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
     run.log.say(f"run folder {run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
-    with run.pool:
+    with run.pool, closing(run.log):
         if goes_on:
             load_checkpoint(run, checkpoint.latest(run_dir))
         else:

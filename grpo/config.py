@@ -263,6 +263,8 @@ class Config:
     """Checkpoints kept besides the best one."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """Kernels: auto decides by device, dtype and shape, and says what it chose."""
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
+    """Trackers that get every metric besides metrics.jsonl, and the completions as tables where they can: tensorboard, wandb, mlflow, trackio. None: tensorboard where it is installed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)

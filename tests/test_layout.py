@@ -30,9 +30,11 @@ ARROWS = {  # room of grpo: the rooms that it may import
     "evaluation": "config distributed records rewards rollout tasks",
     "distributed": "",
     "checkpoint": "",
-    "metrics": "records",
+    "live": "",
+    "metrics": "live records trackers",
     "dry_run": "base config policy",
     "report": "metrics records",
+    "trackers": "",
 }
 FILES = {  # single files that may see more than their room: the command line of the rewards room
     "grpo/rewards/__main__.py": "config tasks",
