@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.train_step import memory_kib
@@ -92,30 +91,34 @@ WORKLOADS["tiny"] = Workload(  # to see that it runs
 LEARNING_RATE, BETA = 1e-6, 0.02
 
 
-def even_share(completions: list[str], **columns: object) -> list[float]:
-    """The reward of both: share of even words."""
-    words = [completion.split() for completion in completions]
-    return [sum(int(word[1:]) % 2 == 0 for word in row if word[0] == "w") / max(len(row), 1) for row in words]
+def early_letters(completions: list[str], **columns: object) -> list[float]:
+    """The reward of both: share of letters from a to m."""
+    letters = [[letter for letter in text if letter.isalpha()] for text in completions]
+    return [sum(letter <= "m" for letter in row) / max(len(row), 1) for row in letters]
 
 
 def write_model_and_prompts(work: Workload, folder: Path, steps: int) -> None:
-    """model/ in Hugging Face layout with a tokenizer of numbered words; prompts.jsonl, enough for all steps."""
-    size = work.model["vocab_size"]
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, size)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    """model/ in Hugging Face layout, with a tokenizer of made-up words; prompts.jsonl, enough for all steps."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=3)) for _ in range(2000)]
+    untrained = Qwen2Tokenizer(pad_token="<pad>", eos_token="<eos>", unk_token="<eos>")
+    tokenizer = untrained.train_new_from_iterator([" ".join(words)] * 2, vocab_size=8192, show_progress=False)
     torch.manual_seed(0)
     config = Qwen2Config(
-        **work.model, tie_word_embeddings=True, max_position_embeddings=4096, eos_token_id=1, pad_token_id=0
+        **work.model,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
-    fast.save_pretrained(folder / "model")
-    rng = random.Random(0)
+    tokenizer.save_pretrained(folder / "model")
     with (folder / "prompts.jsonl").open("w") as file:
         for _ in range(work.prompts * (steps + 1) * 2):
-            words = [f"w{rng.randrange(2, size)}" for _ in range(rng.randint(work.shortest, work.longest))]
-            file.write(json.dumps({"prompt": " ".join(words), "answer": "0"}) + "\n")
+            text, length = "", rng.randint(work.shortest, work.longest)
+            while len(tokenizer(text).input_ids) < length:
+                text += " ".join(rng.choices(words, k=10)) + " "
+            file.write(json.dumps({"prompt": text.strip(), "answer": "0"}) + "\n")
 
 
 # The contenders: each waits for a line on standard input before every step, and answers with one ---------------------
@@ -147,7 +150,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
             "rewards": {
                 "format_weight": 0.0,
                 "correctness_weight": 0.0,
-                "functions": ["benchmarks.vs_trl:even_share"],
+                "functions": ["benchmarks.vs_trl:early_letters"],
                 "require_finish": False,
             },
             "rollout": {
@@ -163,6 +166,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
     )
     command = Command(config, Path("vs_trl"), "", None, None, False)
     with redirect_stdout(sys.stderr):
+        (folder / "run").mkdir()
         run = train.build(command, start(), folder / "run")
         with run.pool:
             answer(ready=True)
@@ -173,7 +177,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 total, rollout = time.perf_counter() - started, run.log.timer.take()["seconds/rollout"]
-                answer(step=total, rollout=rollout, reward=row["reward/even_share"], peak_mib=peak_mib(device))
+                answer(step=total, rollout=rollout, reward=row["reward/early_letters"], peak_mib=peak_mib(device))
 
 
 def trl_settings(work: Workload, folder: Path, steps: int, device: torch.device, *, batching: bool) -> dict:
@@ -237,7 +241,7 @@ def run_trl(work: Workload, folder: Path, steps: int, device: torch.device, *, b
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         trainer = Timed(
             model=Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=dtype),
-            reward_funcs=even_share,
+            reward_funcs=early_letters,
             args=GRPOConfig(**trl_settings(work, folder, steps, device, batching=batching)),
             train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
             processing_class=AutoTokenizer.from_pretrained(folder / "model"),
