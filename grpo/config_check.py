@@ -10,6 +10,9 @@ INTERVALS = {
     "num_steps": "[1, inf)",
     "save_every": "[1, inf)",
     "keep_last": "[1, inf)",
+    "lora.rank": "[0, inf)",
+    "lora.alpha": "(0, inf)",
+    "lora.dropout": "[0, 1)",
     "data.validation_fraction": "(0, 1)",
     "prompt.shots": "[0, 8]",
     "rewards.format_weight": "[0, inf)",
@@ -87,7 +90,12 @@ def _indivisible(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    rollout = config.rollout
+    rollout, lora = config.rollout, config.lora
+    if lora.dropout and config.batch.layout != "padded":
+        yield (
+            f"lora.dropout={lora.dropout} with batch.layout={config.batch.layout}: a packed prompt would lose the same "
+            "for all its completions; use batch.layout=padded"
+        )
     if rollout.group_size == 1:
         yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
     if rollout.top_p != 1:
