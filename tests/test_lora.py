@@ -19,7 +19,8 @@ import eval as evaluation
 import train
 from grpo import config_check, lora
 from grpo.batch import LAYOUTS, pack
-from grpo.config import BatchConfig, Config, LoraConfig
+from grpo.config import BatchConfig, Config, LoraConfig, ModelConfig, ObjectiveConfig
+from grpo.dry_run import memory_estimate, model_facts
 from grpo.logprobs import PolicyModule, check_packing
 from grpo.metrics import read_metrics
 from grpo.policy import Policy, bf16_copy, load_model_config, load_reference
@@ -150,6 +151,18 @@ def test_fresh_adapters_are_the_base_and_so_stays_the_reference_which_shares_its
     for name, weight in plain.named_parameters():
         ours = [dict(model.named_parameters())[name] for model in (policy.masters, policy.model, reference)]
         assert ours[0] is ours[1] is ours[2] and ours[0].dtype == weight.dtype
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_dry_run_knows_the_bytes_of_base_masters_working_copy_and_reference(base, precision):
+    model = ModelConfig(path=str(base), precision=precision)
+    config = replace(Config(), model=model, lora=LoraConfig(rank=2), objective=ObjectiveConfig(beta=0.1))
+    estimate = memory_estimate(config, 1, model_facts(config, CPU))
+    expected = sum(estimate.get(name, 0) for name in ("fp32 masters", "frozen base", "working copy, bf16"))
+    policy = lora.load(str(base), config.lora, precision=precision, device=CPU)
+    parts = policy.masters, policy.model, load_reference(policy)
+    own = {parameter for part in parts for parameter in part.parameters()}
+    assert sum(parameter.nbytes for parameter in own) == expected + estimate["frozen reference"]
 
 
 def test_in_bf16_adapters_have_fp32_masters_and_gradients_and_a_working_copy_that_follows_in_place():
