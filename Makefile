@@ -7,7 +7,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 ARGS   ?=
-BENCHES = $(filter-out benchmarks.gpu benchmarks.parity_trl, $(subst /,.,$(basename $(wildcard kernels/*/bench.py benchmarks/[a-z]*.py))))
+BENCHES = $(filter-out benchmarks.gpu benchmarks.parity_trl benchmarks.study, $(subst /,.,$(basename $(wildcard kernels/*/bench.py benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help train test slow bench gpu

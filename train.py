@@ -31,7 +31,7 @@ from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
 from grpo.logprobs import LogprobModel, PolicyModule, check_packing, frozen_logprobs
 from grpo.metrics import RunLogger, completion_records, environment, length_metrics
 from grpo.objectives import check_steps, resolve
-from grpo.policy import Policy, load_model_config, load_policy, load_reference
+from grpo.policy import MovingReference, Policy, load_model_config, load_policy, load_reference
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.rewards import refuse_unscored, score_groups
 from grpo.rewards.pool import Pool, make_pool
@@ -59,6 +59,7 @@ class Run:
     module: PolicyModule
     layout: str  # of micro-batches: packed or padded
     reference: LogprobModel | None
+    moving: MovingReference | None  # the weights of the reference, where it is refreshed
     sampler: Sampler
     pool: Pool  # the worker processes that score
     updater: Updater
@@ -89,14 +90,16 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         if objective.kl_in_reward:
             advantages = normalise(objective.advantages, rewards - kl_penalty(run, batch), scores.scored)
         set_weights(run, batch, groups, advantages, scores.scored)
-        torch.manual_seed(hash((config.seed, step, world.rank)))  # of dropout: nothing else here is drawn from torch
+        torch.manual_seed(hash((config.seed, step, world.rank)))  # of dropout, resumed or not
         optim = config.optim
         lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
         metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
+        if run.moving and step % objective.ref_refresh_every == 0:
+            run.moving.follow(run.policy, objective.ref_mix)
     run.log.log_completions(step, completion_records(everyones, scores, advantages))
-    spread = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
-    spread["groups_dropped"] = 1 - len(everyones) / len(drawn)
-    return {**drawn_scores.means(), **spread, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
+    drawing = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
+    drawing |= {"groups_dropped": 1 - len(everyones) / len(drawn), **run.stream.metrics()}
+    return {**drawn_scores.means(), **drawing, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
@@ -116,6 +119,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
             my_scores = score_groups(mine, run.task.rewards, **options)
             scores.append(merge_scores(world.gather(my_scores)))
             refuse_unscored(scores[-1], config.rewards.max_unscored)
+            run.stream.remember(scores[-1].pass_rates(CORRECTNESS))
         drawn = join_scores(scores)
         teaching = len(groups) * (1 - zero_spread_share(drawn.total, drawn.scored))
         if round(teaching) >= config.rollout.prompts_per_step:
@@ -199,6 +203,8 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     log = RunLogger(run_dir, is_writer=world.is_writer)
     task = make_task(config.task, config.data, config.rewards)
     splits = [task.split(name) for name in ("train", "validation", "test")]
+    curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
+    stream = ProblemStream(splits[0], seed=config.seed, **curriculum)
     base_folder = None if config.model.path else prepare_base(config, task, world, log)
     path = str(base_folder or config.model.path)
     where = {"precision": config.model.precision, "device": world.device}
@@ -208,9 +214,18 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     for problems in splits:
         prompter.check(problems)
     objective = resolve(**asdict(config.objective))
-    options = {"temperature": config.rollout.temperature, "impl": config.impl}
-    reference = LogprobModel(load_reference(policy), **options) if objective.beta else None
-    module = PolicyModule(policy, **options, checkpointing=config.model.gradient_checkpointing)
+    options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
+    # Before the module, which may turn gradient checkpointing on: a copy made then would take the module along.
+    moving = MovingReference(policy) if objective.ref_refresh_every else None
+    reference = None
+    if objective.beta:
+        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
+    module = PolicyModule(
+        policy,
+        **options,
+        entropy_gradient=objective.entropy_bonus > 0,
+        checkpointing=config.model.gradient_checkpointing,
+    )
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in trained):,}")
     layout, why = choose_layout(config.batch.layout, policy.model)
@@ -224,11 +239,12 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         log=log,
         task=task,
         prompter=prompter,
-        stream=ProblemStream(task.split("train"), seed=config.seed),
+        stream=stream,
         policy=policy,
         module=module,
         layout=layout,
         reference=reference,
+        moving=moving,
         sampler=make_sampler(config, policy.model, prompter, log),
         pool=make_pool(config.rewards),
         updater=Updater(ddp, optimizer, objective, world, optim.max_grad_norm, policy.refresh),
@@ -272,13 +288,14 @@ def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Pa
 
 def parts(run: Run) -> dict:
     """What has a state, by its name in a checkpoint."""
-    return {
+    named = {
         "policy": run.policy,
         "optimizer": run.updater.optimizer,
         "stream": run.stream,
         "sampler": run.sampler,
         "log": run.log,
     }
+    return named | ({"reference": run.moving} if run.moving else {})
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -298,6 +315,8 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     """Go on exactly where `save_checkpoint` left off."""
     state = checkpoint.load_state(folder)
     for name, part in parts(run).items():
+        if name not in state:
+            raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that one")
         part.load_state_dict(state[name])
     torch.set_rng_state(state["random"])
     run.best, run.before, run.steps_done = state["best"], state["before"], state["step"]

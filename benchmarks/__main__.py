@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-NOT_HERE = {"gpu", "parity_trl"}  # runs the others on a CUDA device; needs benchmarks/requirements.txt
+NOT_HERE = {"gpu", "parity_trl", "study"}  # runs the others on a CUDA device; needs requirements.txt; takes long
 
 
 def modules() -> list[str]:

@@ -14,6 +14,7 @@ INTERVALS = {
     "lora.alpha": "(0, inf)",
     "lora.dropout": "[0, 1)",
     "data.validation_fraction": "(0, 1)",
+    "data.target_rate": "(0, 1)",
     "prompt.shots": "[0, 8]",
     "rewards.format_weight": "[0, inf)",
     "rewards.correctness_weight": "[0, inf)",
@@ -34,6 +35,8 @@ INTERVALS = {
     "objective.tau_positive": "(0, inf)",
     "objective.tau_negative": "(0, inf)",
     "objective.beta": "[0, inf)",
+    "objective.ref_refresh_every": "[0, inf)",
+    "objective.ref_mix": "(0, 1]",
     "objective.entropy_bonus": "[0, inf)",
     "objective.entropy_share": "(0, 1]",
     "objective.mismatch_cap": "(1, inf)",
@@ -96,6 +99,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"lora.dropout={lora.dropout} with batch.layout={config.batch.layout}: a packed prompt would lose the same "
             "for all its completions; use batch.layout=padded"
         )
+    if config.model.compile and config.model.gradient_checkpointing:
+        yield "model.compile with model.gradient_checkpointing: a compiled layer cannot be recomputed; choose one"
     if rollout.group_size == 1:
         yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
     if rollout.top_p != 1:

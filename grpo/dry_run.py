@@ -123,6 +123,8 @@ def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[
         copies["working copy, bf16"] = size * model.num_trained
     if model.has_reference:
         copies["frozen reference"] = size * model.num_trained  # shares the frozen base
+    if config.objective.ref_refresh_every and size < 4:
+        copies["masters of the reference, fp32"] = 4 * model.num_trained
     sequences = min(rollout.max_sequences, rollout.prompts_per_step * rollout.group_size // world_size)
     groups = math.ceil(sequences / rollout.group_size)
     cached_tokens = groups * model.prompt_tokens + sequences * rollout.max_new_tokens

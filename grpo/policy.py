@@ -1,4 +1,4 @@
-"""The model being trained, its tokenizer, its two precisions and the frozen reference.
+"""The model being trained, its tokenizer, its two precisions and the reference, which stays or follows it.
 
 On CUDA the fp32 *masters* are what DistributedDataParallel and AdamW see, and one bf16 *working* copy at fixed
 addresses serves the sampler and the training forward alike; `refresh` rewrites it in place after each optimizer
@@ -24,6 +24,7 @@ class Policy:
     def __init__(self, masters: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str):
         refuse_unsupported(masters)
         self.masters = masters
+        self._trained = [name for name, parameter in masters.named_parameters() if parameter.requires_grad]
         self.tokenizer = tokenizer
         self.model = masters if precision == "fp32" else bf16_copy(masters)
 
@@ -37,7 +38,7 @@ class Policy:
         """Bring the working copy up to the masters, in place: its addresses never change."""
         if self.model is not self.masters:
             for working, master in zip(self.model.parameters(), self.masters.parameters(), strict=True):
-                if master.requires_grad:
+                if working is not master:
                     working.copy_(master)
 
     def save(self, folder: Path) -> None:
@@ -47,11 +48,13 @@ class Policy:
 
     def state_dict(self) -> dict:
         """The fp32 masters, bit for bit."""
-        return {"masters": {name: parameter.detach().cpu() for name, parameter in self._trained().items()}}
+        masters = dict(self.masters.named_parameters())
+        return {"masters": {name: masters[name].detach().cpu() for name in self._trained}}
 
     def load_state_dict(self, state: dict) -> None:
         """Masters from `state_dict`, then the working copy."""
-        expected = {name: tuple(parameter.shape) for name, parameter in self._trained().items()}
+        masters = dict(self.masters.named_parameters())
+        expected = {name: tuple(masters[name].shape) for name in self._trained}
         found = {name: tuple(tensor.shape) for name, tensor in state["masters"].items()}
         if expected != found:
             differing = sorted(expected.items() ^ found.items())[:4]
@@ -60,12 +63,14 @@ class Policy:
                 "resume with the model.path and the lora section it was trained with"
             )
         with torch.no_grad():
-            for name, parameter in self._trained().items():
-                parameter.copy_(state["masters"][name])
+            for name in self._trained:
+                masters[name].copy_(state["masters"][name])
         self.refresh()
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.masters.named_parameters() if parameter.requires_grad}
+    def copy_of(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of the masters or of the working copy; what is not trained is shared."""
+        pairs = zip(model.parameters(), self.masters.parameters(), strict=True)
+        return copy.deepcopy(model, {id(own): own for own, master in pairs if not master.requires_grad}).eval()
 
 
 def bf16_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -78,6 +83,26 @@ def bf16_copy(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in duplicate.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return duplicate
+
+
+class MovingReference(Policy):
+    """A reference that follows the policy at a distance.
+
+    Its masters are fp32 as the policy's are: many small moves add up where bf16 would round each of them away.
+    """
+
+    def __init__(self, policy: Policy):
+        masters = policy.copy_of(policy.masters)
+        super().__init__(masters, policy.tokenizer, "fp32" if policy.model is policy.masters else "bf16")
+        masters.requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, policy: Policy, mix: float) -> None:
+        """masters <- (1 - mix) * masters + mix * the policy's masters; mix 1 is a copy, bit for bit."""
+        for own, current in zip(self.masters.parameters(), policy.masters.parameters(), strict=True):
+            if own is not current:
+                own.lerp_(current, mix)
+        self.refresh()
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
@@ -93,10 +118,8 @@ def load_policy(path: str, *, precision: str, device: torch.device) -> Policy:
 
 
 def load_reference(policy: Policy) -> PreTrainedModel:
-    """The frozen reference: the policy as it is now, in its own forward precision. What is not trained is shared."""
-    pairs = zip(policy.model.parameters(), policy.masters.parameters(), strict=True)
-    shared = {id(working): working for working, master in pairs if not master.requires_grad}
-    return copy.deepcopy(policy.model, shared).requires_grad_(False).eval()
+    """The frozen reference: the policy as it is now, in its own forward precision."""
+    return policy.copy_of(policy.model).requires_grad_(False)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -85,6 +85,12 @@ class Scores:
             "unscored": 1 - self.scored.float().mean().item(),
         }
 
+    def pass_rates(self, component: str) -> list[float | None]:
+        """Of each group, the share of completions to which the component gave 1 or more; None where it judged none."""
+        values = self.components[..., self.names.index(component)]
+        counts = zip((values >= 1).sum(1).tolist(), (~values.isnan()).sum(1).tolist(), strict=True)
+        return [passed / judged if judged else None for passed, judged in counts]
+
     def pick(self, groups: list[int]) -> Scores:
         """Of these groups, in this order."""
         columns = {name: getattr(self, name)[groups] for name in ("components", "total", "scored")}

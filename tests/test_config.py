@@ -278,6 +278,12 @@ def test_all_mistakes_are_reported_at_once():
     assert len(str(refused.value).splitlines()) == 2
 
 
+def test_compiled_layers_with_gradient_checkpointing_are_refused():
+    model = replace(Config().model, compile=True, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="model.compile with model.gradient_checkpointing: .* choose one"):
+        check(replace(Config(), model=model), world_size=1)
+
+
 def test_nothing_rewarded_is_refused():
     rewards = replace(Config().rewards, format_weight=0.0, correctness_weight=0.0)
     with pytest.raises(ValueError, match="nothing is rewarded"):
@@ -333,6 +339,8 @@ def test_the_memory_estimate_by_hand():
     assert adapted["fp32 masters"] == adapted["gradients, fp32"] == 40 and adapted["Adam moments, fp32"] == 80
     assert adapted["frozen base"] == 2 * 990
     assert adapted["working copy, bf16"] == adapted["frozen reference"] == 20
+    moved = replace(Config(), objective=replace(Config().objective, ref_refresh_every=5))
+    assert dry_run.memory_estimate(moved, 1, FACTS)["masters of the reference, fp32"] == 4000
     in_fp32 = dry_run.memory_estimate(Config(), 1, replace(FACTS, bytes_per_element=4, has_reference=False))
     assert not {"frozen base", "working copy, bf16", "frozen reference"} & set(in_fp32)
 

@@ -23,7 +23,7 @@ from grpo.config import BatchConfig, Config, LoraConfig, ModelConfig, ObjectiveC
 from grpo.dry_run import memory_estimate, model_facts
 from grpo.logprobs import PolicyModule, check_packing
 from grpo.metrics import read_metrics
-from grpo.policy import Policy, bf16_copy, load_model_config, load_reference
+from grpo.policy import MovingReference, Policy, bf16_copy, load_model_config, load_reference
 from grpo.rewards import Reward
 from grpo.rollout import Sampler, Sampling
 from kernels.linear_logprob import modes
@@ -151,6 +151,22 @@ def test_fresh_adapters_are_the_base_and_so_stays_the_reference_which_shares_its
     for name, weight in plain.named_parameters():
         ours = [dict(model.named_parameters())[name] for model in (policy.masters, policy.model, reference)]
         assert ours[0] is ours[1] is ours[2] and ours[0].dtype == weight.dtype
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_moving_reference_follows_the_adapters_over_the_same_base(base, precision):
+    policy = lora.load(str(base), LoraConfig(rank=2), precision=precision, device=CPU)
+    moving = MovingReference(policy)
+    with torch.no_grad():
+        for parameter in policy.masters.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    policy.refresh()
+    assert not torch.equal(logits(moving.model), logits(policy.model))
+    moving.follow(policy, 1.0)
+    assert torch.equal(logits(moving.model), logits(policy.model))
+    assert moving.model.model.embed_tokens.weight is policy.model.model.embed_tokens.weight
+    assert all(name.endswith(("lora_A", "lora_B")) for name in moving.state_dict()["masters"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
