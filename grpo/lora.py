@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -131,9 +130,12 @@ class AdaptedPolicy(Policy):
         super().__init__(masters, tokenizer, precision)
         self.settings, self.base = settings, base
 
-    def save(self, folder: Path) -> None:
-        """Write the fp32 adapters in PEFT's format, and the tokenizer."""
-        tensors = {name: parameter.detach().contiguous() for name, parameter in _by_peft_name(self.masters).items()}
+    def save(self, folder: Path, state: dict | None = None) -> None:
+        """Write the fp32 adapters in PEFT's format, and the tokenizer.
+
+        state: a copy of an earlier `state_dict`, to be written instead of what the policy is now.
+        """
+        tensors = {_peft_name(name): tensor for name, tensor in (state or self.state_dict())["masters"].items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         settings = {theirs: getattr(self.settings, ours) for theirs, ours in OURS.items()}
         facts = {"task_type": "CAUSAL_LM", "base_model_name_or_path": self.base, "inference_mode": True}
@@ -187,7 +189,8 @@ def read_config(folder: Path) -> tuple[LoraConfig, str]:
 @torch.no_grad()
 def read_weights(model: PreTrainedModel, folder: Path) -> None:
     """Fill what is trained in `model` with the tensors of a folder in PEFT's format."""
-    expected, found = _by_peft_name(model), load_file(folder / WEIGHTS)
+    found = load_file(folder / WEIGHTS)
+    expected = {_peft_name(name): tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     shapes = [{(name, *tensor.shape) for name, tensor in tensors.items()} for tensors in (expected, found)]
     if shapes[0] != shapes[1]:
         differing = sorted(shapes[0] ^ shapes[1])[:4]
@@ -196,11 +199,9 @@ def read_weights(model: PreTrainedModel, folder: Path) -> None:
         parameter.copy_(found[name])
 
 
-def _by_peft_name(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """What is trained, by its name in PEFT's file: base_model.model.<dotted name>, lora_A.weight for lora_A."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    suffixed = {re.sub(r"(\.lora_[AB])$", r"\1.weight", name): parameter for name, parameter in trained.items()}
-    return {f"base_model.model.{name}": parameter for name, parameter in suffixed.items()}
+def _peft_name(name: str) -> str:
+    """Of one of our parameters in PEFT's file: model.norm.weight, or model.layers.0.mlp.up_proj.lora_A."""
+    return f"base_model.model.{name}" + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
 
 
 def write_merged(run: str, out: str) -> None:
