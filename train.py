@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
-from grpo import base, checkpoint, distributed, trackers
+from grpo import base, checkpoint, distributed, lora, trackers
 from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
 from grpo.attention import choose_layout
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
@@ -93,6 +93,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         if objective.kl_in_reward:
             advantages = normalise(objective.advantages, rewards - kl_penalty(run, batch), scores.scored)
         set_weights(run, batch, groups, advantages, scores.scored)
+        torch.manual_seed(hash((config.seed, step, world.rank)))  # of dropout, resumed or not
         optim = config.optim
         lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
         metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
@@ -210,29 +211,31 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     stream = ProblemStream(splits[0], seed=config.seed, **curriculum)
     base_folder = None if config.model.path else prepare_base(config, task, world, log)
     path = str(base_folder or config.model.path)
-    policy = load_policy(path, precision=config.model.precision, device=world.device)
+    where = {"precision": config.model.precision, "device": world.device}
+    policy = lora.load(path, config.lora, **where, seed=config.seed)
     lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
     prompter = Prompter(task, config.prompt, policy.tokenizer, **lengths)
     for problems in splits:
         prompter.check(problems)
     objective = resolve(**asdict(config.objective))
     options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
+    # Before the module, which may turn gradient checkpointing on: a copy made then would take the module along.
+    moving = MovingReference(policy) if objective.ref_refresh_every else None
+    reference = None
+    if objective.beta:
+        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
     module = PolicyModule(
         policy,
         **options,
         entropy_gradient=objective.entropy_bonus > 0,
         checkpointing=config.model.gradient_checkpointing,
     )
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in trained):,}")
     layout, why = choose_layout(config.batch.layout, policy.model)
     log.say(f"layout of micro-batches: {layout} ({why})")
     optim = config.optim
-    optimizer = make_optimizer(
-        list(module.parameters()), optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-    )
-    moving = MovingReference(policy) if objective.ref_refresh_every else None
-    reference = None
-    if objective.beta:
-        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
+    optimizer = make_optimizer(trained, optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     ddp = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
     return Run(
         config=config,

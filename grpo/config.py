@@ -32,6 +32,22 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of low-rank adapters (LoRA, arXiv:2106.09685), which are then all that is trained; 0: full fine-tuning."""
+    alpha: float = 16.0
+    """What the adapters add is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout of what the adapters read, in the passes that form gradients; above 0 needs batch.layout=padded."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get adapters, by the end of their dotted name."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained and saved whole, by the end of their name: norm is every norm layer."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     path: str = ""
     """Where the task's problems are: a folder with train/test files, one JSONL, JSON or Parquet file, or a hub id. Empty: the task's own default."""
@@ -266,6 +282,7 @@ class Config:
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
     """Trackers that get every metric besides metrics.jsonl, and the completions as tables where they can: tensorboard, wandb, mlflow, trackio. None: tensorboard where it is installed."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)

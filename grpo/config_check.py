@@ -10,6 +10,9 @@ INTERVALS = {
     "num_steps": "[1, inf)",
     "save_every": "[1, inf)",
     "keep_last": "[1, inf)",
+    "lora.rank": "[0, inf)",
+    "lora.alpha": "(0, inf)",
+    "lora.dropout": "[0, 1)",
     "data.validation_fraction": "(0, 1)",
     "data.target_rate": "(0, 1)",
     "prompt.shots": "[0, 8]",
@@ -92,7 +95,12 @@ def _indivisible(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    rollout = config.rollout
+    rollout, lora = config.rollout, config.lora
+    if lora.dropout and config.batch.layout != "padded":
+        yield (
+            f"lora.dropout={lora.dropout} with batch.layout={config.batch.layout}: a packed prompt would lose the same "
+            "for all its completions; use batch.layout=padded"
+        )
     if config.model.compile and config.model.gradient_checkpointing:
         yield "model.compile with model.gradient_checkpointing: a compiled layer cannot be recomputed; choose one"
     long, solutions = config.base.long_solutions or 0, config.base.num_solutions

@@ -117,16 +117,16 @@ class _WorkingCopy(torch.autograd.Function):
 
 @contextmanager
 def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Let `model` compute with these tensors in place of its parameters, tied ones too; then put its own back.
+    """Let `model` compute with these tensors in place of its parameters so named, tied ones too; then put them back.
 
     Like torch.func.functional_call, but as a context, because gradient checkpointing has to enter it again when it
     computes a layer a second time in the backward pass.
     """
     owners = []
-    by_parameter = {id(parameter): weights[name] for name, parameter in model.named_parameters()}
+    by_parameter = {id(parameter): weights[name] for name, parameter in model.named_parameters() if name in weights}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if id(parameter) in by_parameter:
                 owners.append((module, name, parameter))
     try:
         for module, name, parameter in owners:
@@ -180,8 +180,8 @@ class PolicyModule(nn.Module):
         if self._shares_weights:
             return nullcontext()
         working = dict(self.compute.model.named_parameters())
-        masters = self.masters.named_parameters()
-        self._weights = {name: _WorkingCopy.apply(master, working[name]) for name, master in masters}
+        trained = [(name, master) for name, master in self.masters.named_parameters() if master.requires_grad]
+        self._weights = {name: _WorkingCopy.apply(master, working[name]) for name, master in trained}
         return using_weights(self.compute.model, self._weights)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -227,7 +227,10 @@ def check_packing(policy: PolicyModule, groups: list[Group], device: torch.devic
     members = [(0, s) for s in range(len(group.completions))]
     packed, padded = (build([group], members, device) for build in (packed_row, padded_rows))
     options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
-    truth = LogprobModel(policy.masters, **options)(padded)[0]
+    # A frozen base is bf16: in fp32 for this pass only.
+    in_fp32 = {name: parameter.float() for name, parameter in policy.masters.named_parameters()}
+    with using_weights(policy.masters, in_fp32):
+        truth = LogprobModel(policy.masters, **options)(padded)[0]
     error, rounding = ((policy(rows)[0] - truth).abs().double() for rows in (packed, padded))
     found = (error.mean().item(), error.max().item())
     allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)

@@ -17,6 +17,7 @@ from grpo.config_check import check
 ROOT = Path(__file__).parents[1]
 FACTS = dry_run.ModelFacts(
     num_parameters=1000,
+    num_trained=1000,
     num_layers=2,
     num_kv_heads=2,
     head_dim=8,
@@ -110,6 +111,16 @@ def test_gsm8k_has_the_promised_defaults():
     assert (config.rollout.prompts_per_step, config.rollout.group_size, config.rollout.max_new_tokens) == (64, 16, 400)
     assert (config.optim.lr, config.optim.schedule, config.optim.warmup) == (1e-6, "cosine", 0.1)
     assert (config.eval.every, config.eval.validation_problems) == (20, 200)
+
+
+def test_gsm8k_lora_has_the_promised_defaults():
+    config = load(ROOT / "configs" / "gsm8k_lora.yaml")
+    assert (config.lora.rank, config.lora.alpha, len(config.lora.target_modules)) == (16, 16.0, 7)
+    assert (config.rollout.prompts_per_step, config.rollout.group_size, config.rollout.max_new_tokens) == (32, 8, 400)
+    assert (config.optim.lr, config.optim.schedule, config.optim.warmup) == (2e-5, "cosine", 0.1)
+    assert replace(config, lora=Config().lora, rollout=Config().rollout, optim=Config().optim) == replace(
+        load(ROOT / "configs" / "gsm8k.yaml"), rollout=Config().rollout, optim=Config().optim
+    )
 
 
 # --- the command line ---
@@ -325,10 +336,14 @@ def test_the_memory_estimate_by_hand():
     assert memory["KV cache"] == 5280 * 128
     assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 64) * 2
     assert memory["logits of a chunk"] == 4 * 100 * 16
+    adapted = dry_run.memory_estimate(Config(), 1, replace(FACTS, num_trained=10))
+    assert adapted["fp32 masters"] == adapted["gradients, fp32"] == 40 and adapted["Adam moments, fp32"] == 80
+    assert adapted["frozen base"] == 2 * 990
+    assert adapted["working copy, bf16"] == adapted["frozen reference"] == 20
     moved = replace(Config(), objective=replace(Config().objective, ref_refresh_every=5))
     assert dry_run.memory_estimate(moved, 1, FACTS)["masters of the reference, fp32"] == 4000
     in_fp32 = dry_run.memory_estimate(Config(), 1, replace(FACTS, bytes_per_element=4, has_reference=False))
-    assert not {"working copy, bf16", "frozen reference"} & set(in_fp32)
+    assert not {"frozen base", "working copy, bf16", "frozen reference"} & set(in_fp32)
 
 
 def test_the_activation_estimate_is_within_a_quarter_of_what_a_qwen2_keeps_for_backward():

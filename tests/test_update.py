@@ -63,12 +63,14 @@ def gathered(world, objective, batch, rewards, scored):
     return rewards
 
 
-def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, layout="packed"):
+def one_update(
+    world, dtype, objective_name, budget, minibatches=1, passes=1, layout="packed", adapt=lambda model: model
+):
     """Gradients of the last optimizer step, weights after the update, and its metrics, on this rank."""
     if dtype == torch.float64:
         use_fp64_rms_norm()
     objective = ON_RANKS[objective_name]
-    policy = Policy(tiny_qwen2().to(dtype), word_tokenizer(), "fp32")
+    policy = Policy(adapt(tiny_qwen2()).to(dtype), word_tokenizer(), "fp32")
     options = {"temperature": 0.9, "impl": "torch"}
     module = PolicyModule(policy, **options, entropy_gradient=objective.entropy_bonus > 0)
     wrapped = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
@@ -98,8 +100,9 @@ def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, la
     optimizer = make_optimizer(list(module.parameters()), lr=0.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     updater = Updater(wrapped, optimizer, objective, world, max_grad_norm=math.inf, refresh=policy.refresh)
     metrics = update_policy(updater, batch, step=7, lr=1e-3 if minibatches * passes > 1 else 0.0)
-    gradients = {name: parameter.grad.clone() for name, parameter in module.masters.named_parameters()}
-    weights = {name: parameter.detach().clone() for name, parameter in module.masters.named_parameters()}
+    trained = {name: parameter for name, parameter in module.masters.named_parameters() if parameter.requires_grad}
+    gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
+    weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
     return gradients, weights, metrics
 
 
