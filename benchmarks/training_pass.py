@@ -13,14 +13,13 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from benchmarks.train_step import make_group, make_model
+from benchmarks.train_step import make_group, make_model, seconds
 from grpo.batch import pack, weigh
 from grpo.distributed import World
 from grpo.logprobs import PolicyModule
@@ -90,16 +89,6 @@ def head_only(module: PolicyModule, micro_batch: MicroBatch, hidden: Tensor) -> 
             module.compute.folded_loss(leaf, micro_batch.tokens, loss_of)[0].backward()
 
     return run
-
-
-def seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Of the wall clock, with the device idle before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - started
 
 
 def measure(device: torch.device, repeats: int) -> tuple[dict[str, list[float]], dict[str, object]]:

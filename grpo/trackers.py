@@ -98,8 +98,8 @@ class MLflow:
         self._mlflow.end_run()
 
 
-class Trackio:
-    """A run of the project `grpo`; known by its name: of several with one name the latest goes on."""
+class Trackio(WeightsAndBiases):
+    """The same calls as Weights & Biases. A run is known by its name: of several with one name the latest goes on."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], run_id: str | None, next_step: int):
         import trackio
@@ -108,15 +108,6 @@ class Trackio:
         options = {"resume": "must" if run_id else "never", "embed": False}
         self._run = trackio.init(project=PROJECT, name=run_id or run_dir.name, config=dict(config), **options)
         self.id = self._run.name
-
-    def log(self, step: int, scalars: dict[str, float]) -> None:
-        self._run.log(scalars, step=step)
-
-    def log_completions(self, step: int, rows: list[list[Any]]) -> None:
-        self._run.log({"completions": self._table(columns=list(COMPLETION_COLUMNS), data=rows)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 TRACKERS: dict[str, type[Tracker]] = {
