@@ -194,6 +194,7 @@ class Batch:
     """A list of optimizer steps, each a list of micro-batches: equally many on every rank."""
 
     optimizer_steps: list[list[MicroBatch]]
+    groups: list[Group] = field(default_factory=list)  # of this rank: what the micro-batches were made of
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
