@@ -36,14 +36,22 @@ class Policy:
             for working, master in zip(self.model.parameters(), self.masters.parameters(), strict=True):
                 working.copy_(master)
 
-    def save(self, folder: Path) -> None:
-        """Write the working copy and the tokenizer in Hugging Face layout."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, state: dict | None = None) -> None:
+        """Write the working copy and the tokenizer in Hugging Face layout.
+
+        state: a copy of an earlier `state_dict`, to be written instead of what the policy is now.
+        """
+        weights = None
+        if state is not None:
+            is_parameter = dict(self.model.named_parameters(remove_duplicate=False)).keys().__contains__
+            weights = {name: buffer for name, buffer in self.model.state_dict().items() if not is_parameter(name)}
+            weights |= {name: master.to(self.model.dtype) for name, master in state["masters"].items()}
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> dict:
-        """The fp32 masters, bit for bit."""
-        return {"masters": {name: parameter.detach().cpu() for name, parameter in self.masters.named_parameters()}}
+        """The fp32 masters, bit for bit, and no copy of them."""
+        return {"masters": {name: parameter.detach() for name, parameter in self.masters.named_parameters()}}
 
     def load_state_dict(self, state: dict) -> None:
         """Masters from `state_dict`, then the working copy."""
