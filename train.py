@@ -386,7 +386,7 @@ def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
         path = Path(command.resume or command.run_dir or checkpoint.default_run_dir(command.config_path.stem))
         is_restart = checkpoint.restarted_by_launcher()
         goes_on = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)
-        checkpoint.open_run_dir(path, resume=goes_on)
+        checkpoint.open_run_dir(path, resume=bool(command.resume) or is_restart)
         if goes_on:
             list_changes(load(path / "config.yaml"), command.config)
         return path, checkpoint.newest_whole(path) if goes_on else None
