@@ -7,7 +7,6 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 ARGS   ?=
-BENCHES = $(filter-out benchmarks.gpu benchmarks.parity_trl, $(subst /,.,$(basename $(wildcard kernels/*/bench.py benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help train test slow bench gpu
@@ -27,7 +26,7 @@ slow: $(STAMP)  ## The long proofs: kill points, seeds, studies
 	$(RUN) -m pytest -m slow $(ARGS)
 
 bench: $(STAMP)  ## Every benchmark, of kernels and of the whole, one after the other
-	@set -e; for name in $(BENCHES); do echo "python -m $$name"; $(RUN) -m $$name $(ARGS); done
+	$(RUN) -m benchmarks
 
 gpu: $(STAMP)  ## Smoke run and GPU tests on one CUDA device
 	$(RUN) -m benchmarks.gpu $(ARGS)

@@ -3,9 +3,9 @@
     python eval.py --model runs/NAME --model Qwen/Qwen2.5-0.5B --task gsm8k --shots 0 2 4 8 --limit 100
     python eval.py --completions FILE.jsonl --task gsm8k --output scored.jsonl
 
-A model is a run folder (its best checkpoint, else its last), a checkpoint folder, any folder in Hugging Face layout,
-or a hub id. One completion is greedy; several are sampled, for pass@k and maj@k. Random numbers do not depend on
-batches or ranks, so a result can be repeated.
+A model is a run folder (its best checkpoint, else its last), a checkpoint folder, any folder in Hugging Face layout or
+PEFT's (adapters, which name their base), or a hub id. One completion is greedy; several are sampled, for pass@k and
+maj@k. Random numbers do not depend on batches or ranks, so a result can be repeated.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from grpo import checkpoint, distributed
+from grpo import checkpoint, distributed, lora
 from grpo.config import Config, DataConfig, PromptConfig, load
 from grpo.distributed import World
 from grpo.evaluation import evaluate, result_table
-from grpo.metrics import PhaseTimer, Progress, environment
-from grpo.policy import Policy, load_policy
+from grpo.live import Progress, can_show
+from grpo.metrics import PhaseTimer, environment
+from grpo.policy import Policy
 from grpo.rewards.__main__ import report
 from grpo.rewards.files import score_file
 from grpo.rewards.pool import make_pool
@@ -130,8 +131,8 @@ def make_prompter(config: Config, task: Task, policy: Policy, shots: int) -> Pro
 
 def evaluate_model(path: str, options: argparse.Namespace, config: Config, task: Task, world: World) -> dict[int, dict]:
     """Summary by number of shots."""
-    timer = PhaseTimer(Progress(world.is_writer and sys.stdout.isatty()))
-    policy = load_policy(path, precision=options.precision, device=world.device)
+    timer = PhaseTimer(Progress(world.is_writer and can_show()))
+    policy = lora.load(path, precision=options.precision, device=world.device)
     problems = task.split(options.split)[: options.limit]
     problems = [replace(problem, index=i) for i, problem in enumerate(problems)]
     prompters = {shots: make_prompter(config, task, policy, shots) for shots in options.shots or [config.prompt.shots]}

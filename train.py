@@ -10,6 +10,8 @@ the rooms in the order in which data flows through them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,20 +20,20 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
-from grpo import base, checkpoint, distributed
+from grpo import base, checkpoint, distributed, lora, trackers
 from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
 from grpo.attention import choose_layout
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
 from grpo.command_line import Command, parse_command
-from grpo.config import Config, ObjectiveConfig, load, save
+from grpo.config import Config, ObjectiveConfig, get, known_keys, load, save
 from grpo.config_check import changes, check
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
 from grpo.logprobs import LogprobModel, PolicyModule, check_packing, frozen_logprobs
-from grpo.metrics import RunLogger, completion_records, environment, length_metrics
+from grpo.metrics import RunLogger, completion_records, environment, length_metrics, token_texts
 from grpo.objectives import check_steps, resolve
-from grpo.policy import Policy, load_model_config, load_policy, load_reference
+from grpo.policy import MovingReference, Policy, load_model_config, load_policy, load_reference
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.rewards import refuse_unscored, score_groups
 from grpo.rewards.pool import Pool, make_pool
@@ -59,8 +61,10 @@ class Run:
     module: PolicyModule
     layout: str  # of micro-batches: packed or padded
     reference: LogprobModel | None
+    moving: MovingReference | None  # the weights of the reference, where it is refreshed
     sampler: Sampler
     pool: Pool  # the worker processes that score
+    token_text: Callable[[int], str]  # for people to read
     updater: Updater
     writer: checkpoint.Writer
     base_folder: Path | None  # of the embedded base model
@@ -81,19 +85,25 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         if run.layout == "packed" and step == run.steps_done + 1:
             error = check_packing(run.module, groups, world.device)
             run.log.say("packed log-probs of one group are off by {:.1g} nats, {:.1g} at most".format(*error))
-        batch = pack(groups, **layout, max_over_ranks=world.max, device=world.device)
-        frozen_logprobs(batch, run.module, run.reference, always_policy=objective.needs_frozen_pass)
-        rewards = shaped_rewards(run, batch, everyones, scores)
+        rewards = scores.total + length_penalty(run, everyones)
         by_component = {"components": scores.components, "weights": scores.weights}
         advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
+        silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
+        batch = pack(groups, **layout, silent=silent, max_over_ranks=world.max, device=world.device)
+        frozen_logprobs(batch, run.module, run.reference, always_policy=objective.needs_frozen_pass)
+        if objective.kl_in_reward:
+            advantages = normalise(objective.advantages, rewards - kl_penalty(run, batch), scores.scored)
         set_weights(run, batch, groups, advantages, scores.scored)
+        torch.manual_seed(hash((config.seed, step, world.rank)))  # of dropout, resumed or not
         optim = config.optim
         lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
         metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
-    run.log.log_completions(step, completion_records(everyones, scores, advantages))
-    spread = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
-    spread["groups_dropped"] = 1 - len(everyones) / len(drawn)
-    return {**drawn_scores.means(), **spread, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
+        if run.moving and step % objective.ref_refresh_every == 0:
+            run.moving.follow(run.policy, objective.ref_mix)
+    run.log.log_completions(step, completion_records(everyones, scores, advantages, run.token_text))
+    drawing = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
+    drawing |= {"groups_dropped": 1 - len(everyones) / len(drawn), **run.stream.metrics()}
+    return {**drawn_scores.means(), **drawing, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
@@ -113,6 +123,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
             my_scores = score_groups(mine, run.task.rewards, **options)
             scores.append(merge_scores(world.gather(my_scores)))
             refuse_unscored(scores[-1], config.rewards.max_unscored)
+            run.stream.remember(scores[-1].pass_rates(CORRECTNESS))
         drawn = join_scores(scores)
         teaching = len(groups) * (1 - zero_spread_share(drawn.total, drawn.scored))
         if round(teaching) >= config.rollout.prompts_per_step:
@@ -120,15 +131,16 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
     return groups, drawn
 
 
-def shaped_rewards(run: Run, batch: Batch, groups: list[Group], scores: Scores) -> Tensor:
-    """Total rewards [P, G] of everyone's groups, less what the objective takes for length and for distance (KL)."""
-    objective, world, limit = run.updater.objective, run.world, run.config.rollout.max_new_tokens
+def length_penalty(run: Run, groups: list[Group]) -> Tensor:
+    """What the objective adds to the rewards of everyone's groups for their lengths: [P, G], 0 or less."""
     lengths = torch.tensor([[len(completion.ids) for completion in group.completions] for group in groups])
-    rewards = scores.total + overlong_penalty(lengths, limit, objective.overlong_share)
-    if objective.kl_in_reward:
-        mine = kl_by_completion(batch, world.mine(rewards).shape)
-        rewards = rewards - objective.beta * torch.stack(world.interleave(world.gather(list(mine))))
-    return rewards
+    return overlong_penalty(lengths, run.config.rollout.max_new_tokens, run.updater.objective.overlong_share)
+
+
+def kl_penalty(run: Run, batch: Batch) -> Tensor:
+    """What the rewards of everyone's groups lose for their distance from the reference: [P, G]."""
+    mine = kl_by_completion(batch, batch.lengths.shape)
+    return run.updater.objective.beta * torch.stack(run.world.interleave(run.world.gather(list(mine))))
 
 
 def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:
@@ -194,25 +206,39 @@ def evaluate_greedily(
 def build(command: Command, world: World, run_dir: Path) -> Run:
     """Every part of the run, in the order in which mistakes are cheapest to find."""
     config = command.config
-    log = RunLogger(run_dir, is_writer=world.is_writer)
+    settings = {key: get(config, key) for key in known_keys()}
+    log = RunLogger(run_dir, is_writer=world.is_writer, track=trackers.chosen(config.track), config=settings)
     task = make_task(config.task, config.data, config.rewards)
     splits = [task.split(name) for name in ("train", "validation", "test")]
+    curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
+    stream = ProblemStream(splits[0], seed=config.seed, **curriculum)
     base_folder = None if config.model.path else prepare_base(config, task, world, log)
     path = str(base_folder or config.model.path)
-    policy = load_policy(path, precision=config.model.precision, device=world.device)
+    where = {"precision": config.model.precision, "device": world.device}
+    policy = lora.load(path, config.lora, **where, seed=config.seed)
     lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
     prompter = Prompter(task, config.prompt, policy.tokenizer, **lengths)
     for problems in splits:
         prompter.check(problems)
     objective = resolve(**asdict(config.objective))
-    options = {"temperature": config.rollout.temperature, "impl": config.impl}
-    module = PolicyModule(policy, **options, checkpointing=config.model.gradient_checkpointing)
+    options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
+    # Before the module, which may turn gradient checkpointing on: a copy made then would take the module along.
+    moving = MovingReference(policy) if objective.ref_refresh_every else None
+    reference = None
+    if objective.beta:
+        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
+    module = PolicyModule(
+        policy,
+        **options,
+        entropy_gradient=objective.entropy_bonus > 0,
+        checkpointing=config.model.gradient_checkpointing,
+    )
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in trained):,}")
     layout, why = choose_layout(config.batch.layout, policy.model)
     log.say(f"layout of micro-batches: {layout} ({why})")
-    optim, tokens = config.optim, config.batch.tokens_per_micro_batch
-    optimizer = make_optimizer(
-        list(module.parameters()), optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-    )
+    optim = config.optim
+    optimizer = make_optimizer(trained, optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     ddp = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
     return Run(
         config=config,
@@ -220,13 +246,15 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         log=log,
         task=task,
         prompter=prompter,
-        stream=ProblemStream(task.split("train"), seed=config.seed),
+        stream=stream,
         policy=policy,
         module=module,
         layout=layout,
-        reference=LogprobModel(load_reference(policy), **options) if objective.beta else None,
+        reference=reference,
+        moving=moving,
         sampler=make_sampler(config, policy.model, prompter, log),
         pool=make_pool(config.rewards),
+        token_text=token_texts(policy.tokenizer),
         updater=Updater(
             ddp,
             optimizer,
@@ -234,7 +262,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
             world,
             optim.max_grad_norm,
             policy.refresh,
-            tokens,
+            config.batch.tokens_per_micro_batch,
             optim.max_skipped_steps,
             log.say,
         ),
@@ -279,13 +307,14 @@ def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Pa
 
 def parts(run: Run) -> dict:
     """What has a state, by its name in a checkpoint."""
-    return {
+    named = {
         "policy": run.policy,
         "optimizer": run.updater.optimizer,
         "updater": run.updater,
         "stream": run.stream,
         "log": run.log,
     }
+    return named | ({"reference": run.moving} if run.moving else {})
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -300,9 +329,12 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 def load_checkpoint(run: Run, folder: Path) -> None:
     """Go on exactly where `save_checkpoint` left off."""
-    state, world = checkpoint.load_state(folder), run.world
+    state = checkpoint.load_state(folder)
     for name, part in parts(run).items():
+        if name not in state:
+            raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that one")
         part.load_state_dict(state[name])
+    world = run.world
     mine = state["by_rank"][world.rank % len(state["by_rank"])]
     run.sampler.load_state_dict(mine["sampler"])
     checkpoint.set_random_state(mine["random"])
@@ -410,6 +442,7 @@ def run_command(command: Command, world: World) -> int:
     check(command.config, world.size)
     objective = resolve(**asdict(command.config.objective))
     check_steps(objective, command.config.batch.passes * command.config.batch.minibatches)
+    trackers.chosen(command.config.track)  # a missing one is found before a run folder is made
     resolved = ObjectiveConfig(preset=command.config.objective.preset, **asdict(objective))
     config = replace(command.config, objective=resolved)
     if command.dry_run:
@@ -427,7 +460,7 @@ def run_command(command: Command, world: World) -> int:
         run.log.write_json("env.json", facts)
     kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
     run.log.say(f"run folder {run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
-    with run.pool:
+    with run.pool, closing(run.log):
         if goes_on_from:
             load_checkpoint(run, goes_on_from)
         else:

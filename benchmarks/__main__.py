@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-NOT_HERE = {"gpu", "parity_trl"}  # runs the others on a CUDA device; needs benchmarks/requirements.txt
+# gpu runs the others on a CUDA device; parity_trl and vs_trl need benchmarks/requirements.txt; study takes an hour
+NOT_HERE = {"gpu", "parity_trl", "study", "vs_trl"}
 
 
 def modules() -> list[str]:

@@ -20,12 +20,13 @@ from grpo.metrics import git_commit, package_versions
 
 RESULTS = Path(__file__).parent / "results"
 STAGES = {  # name: (arguments of python, seconds allowed)
-    "tests": (["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], 150),
-    "rollout": (["-m", "benchmarks.rollout"], 150),
-    "train_step": (["-m", "benchmarks.train_step"], 120),
-    "linear_logprob": (["-m", "kernels.linear_logprob.bench"], 90),
-    "decode_attention": (["-m", "kernels.decode_attention.bench"], 45),
-    "sample_token": (["-m", "kernels.sample_token.bench"], 30),
+    "tests": (["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], 120),
+    "rollout": (["-m", "benchmarks.rollout"], 120),
+    "training_pass": (["-m", "benchmarks.training_pass"], 90),
+    "train_step": (["-m", "benchmarks.train_step"], 60),
+    "linear_logprob": (["-m", "kernels.linear_logprob.bench"], 80),
+    "decode_attention": (["-m", "kernels.decode_attention.bench"], 30),
+    "sample_token": (["-m", "kernels.sample_token.bench"], 20),
 }
 
 

@@ -37,8 +37,8 @@ CUDA_SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_head
 VOCABULARY = {"cpu": 8192, "cuda": 151_936}
 
 
-def make_model(device: torch.device) -> Qwen2ForCausalLM:
-    """A random Qwen2: small in fp32 on CPU, the shape of Qwen2.5-0.5B in bf16 on CUDA."""
+def make_model(device: torch.device, dtype: torch.dtype | None = None) -> Qwen2ForCausalLM:
+    """A random Qwen2: small in fp32 on CPU; on CUDA the shape of Qwen2.5-0.5B, in bf16 unless `dtype` is given."""
     torch.manual_seed(0)
     shape = CUDA_SHAPE if device.type == "cuda" else CPU_SHAPE
     config = Qwen2Config(
@@ -51,15 +51,17 @@ def make_model(device: torch.device) -> Qwen2ForCausalLM:
     )
     with device:
         model = Qwen2ForCausalLM(config).train()
-    if device.type == "cuda":
+    if device.type == "cuda" and dtype is None:
         for parameter in model.parameters():  # not model.to: the rotary frequencies stay fp32
             parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
-def make_group(prompt: int, group_size: int, vocabulary: int, shortest: int = 100, longest: int = 300) -> Group:
+def make_group(
+    prompt: int, group_size: int, vocabulary: int, shortest: int = 100, longest: int = 300, seed: int = 1
+) -> Group:
     """Random ids; completion lengths uniform between `shortest` and `longest`."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     draw = lambda length: torch.randint(5, vocabulary, (length,), generator=generator).tolist()  # noqa: E731
     lengths = torch.randint(shortest, longest + 1, (group_size,), generator=generator).tolist()
     completions = [Completion(draw(length), [-1.0] * length, "", "eos", i) for i, length in enumerate(lengths)]

@@ -29,6 +29,7 @@ from grpo.records import SharedPrefix
 NAME = "grpo_shared_prefix"
 
 
+@torch.compiler.disable  # of compiled layers: it looks at lengths, and every batch has others
 def shared_prefix_attention(
     module: torch.nn.Module,
     query: Tensor,

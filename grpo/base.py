@@ -37,7 +37,7 @@ from grpo.rewards import score_groups
 from grpo.rollout import Sampler, Sampling
 from grpo.tasks.prompts import Prompter
 from grpo.tasks.stream import ENDLESS_STRIDE
-from grpo.tasks.word_problems import WordProblems
+from grpo.tasks.word_problems import WordProblems, is_long
 
 Progress = Callable[[int, int, str], None]  # done, in all, a short note
 
@@ -128,10 +128,19 @@ class Supervisor:
     def solved_problems(self, first: int) -> Iterator[Problem]:
         if not self.base.num_solutions:
             yield from (self.task.solved[i] for i in itertools.count(first))
-        chosen = [self.task.solved[first + i] for i in range(self.base.num_solutions)]
+        chosen = self.chosen_problems(first)
         while True:
             self.rng.shuffle(chosen)
             yield from chosen
+
+    def chosen_problems(self, first: int) -> list[Problem]:
+        """The num_solutions problems that training goes over again and again; short ones before long ones, if told."""
+        long, count = self.base.long_solutions, self.base.num_solutions
+        solved = lambda: (self.task.solved[i] for i in itertools.count(first))  # noqa: E731
+        if long is None:
+            return list(itertools.islice(solved(), count))
+        short = itertools.islice((problem for problem in solved() if not is_long(problem)), count - long)
+        return [*short, *itertools.islice(filter(is_long, solved()), long)]
 
     def row(self, problem: Problem, guesses: float) -> tuple[list[int], int]:
         """Token ids of prompt and completion, and the length of the prompt."""

@@ -10,6 +10,7 @@ the gradient.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -55,6 +56,7 @@ def pack(
     max_over_ranks: Reduce,
     device: torch.device,
     layout: str = "packed",
+    silent: Sequence[bool] | None = None,
 ) -> Batch:
     """Lay out this rank's groups: passes * minibatches optimizer steps, equally many micro-batches on all ranks.
 
@@ -69,20 +71,21 @@ def pack(
         )
     divide, build = LAYOUTS[layout]
     per_minibatch = len(groups) // minibatches
+    minibatch_groups = [range(start, start + per_minibatch) for start in range(0, len(groups), per_minibatch)]
     steps = []
-    for start in range(0, len(groups), per_minibatch):
-        chosen = range(start, start + per_minibatch)
-        shares = divide(chosen, groups, tokens_per_micro_batch, max_over_ranks)
-        steps.append(
-            [build(groups, share, device) if share else dummy(build, groups[start], device) for share in shares]
-        )
-    return Batch(steps * passes, groups)
+    for chosen in minibatch_groups:
+        heard = [g for g in chosen if silent is None or not silent[g]]
+        shares = divide(heard, groups, tokens_per_micro_batch, max_over_ranks)
+        filler = functools.partial(dummy, build, groups[chosen.start], device)
+        steps.append([build(groups, share, device) if share else filler() for share in shares])
+    lengths = torch.tensor([[len(completion.ids) for completion in group.completions] for group in groups])
+    return Batch(steps * passes, minibatch_groups, lengths, groups)
 
 
 # Packed: every prompt once -------------------------------------------------------------------------------------------
 
 
-def divide_groups(chosen: range, groups: list[Group], budget: int, max_over_ranks: Reduce) -> list[Members]:
+def divide_groups(chosen: Sequence[int], groups: list[Group], budget: int, max_over_ranks: Reduce) -> list[Members]:
     """Whole groups to micro-batches within the budget, balanced by tokens. A group over the budget is split by
     completions, and its prompt computed once in each part."""
     parts, sizes = [], []
@@ -93,7 +96,7 @@ def divide_groups(chosen: range, groups: list[Group], budget: int, max_over_rank
             parts.append([(g, s) for s in part])
             sizes.append(prompt + sum(lengths[s] for s in part))
     count = int(max_over_ranks(torch.tensor(fewest_bins(sizes, budget))))
-    return [[member for i in share for member in parts[i]] for share in fill(sizes, count)]
+    return [[member for i in share for member in parts[i]] for share in fill(sizes, max(count, 1))]
 
 
 def fewest_bins(sizes: list[int], capacity: int) -> int:
@@ -178,7 +181,7 @@ def lay_out(spans: list[tuple[slice, list[slice]]]) -> SharedPrefix:
 # Padded: a row per sequence, for models that cannot share a prompt ---------------------------------------------------
 
 
-def divide_sequences(chosen: range, groups: list[Group], budget: int, max_over_ranks: Reduce) -> list[Members]:
+def divide_sequences(chosen: Sequence[int], groups: list[Group], budget: int, max_over_ranks: Reduce) -> list[Members]:
     """Sequences, longest first, cut into runs whose padded size stays within the budget; as many runs on every rank."""
 
     def length(member: tuple[int, int]) -> int:
@@ -193,7 +196,8 @@ def divide_sequences(chosen: range, groups: list[Group], budget: int, max_over_r
             runs.append([])
             width = length(member)
         runs[-1].append(member)
-    return runs + [[] for _ in range(int(max_over_ranks(torch.tensor(len(runs)))) - len(runs))]
+    count = max(int(max_over_ranks(torch.tensor(len(runs)))), 1)
+    return runs + [[] for _ in range(count - len(runs))]
 
 
 def padded_rows(groups: list[Group], members: Members, device: torch.device) -> MicroBatch:
@@ -326,16 +330,12 @@ def weigh(
     a score, or masked) is not active either; every other token is both (a group without spread stays in the
     denominators: its KL still acts). `keep_high_entropy` and `correct_mismatch` may then silence counted tokens.
     """
-    for micro_batches in unique_steps(batch):
-        lengths, masks = zip(*(_lengths_and_mask(micro_batch, counted) for micro_batch in micro_batches), strict=True)
-        totals = torch.tensor(
-            [
-                sum(int(mask.sum()) for mask in masks),
-                sum(int(n[mask].sum()) for n, mask in zip(lengths, masks, strict=True)),
-            ]
-        )
+    for micro_batches, chosen in zip(unique_steps(batch), batch.groups, strict=True):
+        mine = slice(chosen.start, chosen.stop)
+        totals = torch.stack([counted[mine].sum(), batch.lengths[mine][counted[mine]].sum()])
         num_sequences, num_tokens = sum_over_ranks(totals).clamp_min(1).tolist()
-        for micro_batch, length, mask in zip(micro_batches, lengths, masks, strict=True):
+        for micro_batch in micro_batches:
+            length, mask = _lengths_and_mask(micro_batch, counted)
             row_weights = AGGREGATIONS[aggregation](length.float(), num_sequences, num_tokens, max_new_tokens) * mask
             row_advantages = torch.tensor([advantages[g, s] for g, s in micro_batch.sequences] or [0.0])
             tokens, device = micro_batch.tokens, micro_batch.source.device

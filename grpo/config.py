@@ -27,6 +27,24 @@ class ModelConfig:
     """Forward precision. auto: bf16 on CUDA, fp32 on CPU. Masters, gradients and reductions are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the layers of the training forward (norm, rotary and MLP arithmetic in fewer kernels, attention left alone); a minute at the start."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of low-rank adapters (LoRA, arXiv:2106.09685), which are then all that is trained; 0: full fine-tuning."""
+    alpha: float = 16.0
+    """What the adapters add is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout of what the adapters read, in the passes that form gradients; above 0 needs batch.layout=padded."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get adapters, by the end of their dotted name."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained and saved whole, by the end of their name: norm is every norm layer."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,10 @@ class DataConfig:
     """Share of the training file held out for validation, drawn with `split_seed`."""
     split_seed: int = 0
     """Seed of the train/validation split. Apart from `seed`, so that runs with different seeds share one split."""
+    curriculum: Literal["none", "drop_solved", "target_rate"] = "none"
+    """Which training problems an epoch visits, by the share of correct completions at their last visit. drop_solved: not those where it was 1. target_rate: the nearer to `target_rate`, the more often. Not for an endless split (task `word_problems`)."""
+    target_rate: float = 0.5
+    """Curriculum target_rate: the share of correct completions that is sought. At 0.5 groups have the most spread."""
 
 
 @dataclass(frozen=True)
@@ -126,15 +148,19 @@ class ObjectiveConfig:
     tau_negative: float | None = None
     """sapo: steepness of the gate where it is not."""
     beta: float | None = None
-    """Coefficient of the KL to the frozen reference; 0 loads no reference."""
+    """Coefficient of the KL to the reference; 0 loads no reference."""
     kl_estimator: str | None = None
     """Estimator of the KL: k1, k2 or k3. docs/objectives.md shows what the gradient of each is."""
     kl_where: Literal["loss", "reward"] | None = None
     """loss: per token. reward: its sum over the completion is taken from the reward before advantages are made (k1 only)."""
     kl_corrected: bool | None = None
     """Multiply the KL in the loss by the ratio, so that its gradient is that of KL(policy || reference), off-policy too."""
+    ref_refresh_every: int | None = None
+    """Bring the reference nearer to the policy after every this many training steps; 0: it stays as it was loaded. In bf16 it then has fp32 masters of its own: 4 bytes a parameter."""
+    ref_mix: float | None = None
+    """How near: reference <- (1 - ref_mix) reference + ref_mix policy. 1 is a copy, less a moving average."""
     entropy_bonus: float | None = None
-    """Coefficient of the mean token entropy, which is then maximised too; needs the gradient of the entropy."""
+    """Coefficient of the mean token entropy, weighted as the surrogate is, which is then maximised too. The exact entropy of every distribution, not that of the token drawn."""
     entropy_share: float | None = None
     """Share of tokens, those of highest entropy over the whole optimizer step, that contribute a gradient (arXiv:2506.01939: 0.2); 1: all. The denominators stay."""
     mask_truncated: bool | None = None
@@ -217,6 +243,8 @@ class BaseConfig:
     """MLP width."""
     num_solutions: int = 0
     """Worked solutions that supervised training may see, again and again; 0: a fresh one every time."""
+    long_solutions: int | None = None
+    """How many of these are of problems of three equations, the longest; None: as they come, about half."""
     steps: int = 350
     """Optimizer steps on worked solutions, at most."""
     stop_accuracy: float = 1.0
@@ -263,7 +291,10 @@ class Config:
     """Kernels: auto decides by device, dtype and shape, and says what it chose."""
     deterministic: bool = False
     """CUDA: only operations that give the same bits every time, so that a resumed run repeats the lost steps exactly; slower. On CPU it is always so."""
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
+    """Trackers that get every metric besides metrics.jsonl, and the completions as tables where they can: tensorboard, wandb, mlflow, trackio. None: tensorboard where it is installed."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)

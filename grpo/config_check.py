@@ -11,7 +11,11 @@ INTERVALS = {
     "num_steps": "[1, inf)",
     "save_every": "[1, inf)",
     "keep_last": "[1, inf)",
+    "lora.rank": "[0, inf)",
+    "lora.alpha": "(0, inf)",
+    "lora.dropout": "[0, 1)",
     "data.validation_fraction": "(0, 1)",
+    "data.target_rate": "(0, 1)",
     "prompt.shots": "[0, 8]",
     "rewards.format_weight": "[0, inf)",
     "rewards.correctness_weight": "[0, inf)",
@@ -32,6 +36,8 @@ INTERVALS = {
     "objective.tau_positive": "(0, inf)",
     "objective.tau_negative": "(0, inf)",
     "objective.beta": "[0, inf)",
+    "objective.ref_refresh_every": "[0, inf)",
+    "objective.ref_mix": "(0, 1]",
     "objective.entropy_bonus": "[0, inf)",
     "objective.entropy_share": "(0, 1]",
     "objective.mismatch_cap": "(1, inf)",
@@ -52,17 +58,20 @@ INTERVALS = {
     "eval.test_problems": "[0, inf)",
     "distributed.timeout_s": "(0, inf)",
     "distributed.term_grace_s": "(0, inf)",
+    "base.num_solutions": "[0, inf)",
+    "base.long_solutions": "[0, inf)",
 }
 """Where each number must lie. A pair is checked item by item; None passes."""
 
 
-FIXED = ("task", "seed", "model.path", "model.precision", "data.validation_fraction", "data.split_seed", "base")
+FIXED = ("task", "seed", "model.path", "model.precision", "lora", "data.validation_fraction", "data.split_seed", "base")
 """Keys and sections that the state in a checkpoint depends on: a run that goes on keeps them."""
 FREE = (
     "num_steps",
     "save_every",
     "keep_last",
     "eval",
+    "track",
     "distributed",
     "rewards.workers",
     "rewards.timeout_s",
@@ -119,7 +128,17 @@ def _indivisible(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    rollout = config.rollout
+    rollout, lora = config.rollout, config.lora
+    if lora.dropout and config.batch.layout != "padded":
+        yield (
+            f"lora.dropout={lora.dropout} with batch.layout={config.batch.layout}: a packed prompt would lose the same "
+            "for all its completions; use batch.layout=padded"
+        )
+    if config.model.compile and config.model.gradient_checkpointing:
+        yield "model.compile with model.gradient_checkpointing: a compiled layer cannot be recomputed; choose one"
+    long, solutions = config.base.long_solutions or 0, config.base.num_solutions
+    if long > solutions:
+        yield f"base.long_solutions={long} are meant to be among base.num_solutions={solutions}; use fewer of them"
     if rollout.group_size == 1:
         yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
     if rollout.top_p != 1:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo.base import model_config
 from grpo.config import Config, to_dict
+from grpo.lora import add_adapters
 from grpo.policy import choose_precision, load_model_config
 from kernels.linear_logprob.modes import rows_per_chunk
 
@@ -24,6 +25,7 @@ class ModelFacts:
     """What the estimate of a dry run needs to know of a model; no weights are loaded for it."""
 
     num_parameters: int
+    num_trained: int  # fewer under LoRA
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -41,11 +43,15 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
     path = config.model.path
     model = load_model_config(path) if path else model_config(config.base, vocab_size=EMBEDDED_VOCABULARY)
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(model).parameters())
+        whole = AutoModelForCausalLM.from_config(model)
+    if config.lora.rank:
+        add_adapters(whole, config.lora)
+    parameters = list(whole.parameters())
     heads = model.num_attention_heads
     is_bf16 = choose_precision(config.model.precision, device) == "bf16"
     return ModelFacts(
-        num_parameters=parameters,
+        num_parameters=sum(parameter.numel() for parameter in parameters),
+        num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         num_layers=model.num_hidden_layers,
         num_kv_heads=getattr(model, "num_key_value_heads", None) or heads,
         head_dim=getattr(model, "head_dim", None) or model.hidden_size // heads,
@@ -109,12 +115,16 @@ def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[
     MLP (SwiGLU); with checkpointing only the layer's input, and one layer at a time in full.
     """
     rollout, size = config.rollout, model.bytes_per_element
-    copies = {"fp32 masters": 4 * model.num_parameters, "gradients, fp32": 4 * model.num_parameters}
-    copies["Adam moments, fp32"] = 8 * model.num_parameters
+    copies = {"fp32 masters": 4 * model.num_trained, "gradients, fp32": 4 * model.num_trained}
+    copies["Adam moments, fp32"] = 8 * model.num_trained
+    if model.num_trained < model.num_parameters:
+        copies["frozen base"] = size * (model.num_parameters - model.num_trained)
     if size < 4:
-        copies["working copy, bf16"] = size * model.num_parameters
+        copies["working copy, bf16"] = size * model.num_trained
     if model.has_reference:
-        copies["frozen reference"] = size * model.num_parameters
+        copies["frozen reference"] = size * model.num_trained  # shares the frozen base
+    if config.objective.ref_refresh_every and size < 4:
+        copies["masters of the reference, fp32"] = 4 * model.num_trained
     sequences = min(rollout.max_sequences, rollout.prompts_per_step * rollout.group_size // world_size)
     groups = math.ceil(sequences / rollout.group_size)
     cached_tokens = groups * model.prompt_tokens + sequences * rollout.max_new_tokens

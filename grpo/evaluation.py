@@ -46,18 +46,23 @@ class Evaluation:
         return f"accuracy {self.accuracy:.1%} of {len(self.groups)} problems (95 % interval {low:.1%} to {high:.1%})"
 
     def summary(self) -> dict:
-        """Plain numbers for tables and JSON; pass@k and maj@k for k = 1, 2, 4, ... up to the number of samples."""
+        """Plain numbers for tables and JSON; pass@k and maj@k for k = 1, 2, 4, ... up to the number of samples.
+
+        maj@k is empty where no completion at all states a final answer (code, free text): there is nothing to vote on.
+        """
         problems, samples = self.correct.shape
         ks = [2**i for i in range(int(math.log2(samples)) + 1)] + ([samples] if samples & (samples - 1) else [])
         counts = self.correct.sum(1).tolist()
         low, high = self.interval
+        texts = (completion.text for group in self.groups for completion in group.completions)
+        has_votes = any(final_answer(text) is not None for text in texts)
         return {
             "accuracy": self.accuracy,
             "interval": [low, high],
             "problems": problems,
             "samples": samples,
             "pass_at_k": {str(k): sum(pass_at_k(samples, c, k) for c in counts) / problems for k in ks},
-            "maj_at_k": {str(k): majority_accuracy(self.groups, self.correct, k) for k in ks},
+            "maj_at_k": {str(k): majority_accuracy(self.groups, self.correct, k) for k in ks if has_votes},
             "reward": self.reward,
             **{f"reward/{name}": value for name, value in self.components.items()},
             "completion_length": self.completion_length,
@@ -132,7 +137,8 @@ def majority_accuracy(groups: list[Group], correct: torch.Tensor, k: int) -> flo
 def result_table(results: dict[str, dict]) -> str:
     """An aligned table, one row per named summary: accuracy with its interval, pass@k and maj@k, rewards, length."""
     first = next(iter(results.values()))
-    ks = [(kind, k) for kind in ("pass", "maj") for k in first["pass_at_k"] if k != "1"]
+    kinds = ("pass", "maj") if any(entry["maj_at_k"] for entry in results.values()) else ("pass",)
+    ks = [(kind, k) for kind in kinds for k in first["pass_at_k"] if k != "1"]
     components = [key for key in first if key.startswith("reward/") and key != f"reward/{CORRECTNESS}"]
     names = [key.removeprefix("reward/") for key in components]
     rows = [
@@ -140,9 +146,11 @@ def result_table(results: dict[str, dict]) -> str:
     ]
     for name, entry in results.items():
         low, high = entry["interval"]
-        shares = [f"{entry[f'{kind}_at_k'][k]:.1%}" for kind, k in ks] + [f"{entry[key]:.1%}" for key in components]
+        shares = [entry[f"{kind}_at_k"].get(k, 0.0) for kind, k in ks] + [entry[key] for key in components]
+        cells = [f"{share:.1%}" for share in (entry["accuracy"], *shares)]
+        cells.insert(1, f"{low:.1%} to {high:.1%}")
         numbers = [f"{entry['reward']:.3f}", f"{entry['completion_length']:.1f}", f"{entry['truncated']:.1%}"]
-        rows.append([name, f"{entry['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", *shares, *numbers])
+        rows.append([name, *cells, *numbers])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = lambda row: [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]  # noqa: E731
     return "\n".join("  ".join(align(row)) for row in rows)

@@ -20,54 +20,87 @@ from grpo.policy import Policy
 from grpo.records import Batch, Group, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
 
+BACKEND = "inductor"  # of torch.compile
+
 # (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
 TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
 
 
 class LogprobModel(nn.Module):
-    """A causal language model as a function from micro-batch to log-probs and entropy, fp32, tempered."""
+    """A causal language model as a function from micro-batch to log-probs and entropy, fp32, tempered.
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, impl: str):
+    entropy_gradient: the entropy carries a gradient as the log-prob does, for an objective with an entropy bonus.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float,
+        impl: str,
+        compile: bool = False,
+        entropy_gradient: bool = False,
+    ):
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.impl = impl
+        self.entropy_gradient = entropy_gradient
+        layers = model.base_model.layers if compile else ()
+        self._forwards = {layer: torch.compile(layer.forward, dynamic=True, backend=BACKEND) for layer in layers}
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         # row source[t] predicts token t: the only shift
         hidden = self._hidden(micro_batch).flatten(0, 1)[micro_batch.source]
-        head = self.model.get_output_embeddings()
-        options = {
+        if token_loss is None:
+            return linear_logprob(hidden, self._head.weight, micro_batch.tokens.target, **self._head_options())
+        return self.folded_loss(hidden, micro_batch.tokens, token_loss)
+
+    def folded_loss(self, hidden: Tensor, tokens: TokenColumns, token_loss: TokenLoss) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed loss, log-probs and entropy, given hidden states [T, D]. Tokens of weight 0 never reach the head:
+        their log-prob is NaN."""
+        rows, options = tokens.head_rows, self._head_options()
+        if rows is None:
+            return linear_logprob_loss(hidden, self._head.weight, tokens.target, token_loss, **options)
+        loss_of = lambda *values: token_loss(*values[:2], rows[values[2]])  # noqa: E731
+        arguments = (hidden[rows], self._head.weight, tokens.target[rows], loss_of)
+        loss, *columns = linear_logprob_loss(*arguments, **options)
+        return loss, *(column.new_full((len(hidden),), torch.nan).index_copy_(0, rows, column) for column in columns)
+
+    @property
+    def _head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    def _head_options(self) -> dict[str, object]:
+        return {
             "temperature": self.temperature,
-            "bias": head.bias,
+            "bias": self._head.bias,
             "softcap": getattr(self.model.config, "final_logit_softcapping", None),
             "impl": self.impl,
+            "entropy_gradient": self.entropy_gradient,
         }
-        if token_loss is None:
-            return linear_logprob(hidden, head.weight, micro_batch.tokens.target, **options)
-        return _folded_loss(hidden, head.weight, micro_batch.tokens, token_loss, options)
 
     def _hidden(self, micro_batch: MicroBatch) -> Tensor:
         """Last hidden states, [rows, length, D]."""
         inputs = {"input_ids": micro_batch.input_ids, "position_ids": micro_batch.position_ids, "use_cache": False}
-        if micro_batch.shared_prefix is None:
-            # Right padding needs no mask under causal attention, and explicit positions leave nothing to be guessed.
+        attention = self.model.config._attn_implementation
+        if micro_batch.shared_prefix is not None:
+            attention, inputs["shared_prefix"] = SHARED_PREFIX, micro_batch.shared_prefix
+        # Right padding needs no mask under causal attention, and explicit positions leave nothing to be guessed.
+        with self.training_mode(attention):
             return self.model.base_model(**inputs).last_hidden_state
-        with attention_mode(self.model, SHARED_PREFIX):
-            return self.model.base_model(**inputs, shared_prefix=micro_batch.shared_prefix).last_hidden_state
 
-
-def _folded_loss(
-    hidden: Tensor, weight: Tensor, tokens: TokenColumns, token_loss: TokenLoss, options: dict[str, object]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, log-probs and entropy. Tokens of weight 0 never reach the head: their log-prob is NaN."""
-    rows = tokens.head_rows
-    if rows is None:
-        return linear_logprob_loss(hidden, weight, tokens.target, token_loss, **options)
-    loss, *columns = linear_logprob_loss(
-        hidden[rows], weight, tokens.target[rows], lambda *values: token_loss(*values[:2], rows[values[2]]), **options
-    )
-    return loss, *(column.new_full((len(hidden),), torch.nan).index_copy_(0, rows, column) for column in columns)
+    @contextmanager
+    def training_mode(self, attention: str) -> Iterator[None]:
+        """The model attends through `attention`, and its layers are the compiled ones: rollout wants neither."""
+        try:
+            for layer, forward in self._forwards.items():
+                layer.forward = forward
+            with attention_mode(self.model, attention):
+                yield
+        finally:
+            for layer in self._forwards:
+                del layer.forward
 
 
 class _WorkingCopy(torch.autograd.Function):
@@ -84,16 +117,16 @@ class _WorkingCopy(torch.autograd.Function):
 
 @contextmanager
 def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Let `model` compute with these tensors in place of its parameters, tied ones too; then put its own back.
+    """Let `model` compute with these tensors in place of its parameters so named, tied ones too; then put them back.
 
     Like torch.func.functional_call, but as a context, because gradient checkpointing has to enter it again when it
     computes a layer a second time in the backward pass.
     """
     owners = []
-    by_parameter = {id(parameter): weights[name] for name, parameter in model.named_parameters()}
+    by_parameter = {id(parameter): weights[name] for name, parameter in model.named_parameters() if name in weights}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if id(parameter) in by_parameter:
                 owners.append((module, name, parameter))
     try:
         for module, name, parameter in owners:
@@ -107,10 +140,20 @@ def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None
 class PolicyModule(nn.Module):
     """The policy as DistributedDataParallel sees it: its parameters are the fp32 masters."""
 
-    def __init__(self, policy: Policy, *, temperature: float, impl: str, checkpointing: bool = False):
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        temperature: float,
+        impl: str,
+        compile: bool = False,
+        entropy_gradient: bool = False,
+        checkpointing: bool = False,
+    ):
         super().__init__()
         self.masters = policy.masters
-        compute = LogprobModel(policy.model, temperature=temperature, impl=impl)
+        options = {"temperature": temperature, "impl": impl, "compile": compile}
+        compute = LogprobModel(policy.model, **options, entropy_gradient=entropy_gradient)
         self._hidden_from_ddp = (compute,)  # a tuple, so that the working copy is not registered as parameters too
         self._shares_weights = policy.model is policy.masters
         self._weights: dict[str, Tensor] = {}
@@ -137,8 +180,8 @@ class PolicyModule(nn.Module):
         if self._shares_weights:
             return nullcontext()
         working = dict(self.compute.model.named_parameters())
-        masters = self.masters.named_parameters()
-        self._weights = {name: _WorkingCopy.apply(master, working[name]) for name, master in masters}
+        trained = [(name, master) for name, master in self.masters.named_parameters() if master.requires_grad]
+        self._weights = {name: _WorkingCopy.apply(master, working[name]) for name, master in trained}
         return using_weights(self.compute.model, self._weights)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -148,8 +191,8 @@ class PolicyModule(nn.Module):
     @contextmanager
     def _as_now(self, attention: str, weights: dict[str, Tensor]) -> Iterator[None]:
         """The attention and the weights of this forward pass: both are put back long before its backward pass runs."""
-        model = self.compute.model
-        with attention_mode(model, attention), using_weights(model, weights) if weights else nullcontext():
+        weights_then = using_weights(self.compute.model, weights) if weights else nullcontext()
+        with self.compute.training_mode(attention), weights_then:
             yield
 
 
@@ -184,7 +227,10 @@ def check_packing(policy: PolicyModule, groups: list[Group], device: torch.devic
     members = [(0, s) for s in range(len(group.completions))]
     packed, padded = (build([group], members, device) for build in (packed_row, padded_rows))
     options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
-    truth = LogprobModel(policy.masters, **options)(padded)[0]
+    # A frozen base is bf16: in fp32 for this pass only.
+    in_fp32 = {name: parameter.float() for name, parameter in policy.masters.named_parameters()}
+    with using_weights(policy.masters, in_fp32):
+        truth = LogprobModel(policy.masters, **options)(padded)[0]
     error, rounding = ((policy(rows)[0] - truth).abs().double() for rows in (packed, padded))
     found = (error.mean().item(), error.max().item())
     allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)

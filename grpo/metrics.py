@@ -15,8 +15,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
@@ -24,12 +25,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from grpo.records import Group, Scores
+from grpo.live import Progress, can_show
+from grpo.records import Completion, Group, Scores
+from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
 DEFINITIONS = Path(__file__).parents[1] / "docs" / "metrics.md"
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "triton", "numpy", "tyro")
+GROUPS_WITH_TOKENS = 2  # of a step: all of them would make completions/ several times as large
 TRAINING_PHASES = ("rollout", "score", "update")
 COLUMNS = {  # key: heading, format; reward components come after `reward`
     "step": ("step", "d"),
@@ -53,32 +56,8 @@ PANELS = {  # title: key, without its components; the validation accuracy has a 
 Points = Sequence[tuple[float, float]]
 
 
-class Progress:
-    """Called as progress(done, total): a bar with ETA for the phase under way on a terminal, nothing elsewhere."""
-
-    def __init__(self, is_shown: bool):
-        self.is_shown = is_shown
-        self.phase = ""
-        self._bar: tqdm | None = None
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        if not self.is_shown:
-            return
-        if self._bar is None or self._bar.total != total or done < self._bar.n:
-            self.close()
-            self._bar = tqdm(total=total, desc=self.phase, leave=False, dynamic_ncols=True, file=sys.stdout)
-        if note:
-            self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
 class PhaseTimer:
-    """Wall seconds by phase: `with timer("rollout"): ...`. Names the phase to the progress bar, too."""
+    """Wall seconds by phase: `with timer("rollout"): ...`. Shows them on a terminal, too."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -87,7 +66,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        self.progress.phase = phase
+        self.progress.begin(phase)
         start = time.perf_counter()
         try:
             yield
@@ -140,20 +119,31 @@ class Console:
 
 
 class RunLogger:
-    """Writes metrics.jsonl, completions/, TensorBoard events, env.json, summary.json and curves.png; prints the table.
+    """Writes metrics.jsonl, completions/, env.json, summary.json and curves.png; prints the table; feeds the trackers.
 
-    is_terminal: progress bars are drawn; by default, whether standard output is one. Raises ValueError where another
-    process is writing in the same folder.
+    track: names of trackers, opened at the first step that they get.  config: every setting by its dotted key, for
+    them.  is_terminal: the live view is drawn; by default, where standard output can show it. Raises ValueError where
+    another process is writing in the same folder.
     """
 
-    def __init__(self, run_dir: Path, *, is_writer: bool, is_terminal: bool | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        is_writer: bool,
+        is_terminal: bool | None = None,
+        track: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
         self.run_dir = run_dir
         self.is_writer = is_writer
-        is_terminal = sys.stdout.isatty() if is_terminal is None else is_terminal
-        self.progress = Progress(is_writer and is_terminal)
+        self._track, self._config = tuple(track), config or {}
+        is_terminal = can_show() if is_terminal is None else is_terminal
+        self.progress = Progress(is_writer and is_terminal, self._config.get("num_steps", 0))
         self.timer = PhaseTimer(self.progress)
         self._console = Console()
-        self._events: Any = None
+        self._trackers: dict[str, Tracker] = {}
+        self._tracker_ids: dict[str, str] = {}
         self._last_step = 0
         self._is_placed = False  # metrics.jsonl stands where this run begins
         if is_writer:
@@ -170,7 +160,7 @@ class RunLogger:
             print(text, flush=True)
 
     def log(self, row: dict[str, float | int | None]) -> None:
-        """One training step: a line in metrics.jsonl, TensorBoard scalars, a row on the console."""
+        """One training step: a line in metrics.jsonl, scalars for the trackers, a row on the console."""
         if not self.is_writer:
             return
         if not self._is_placed:
@@ -178,24 +168,31 @@ class RunLogger:
         row = {key: None if value is None or not math.isfinite(value) else value for key, value in row.items()}
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
-        self._log_events(row)
+        scalars = {key: float(value) for key, value in row.items() if value is not None and key != "step"}
+        for tracker in self._open_trackers().values():
+            tracker.log(row["step"], scalars)
         self._last_step = row["step"]
+        self.progress.step_done(row)
         for line in self._console.lines(row):
             self.say(line)
 
-    def _log_events(self, row: dict[str, Any]) -> None:
-        if self._events is None:
-            self._events = _event_writer(self.run_dir, purge_step=self._last_step + 1)
-        if self._events:
-            for key, value in row.items():
-                if value is not None and key != "step":
-                    self._events.add_scalar(key, value, row["step"])
+    def _open_trackers(self) -> dict[str, Tracker]:
+        for name in self._track:
+            if name not in self._trackers:  # only now is it known whether a run goes on, and where
+                run_id = self._tracker_ids.get(name)
+                self._trackers[name] = TRACKERS[name](self.run_dir, self._config, run_id, self._last_step + 1)
+                self._tracker_ids[name] = self._trackers[name].id
+        return self._trackers
 
     def log_completions(self, step: int, records: Iterable[dict[str, Any]]) -> None:
-        """completions/step_N.jsonl, one line a completion (see `completion_records`)."""
+        """completions/step_N.jsonl, one line a completion (see `completion_records`); trackers get the first groups."""
         if self.is_writer:
             folder = self.run_dir / "completions"
             folder.mkdir(exist_ok=True)
+            records = list(records)
+            rows = [[record[name] for name in COMPLETION_COLUMNS] for record in records if "tokens" in record]
+            for tracker in self._open_trackers().values():
+                tracker.log_completions(step, rows)
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (folder / f"step_{step}.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -213,9 +210,10 @@ class RunLogger:
                 self.say(f"curves.png is not drawn: {error.name} is not installed (pip install matplotlib)")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where metrics.jsonl stands and the seconds spent so far."""
+        """Where metrics.jsonl stands, the seconds spent so far and the runs of the trackers."""
         offset = self._file.tell() if self.is_writer else 0
-        return {"offset": offset, "step": self._last_step, "seconds": dict(self.timer.totals)}
+        state = {"offset": offset, "step": self._last_step, "seconds": dict(self.timer.totals)}
+        return state | {"trackers": dict(self._tracker_ids)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where a checkpoint was written: later lines are cut off, their steps come again."""
@@ -227,6 +225,7 @@ class RunLogger:
                 wrote = f"{self.run_dir}/metrics.jsonl has {size} bytes, but {state['offset']} when the checkpoint was"
                 raise ValueError(f"{wrote} written; put the lost lines back or start another run")
             self._place(state["offset"])
+            self._tracker_ids = dict(state["trackers"])
 
     def _place(self, offset: int) -> None:
         self._file.truncate(offset)
@@ -237,23 +236,17 @@ class RunLogger:
         self.progress.close()
         if self.is_writer:
             self._file.close()
-            if self._events:
-                self._events.close()
+            for tracker in self._trackers.values():
+                tracker.close()
 
 
-def _event_writer(run_dir: Path, *, purge_step: int) -> Any:
-    """TensorBoard's writer, or False where that is not installed. It hides a killed run's events from purge_step on."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return False
-    return SummaryWriter(run_dir, purge_step=purge_step)
-
-
-def completion_records(groups: Sequence[Group], scores: Scores, advantages: Tensor) -> Iterator[dict[str, Any]]:
+def completion_records(
+    groups: Sequence[Group], scores: Scores, advantages: Tensor, token_text: Callable[[int], str]
+) -> Iterator[dict[str, Any]]:
     """One plain record a completion, in the order of groups. advantages: [P, G].
 
     `python -m grpo.rewards check` reads these lines again. A component without a value is null; its status says why.
+    The first GROUPS_WITH_TOKENS groups also have each token's text and log-prob as sampled, natural, to 3 decimals.
     """
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
@@ -269,7 +262,20 @@ def completion_records(groups: Sequence[Group], scores: Scores, advantages: Tens
                 "status": dict(zip(scores.names, scores.status[p][g], strict=True)),
                 "reward": scores.total[p, g].item(),
                 "advantage": advantages[p, g].item(),
+                **(_token_record(completion, token_text) if p < GROUPS_WITH_TOKENS else {}),
             }
+
+
+def _token_record(completion: Completion, token_text: Callable[[int], str]) -> dict[str, list]:
+    texts = [token_text(token) for token in completion.ids]
+    return {"tokens": texts, "logprobs": [round(logprob, 3) for logprob in completion.logprobs]}
+
+
+def token_texts(tokenizer: Any) -> Callable[[int], str]:
+    """Token id -> the text that it adds, remembered. Decoded behind another: some tokenizers drop a first space."""
+    before = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    start = len(tokenizer.decode(before))
+    return cache(lambda token: tokenizer.decode([*before, token])[start:])
 
 
 def length_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
@@ -374,12 +380,19 @@ def training_seconds(rows: list[dict[str, Any]]) -> list[float]:
     return list(accumulate(sum(row.get(f"seconds/{phase}", 0.0) for phase in TRAINING_PHASES) for row in rows))
 
 
-def documented_keys() -> list[str]:
-    """The keys that docs/metrics.md defines; `<...>` in one stands for a name."""
-    return re.findall(r"^- `([^`]+)`:", DEFINITIONS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+def documented_keys() -> dict[str, str]:
+    """What docs/metrics.md says of each key that it defines; `<...>` in a key stands for a name."""
+    text = DEFINITIONS.read_text(encoding="utf-8")
+    found = re.findall(r"^- `([^`]+)`: (.*(?:\n  .*)*)", text, flags=re.MULTILINE)
+    return {key: " ".join(words.split()) for key, words in found}
+
+
+def definition(key: str) -> str | None:
+    """What docs/metrics.md says of a logged key; None where it says nothing."""
+    patterns = {re.sub(r"<[^>]+>", "[^/]+", re.escape(known)): text for known, text in documented_keys().items()}
+    return next((text for pattern, text in patterns.items() if re.fullmatch(pattern, key)), None)
 
 
 def undocumented(keys: Iterable[str]) -> list[str]:
     """Those of the keys that docs/metrics.md does not define."""
-    patterns = [re.sub(r"<[^>]+>", "[^/]+", re.escape(key)) for key in documented_keys()]
-    return [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)]
+    return [key for key in keys if definition(key) is None]

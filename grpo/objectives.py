@@ -46,6 +46,8 @@ class Objective:
     kl_estimator: str = "k3"
     kl_where: str = "loss"
     kl_corrected: bool = False
+    ref_refresh_every: int = 0
+    ref_mix: float = 1.0
     entropy_bonus: float = 0.0
     entropy_share: float = 1.0
     mask_truncated: bool = False
@@ -78,6 +80,12 @@ class Objective:
     def acts_without_advantage(self) -> bool:
         """There is a gradient even where every advantage is 0."""
         return self.kl_in_loss or self.entropy_bonus != 0
+
+    @property
+    def hears_all(self) -> bool:
+        """A group whose advantages are all 0 still matters: to the gradient, to a threshold over all tokens, or (who
+        knows) to a surrogate of the user's own."""
+        return self.acts_without_advantage or self.needs_frozen_pass or self.surrogate not in SURROGATES
 
 
 # grpo: beta 0.02, half the paper's 0.04: short runs move little, and the reference is exercised by default.
@@ -303,6 +311,9 @@ def contradictions(objective: Objective) -> Iterator[str]:
         yield "objective.advantages=per_reward normalises each reward, which would undo beta; use kl_where=loss"
     if objective.overlong_share > 0 and objective.advantages == "per_reward":
         yield "objective.overlong_share with advantages=per_reward: it would not be seen; set it to 0"
+    if objective.ref_refresh_every and not objective.beta:
+        every = objective.ref_refresh_every
+        yield f"objective.ref_refresh_every={every} with beta=0: there is no reference to refresh; set beta, or use 0"
     if "ratio_cap" in wants and objective.ratio_cap <= 1 + objective.clip_high:
         yield f"objective.ratio_cap={objective.ratio_cap} must be above 1 + clip_high={1 + objective.clip_high}"
     if objective.surrogate == "sequence" and objective.entropy_share < 1:
@@ -363,8 +374,7 @@ def token_loss(
         kl = corrected_kl(name, logprobs, old, ref) if objective.kl_corrected else KL_ESTIMATORS[name](logprobs, ref)
         loss = loss + objective.beta * kl
     if objective.entropy_bonus:
-        if logprobs.requires_grad and not entropy.requires_grad:
-            raise ValueError("objective.entropy_bonus: this head gives no gradient of the entropy; use 0")
+        assert entropy.requires_grad or not logprobs.requires_grad, "the head was not asked for the entropy's gradient"
         loss = loss - objective.entropy_bonus * entropy
     return loss
 

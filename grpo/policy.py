@@ -1,8 +1,9 @@
-"""The model being trained, its tokenizer, its two precisions and the frozen reference.
+"""The model being trained, its tokenizer, its two precisions and the reference, which stays or follows it.
 
 On CUDA the fp32 *masters* are what DistributedDataParallel and AdamW see, and one bf16 *working* copy at fixed
 addresses serves the sampler and the training forward alike; `refresh` rewrites it in place after each optimizer
-step. In fp32 the two are the same module.
+step. In fp32 the two are the same module. What is not trained (under LoRA, grpo.lora, nearly all) has no master: it is
+there once, in the precision of the forward pass.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+ADAPTER_CONFIG = "adapter_config.json"  # the file that tells a folder in PEFT's format
+
 
 class Policy:
-    """masters: the fp32 model that is trained.  model: the working copy that samples and runs forward."""
+    """masters: the model that is trained, in fp32.  model: the working copy that samples and runs forward."""
 
     def __init__(self, masters: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str):
         refuse_unsupported(masters)
         self.masters = masters
+        self._trained = [name for name, parameter in masters.named_parameters() if parameter.requires_grad]
         self.tokenizer = tokenizer
         self.model = masters if precision == "fp32" else bf16_copy(masters)
 
@@ -34,7 +38,8 @@ class Policy:
         """Bring the working copy up to the masters, in place: its addresses never change."""
         if self.model is not self.masters:
             for working, master in zip(self.model.parameters(), self.masters.parameters(), strict=True):
-                working.copy_(master)
+                if working is not master:
+                    working.copy_(master)
 
     def save(self, folder: Path, state: dict | None = None) -> None:
         """Write the working copy and the tokenizer in Hugging Face layout.
@@ -51,30 +56,61 @@ class Policy:
 
     def state_dict(self) -> dict:
         """The fp32 masters, bit for bit, and no copy of them."""
-        return {"masters": {name: parameter.detach() for name, parameter in self.masters.named_parameters()}}
+        masters = dict(self.masters.named_parameters())
+        return {"masters": {name: masters[name].detach() for name in self._trained}}
 
     def load_state_dict(self, state: dict) -> None:
         """Masters from `state_dict`, then the working copy."""
-        expected = {name: tuple(parameter.shape) for name, parameter in self.masters.named_parameters()}
+        masters = dict(self.masters.named_parameters())
+        expected = {name: tuple(masters[name].shape) for name in self._trained}
         found = {name: tuple(tensor.shape) for name, tensor in state["masters"].items()}
         if expected != found:
             differing = sorted(expected.items() ^ found.items())[:4]
             raise ValueError(
                 f"the checkpoint does not fit this model; first differences (name, shape): {differing}; "
-                "resume with the model.path it was trained from"
+                "resume with the model.path and the lora section it was trained with"
             )
         with torch.no_grad():
-            for name, parameter in self.masters.named_parameters():
-                parameter.copy_(state["masters"][name])
+            for name in self._trained:
+                masters[name].copy_(state["masters"][name])
         self.refresh()
+
+    def copy_of(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of the masters or of the working copy; what is not trained is shared."""
+        pairs = zip(model.parameters(), self.masters.parameters(), strict=True)
+        return copy.deepcopy(model, {id(own): own for own, master in pairs if not master.requires_grad}).eval()
 
 
 def bf16_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A frozen copy whose parameters are bf16. Buffers stay fp32: rotary frequencies do not survive rounding."""
-    duplicate = copy.deepcopy(model).requires_grad_(False)
+    """A frozen copy whose parameters are bf16; those that are bf16 already are shared.
+
+    Buffers stay fp32: rotary frequencies do not survive rounding.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters() if parameter.dtype == torch.bfloat16}
+    duplicate = copy.deepcopy(model, shared).requires_grad_(False)
     for parameter in duplicate.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return duplicate
+
+
+class MovingReference(Policy):
+    """A reference that follows the policy at a distance.
+
+    Its masters are fp32 as the policy's are: many small moves add up where bf16 would round each of them away.
+    """
+
+    def __init__(self, policy: Policy):
+        masters = policy.copy_of(policy.masters)
+        super().__init__(masters, policy.tokenizer, "fp32" if policy.model is policy.masters else "bf16")
+        masters.requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, policy: Policy, mix: float) -> None:
+        """masters <- (1 - mix) * masters + mix * the policy's masters; mix 1 is a copy, bit for bit."""
+        for own, current in zip(self.masters.parameters(), policy.masters.parameters(), strict=True):
+            if own is not current:
+                own.lerp_(current, mix)
+        self.refresh()
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
@@ -85,15 +121,13 @@ def choose_precision(precision: str, device: torch.device) -> str:
 def load_policy(path: str, *, precision: str, device: torch.device) -> Policy:
     """A hub id or local folder -> Policy on `device`, fp32 masters, SDPA attention, gradients on."""
     masters = from_hub(AutoModelForCausalLM, path, dtype=torch.float32, attn_implementation="sdpa").to(device)
-    policy = Policy(masters, load_tokenizer(path), choose_precision(precision, device))
-    masters.train()
-    policy.model.train()  # dropout is refused; train mode is what lets gradient checkpointing work
-    return policy
+    # Dropout is refused; train mode is what lets gradient checkpointing work.
+    return Policy(masters.train(), load_tokenizer(path), choose_precision(precision, device))
 
 
 def load_reference(policy: Policy) -> PreTrainedModel:
-    """The frozen reference: a copy of the policy as it is now, in the policy's own forward precision."""
-    return copy.deepcopy(policy.model).requires_grad_(False).eval()
+    """The frozen reference: the policy as it is now, in its own forward precision."""
+    return policy.copy_of(policy.model).requires_grad_(False)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -106,6 +140,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def load_model_config(path: str) -> object:
     """The transformers config of a hub id or local folder, without its weights."""
+    if (Path(path).expanduser() / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"model.path={path!r} holds an adapter; first: python -m grpo.lora merge {path} OUT")
     return from_hub(AutoConfig, path)
 
 

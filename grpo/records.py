@@ -85,6 +85,12 @@ class Scores:
             "unscored": 1 - self.scored.float().mean().item(),
         }
 
+    def pass_rates(self, component: str) -> list[float | None]:
+        """Of each group, the share of completions to which the component gave 1 or more; None where it judged none."""
+        values = self.components[..., self.names.index(component)]
+        counts = zip((values >= 1).sum(1).tolist(), (~values.isnan()).sum(1).tolist(), strict=True)
+        return [passed / judged if judged else None for passed, judged in counts]
+
     def pick(self, groups: list[int]) -> Scores:
         """Of these groups, in this order."""
         columns = {name: getattr(self, name)[groups] for name in ("components", "total", "scored")}
@@ -194,7 +200,9 @@ class Batch:
     """A list of optimizer steps, each a list of micro-batches: equally many on every rank."""
 
     optimizer_steps: list[list[MicroBatch]]
-    groups: list[Group] = field(default_factory=list)  # of this rank: what the micro-batches were made of
+    groups: list[range]  # of each optimizer step of one pass, by place in this rank's list, silent ones too
+    lengths: Tensor  # [groups of this rank, G] int64: tokens of each completion
+    made_of: list[Group] = field(default_factory=list)  # this rank's list: what packing anew needs
 
     @property
     def micro_batches(self) -> list[MicroBatch]:

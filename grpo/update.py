@@ -85,7 +85,7 @@ def update_policy(
     totals: dict[str, float] = {}
     done = 0
     if updater.world.size > 1:
-        batch.optimizer_steps = [smallest_last(step, batch.groups) for step in batch.optimizer_steps]
+        batch.optimizer_steps = [smallest_last(step, batch.made_of) for step in batch.optimizer_steps]
     for position in range(len(batch.optimizer_steps)):
         for name, value in optimizer_step(updater, batch, position, step=step).items():
             totals[name] = max(totals.get(name, 0.0), value) if name.endswith("_max") else totals.get(name, 0.0) + value
@@ -130,7 +130,7 @@ def halve_micro_batches(updater: Updater, batch: Batch, position: int) -> None:
         f"out of memory in a micro-batch of {updater.too_large} tokens: from here on {updater.token_budget}, with the "
         "same gradient; to start so, set batch.tokens_per_micro_batch"
     )
-    later = [halve(micro_batches, batch.groups) for micro_batches in batch.optimizer_steps[position:]]
+    later = [halve(micro_batches, batch.made_of) for micro_batches in batch.optimizer_steps[position:]]
     batch.optimizer_steps[position:] = later
 
 
@@ -296,14 +296,14 @@ def take_step(updater: Updater, sums: dict[str, float], *, step: int) -> float:
 
 
 def summarise(totals: dict[str, float]) -> dict[str, float]:
-    """Token sums -> token means; loss and gradient norm -> means over optimizer steps; maxima as they are.
+    """Token sums -> token means, NaN of none; loss and gradient norm -> means over steps; maxima as they are.
 
     Means are over the steps that were not skipped, and NaN where all were.
     """
     skipped = {"skipped_steps": totals.pop("skipped_steps")}
     if "tokens" not in totals:
         return {**skipped, "loss": math.nan, "grad_norm": math.nan}
-    tokens, steps = max(totals.pop("tokens"), 1.0), totals.pop("optimizer_steps")
+    tokens, steps = totals.pop("tokens") or math.nan, totals.pop("optimizer_steps")
     totals.pop("teaching_tokens")
     per_step = {"loss", "grad_norm"}
     return skipped | {

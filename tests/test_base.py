@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,15 @@ def prepare(task, cache_dir, base=TINY, seed=0):
 def supervisor_of(task, tokenizer, base=TINY, seed=0):
     torch.manual_seed(seed)
     return Supervisor(build_model(base, tokenizer), tokenizer, base, task, seed)
+
+
+def test_of_the_solutions_that_training_sees_as_many_are_long_as_asked_for(task, tokenizer):
+    def lengths(**changes):
+        supervisor = supervisor_of(task, tokenizer, replace(TINY, num_solutions=20, **changes))
+        return [problem.solution.count("\n") for problem in itertools.islice(supervisor.problems, 60)]
+
+    assert sorted(lengths(long_solutions=4)).count(3) == 12, "4 of 20, three epochs"
+    assert sorted(lengths()).count(3) > 15, "as they come: about half"
 
 
 def test_every_test_problem_comes_back_exactly_through_the_tokenizer(task, tokenizer):

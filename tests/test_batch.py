@@ -19,9 +19,9 @@ def group_of(prompt: tuple[int, ...], *completions: list[int]) -> Group:
     return Group(Problem(id="", question="", answer="", prompt_ids=prompt), made, step=0)
 
 
-def packed(groups: list[Group], budget: int, layout: str = "packed", max_over_ranks=lambda tensor: tensor) -> Batch:
-    options = {"tokens_per_micro_batch": budget, "max_over_ranks": max_over_ranks, "device": CPU, "layout": layout}
-    return pack(groups, minibatches=1, passes=1, **options)
+def packed(groups: list[Group], budget: int, layout: str = "packed", **others) -> Batch:
+    options = {"max_over_ranks": lambda tensor: tensor, "device": CPU, "layout": layout} | others
+    return pack(groups, minibatches=1, passes=1, tokens_per_micro_batch=budget, **options)
 
 
 def test_a_packed_row_worked_by_hand():
@@ -87,11 +87,28 @@ def test_a_rank_with_less_work_spreads_it_over_as_many_micro_batches_and_fills_u
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_silent_group_is_in_no_micro_batch_and_still_in_the_denominators(layout):
+    groups = made_up_groups(4)
+    batch = packed(groups, 60, layout, silent=[False, True, True, False])
+    assert {g for micro_batch in batch.micro_batches for g, _ in micro_batch.sequences} == {0, 3}
+    options = {"aggregation": "constant", "max_new_tokens": 12, "sum_over_ranks": lambda tensor: tensor}
+    weigh(batch, torch.ones(4, 4), torch.ones(4, 4, dtype=torch.bool), **options)
+    weights = torch.cat([micro_batch.tokens.weight for micro_batch in batch.micro_batches])
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / (16 * 12)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_whose_groups_are_all_silent_gets_one_dummy(layout):
+    (only,) = packed(made_up_groups(2), 60, layout, silent=[True, True]).micro_batches
+    assert only.is_dummy
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_dummy_touches_every_parameter_and_moves_none(layout):
     module = PolicyModule(Policy(tiny_qwen2(), word_tokenizer(), "fp32"), temperature=1.0, impl="torch")
     micro_batch = dummy(LAYOUTS[layout][1], made_up_groups(1)[0], CPU)
     weigh(
-        Batch([[micro_batch]]),
+        Batch([[micro_batch]], [range(1)], torch.ones(1, 4, dtype=torch.int64)),
         torch.zeros(1, 4),
         torch.ones(1, 4, dtype=torch.bool),
         aggregation="constant",

@@ -17,6 +17,7 @@ from grpo.config_check import FIXED, FREE, changes, check
 ROOT = Path(__file__).parents[1]
 FACTS = dry_run.ModelFacts(
     num_parameters=1000,
+    num_trained=1000,
     num_layers=2,
     num_kv_heads=2,
     head_dim=8,
@@ -110,6 +111,16 @@ def test_gsm8k_has_the_promised_defaults():
     assert (config.rollout.prompts_per_step, config.rollout.group_size, config.rollout.max_new_tokens) == (64, 16, 400)
     assert (config.optim.lr, config.optim.schedule, config.optim.warmup) == (1e-6, "cosine", 0.1)
     assert (config.eval.every, config.eval.validation_problems) == (20, 200)
+
+
+def test_gsm8k_lora_has_the_promised_defaults():
+    config = load(ROOT / "configs" / "gsm8k_lora.yaml")
+    assert (config.lora.rank, config.lora.alpha, len(config.lora.target_modules)) == (16, 16.0, 7)
+    assert (config.rollout.prompts_per_step, config.rollout.group_size, config.rollout.max_new_tokens) == (32, 8, 400)
+    assert (config.optim.lr, config.optim.schedule, config.optim.warmup) == (2e-5, "cosine", 0.1)
+    assert replace(config, lora=Config().lora, rollout=Config().rollout, optim=Config().optim) == replace(
+        load(ROOT / "configs" / "gsm8k.yaml"), rollout=Config().rollout, optim=Config().optim
+    )
 
 
 # --- the command line ---
@@ -251,6 +262,7 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
         ("optim.lr", float("inf"), "optim.lr=inf is outside"),
         ("optim.betas", (0.9, 1.0), r"optim.betas=\(0.9, 1.0\) is outside \[0, 1\)"),
         ("objective.beta", -0.1, r"objective.beta=-0.1 is outside \[0, inf\)"),
+        ("base.long_solutions", 3, "base.long_solutions=3 are meant to be among base.num_solutions=0; use fewer"),
         ("data.validation_fraction", 1.0, r"data.validation_fraction=1.0 is outside \(0, 1\)"),
     ],
 )
@@ -265,6 +277,12 @@ def test_all_mistakes_are_reported_at_once():
     with pytest.raises(ValueError) as refused:
         check(config, world_size=1)
     assert len(str(refused.value).splitlines()) == 2
+
+
+def test_compiled_layers_with_gradient_checkpointing_are_refused():
+    model = replace(Config().model, compile=True, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="model.compile with model.gradient_checkpointing: .* choose one"):
+        check(replace(Config(), model=model), world_size=1)
 
 
 def test_nothing_rewarded_is_refused():
@@ -352,8 +370,14 @@ def test_the_memory_estimate_by_hand():
     assert memory["KV cache"] == 5280 * 128
     assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 64) * 2
     assert memory["logits of a chunk"] == 4 * 100 * 16
+    adapted = dry_run.memory_estimate(Config(), 1, replace(FACTS, num_trained=10))
+    assert adapted["fp32 masters"] == adapted["gradients, fp32"] == 40 and adapted["Adam moments, fp32"] == 80
+    assert adapted["frozen base"] == 2 * 990
+    assert adapted["working copy, bf16"] == adapted["frozen reference"] == 20
+    moved = replace(Config(), objective=replace(Config().objective, ref_refresh_every=5))
+    assert dry_run.memory_estimate(moved, 1, FACTS)["masters of the reference, fp32"] == 4000
     in_fp32 = dry_run.memory_estimate(Config(), 1, replace(FACTS, bytes_per_element=4, has_reference=False))
-    assert not {"working copy, bf16", "frozen reference"} & set(in_fp32)
+    assert not {"frozen base", "working copy, bf16", "frozen reference"} & set(in_fp32)
 
 
 def test_the_activation_estimate_is_within_a_quarter_of_what_a_qwen2_keeps_for_backward():

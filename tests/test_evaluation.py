@@ -12,7 +12,15 @@ import torch
 
 import eval as eval_command
 from grpo.distributed import World
-from grpo.evaluation import Evaluation, evaluate, majority_accuracy, pass_at_k, wilson_interval
+from grpo.evaluation import (
+    CORRECTNESS,
+    Evaluation,
+    evaluate,
+    majority_accuracy,
+    pass_at_k,
+    result_table,
+    wilson_interval,
+)
 from grpo.records import Completion, Group, Problem
 from grpo.rewards import Reward, correctness_reward, format_reward
 from tests.tiny import save_tiny_model, write_gsm8k_files
@@ -53,6 +61,13 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success(samples, correct):
     for k in range(1, samples + 1):
         subsets = list(itertools.combinations(outcomes, k))
         assert pass_at_k(samples, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_without_any_final_answer_there_is_no_majority_in_summary_or_table():
+    correct = torch.tensor([[True, False]])
+    summary = Evaluation([group_of([None, None])], correct, {CORRECTNESS: 0.5}, 0.5, 3.0, 0.0).summary()
+    assert summary["maj_at_k"] == {} and summary["pass_at_k"]["2"] == 1.0
+    assert "pass@2" in result_table({"code": summary}) and "maj" not in result_table({"code": summary})
 
 
 def test_majority_ignores_completions_without_an_answer_and_takes_the_first_of_equals():
@@ -114,7 +129,7 @@ def test_eval_with_samples_repeats_itself_and_depends_on_the_seed(model_and_data
         assert status == 0
         results.append(json.loads(output.read_text())["models"][f"{model_and_data}/model"]["0"])
     assert results[0] == results[1]
-    assert set(results[0]["maj_at_k"]) == {"1", "2", "4"}
+    assert set(results[0]["pass_at_k"]) == {"1", "2", "4"}
 
 
 def test_eval_scores_a_file_of_completions_and_loads_nothing(tmp_path, capsys):

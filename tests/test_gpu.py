@@ -12,13 +12,13 @@ from grpo.batch import pack, weigh
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
-from grpo.policy import Policy, load_reference
+from grpo.policy import Policy, bf16_copy, load_reference
 from grpo.records import Problem
 from grpo.rewards import Reward, score_groups
 from grpo.rollout import Sampler, Sampling
 from grpo.update import Updater, make_optimizer, update_policy
 from tests.test_learns import share_of_w7
-from tests.tiny import made_up_groups, tiny_qwen2, word_tokenizer
+from tests.tiny import adapted, made_up_groups, tiny_qwen2, word_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,10 +28,13 @@ OBJECTIVE = resolve("grpo", beta=0.02)
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "initializer_range": 0.05}
 
 
-def train_three_steps(precision: str, groups_of) -> tuple[float, list[dict[str, float]]]:
+def train_three_steps(precision: str, groups_of, *, lora: bool = False) -> tuple[float, list[dict[str, float]]]:
     """How far the masters moved in three steps, and the metrics of each. groups_of(sampler, step) -> groups."""
     world = World(rank=0, size=1, device=torch.device("cuda"))
-    policy = Policy(tiny_qwen2(**SHAPE).to("cuda"), word_tokenizer(), precision)
+    model = tiny_qwen2(**SHAPE)
+    if lora:
+        model = adapted(model if precision == "fp32" else bf16_copy(model))
+    policy = Policy(model.to("cuda"), word_tokenizer(), precision)
     module = PolicyModule(policy, temperature=1.0, impl="auto")
     reference = LogprobModel(load_reference(policy), temperature=1.0, impl="auto")
     sampling = Sampling(group_size=8, max_new_tokens=24, temperature=1.0, top_p=1.0, top_k=0, stop=())
@@ -67,18 +70,20 @@ def train_three_steps(precision: str, groups_of) -> tuple[float, list[dict[str, 
     return (end - start).norm().item(), rows
 
 
-def test_three_steps_in_bf16_have_finite_losses_and_move_the_masters_as_far_as_in_fp32():
+@pytest.mark.parametrize("lora", [False, True])
+def test_three_steps_in_bf16_have_finite_losses_and_move_the_masters_as_far_as_in_fp32(lora):
     fixed = lambda sampler, step: made_up_groups(8, 8, seed=step)  # noqa: E731
-    distance_fp32, _ = train_three_steps("fp32", fixed)
-    distance_bf16, rows = train_three_steps("bf16", fixed)
+    distance_fp32, _ = train_three_steps("fp32", fixed, lora=lora)
+    distance_bf16, rows = train_three_steps("bf16", fixed, lora=lora)
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
     assert distance_bf16 == pytest.approx(distance_fp32, rel=0.1)
 
 
-def test_sampled_log_probs_agree_with_the_training_forward():
+@pytest.mark.parametrize("lora", [False, True])
+def test_sampled_log_probs_agree_with_the_training_forward(lora):
     problems = [Problem(id=str(i), question="", answer="", index=i, prompt_ids=(2 + i, 3, 4)) for i in range(8)]
     sample = lambda sampler, step: sampler.generate(problems, step)  # noqa: E731
-    _, fp32 = train_three_steps("fp32", sample)
-    _, bf16 = train_three_steps("bf16", sample)
+    _, fp32 = train_three_steps("fp32", sample, lora=lora)
+    _, bf16 = train_three_steps("bf16", sample, lora=lora)
     assert max(row["mismatch_max"] for row in fp32) < 1e-3
     assert max(row["mismatch"] for row in bf16) < 0.1  # an untrained model; reported every step as `mismatch`

@@ -21,15 +21,15 @@ from tests.tiny import tiny_qwen2, word_tokenizer
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
-def mean_rewards(rewards, score=score_texts) -> tuple[list[float], float]:
+def mean_rewards(rewards, score=score_texts, *, model=None, lr=5e-3) -> tuple[list[float], float]:
     """The mean of the first component over 30 steps of training, and the share that went unscored."""
-    policy = Policy(tiny_qwen2(initializer_range=0.02), word_tokenizer(), "fp32")
+    policy = Policy(model or tiny_qwen2(initializer_range=0.02), word_tokenizer(), "fp32")
     module = PolicyModule(policy, temperature=1.0, impl="torch")
     reference = LogprobModel(load_reference(policy), temperature=1.0, impl="torch")
     objective = resolve("grpo", beta=0.001)
     sampling = Sampling(group_size=8, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, stop=())
     sampler = Sampler(policy.model, policy.tokenizer, sampling, seed=0, max_sequences=64, prefill_tokens=512)
-    optimizer = make_optimizer(list(module.parameters()), lr=5e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(list(module.parameters()), lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     updater = Updater(module, optimizer, objective, ALONE, 1.0, policy.refresh)
     means, unscored = [], []
     for step in range(1, 31):
@@ -49,7 +49,7 @@ def mean_rewards(rewards, score=score_texts) -> tuple[list[float], float]:
             max_new_tokens=8,
             sum_over_ranks=ALONE.sum,
         )
-        metrics = update_policy(updater, batch, step=step, lr=5e-3)
+        metrics = update_policy(updater, batch, step=step, lr=lr)
         assert metrics["mismatch_max"] < 1e-4  # the sampler's log-probs are the training forward's
         means.append(scores.components[..., 0].nanmean().item())
         unscored.append(1 - scores.scored.float().mean().item())

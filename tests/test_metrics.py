@@ -2,13 +2,13 @@
 
 import json
 import sys
-import time
 
 import pytest
 import torch
 
 from grpo import metrics
-from grpo.metrics import Console, PhaseTimer, Progress, RunLogger
+from grpo.live import Progress
+from grpo.metrics import Console, PhaseTimer, RunLogger
 from grpo.records import Completion, Group, Problem, Scores
 
 
@@ -78,18 +78,8 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_tensorboard_gets_the_scalars_of_the_row(logger, tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    logger.log(row(1))
-    logger.log(row(2, kl=0.5, loss=float("inf")))
-    logger.close()
-    written = events.EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in written.Scalars("kl")] == [(1, pytest.approx(0.01)), (2, 0.5)]
-    assert set(written.Tags()["scalars"]) == {"reward", "reward/format", "kl", "seconds/rollout"}
-
-
-def test_without_tensorboard_and_matplotlib_a_run_goes_on(logger, tmp_path, monkeypatch, capsys):
-    for name in ("tensorboard", "torch.utils.tensorboard", "matplotlib", "matplotlib.figure"):
+def test_without_matplotlib_a_run_goes_on(logger, tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     logger.log(row(1))
     logger.draw_curves()
@@ -129,20 +119,6 @@ def test_phase_seconds_are_measured_taken_once_and_summed_over_the_run(monkeypat
     assert timer.training_seconds() == 5.5, "evaluation does not count as training"
 
 
-def test_a_bar_is_drawn_for_the_phase_on_a_terminal_and_nothing_elsewhere(capsys):
-    shown = PhaseTimer(Progress(is_shown=True))
-    with shown("rollout"):
-        shown.progress(1, 4)
-        time.sleep(0.15)  # a bar is redrawn at most every 0.1 s
-        shown.progress(3, 4)
-    drawn = capsys.readouterr().out
-    assert "rollout:  75%" in drawn and "3/4" in drawn
-    silent = PhaseTimer(Progress(is_shown=False))
-    with silent("rollout"):
-        silent.progress(1, 4)
-    assert capsys.readouterr() == ("", "")
-
-
 def test_completion_records_hold_what_the_reward_checker_reads():
     problem = Problem("train/7", "2+3?", "5", prompt="Question: 2+3?\nAnswer:")
     group = Group(
@@ -152,7 +128,7 @@ def test_completion_records_hold_what_the_reward_checker_reads():
     status = [[["ok", "abstain"], ["ok", "ok"]]]
     total = torch.tensor([[0.5, 0.0]])
     scores = Scores(("format", "style"), (0.5, 1.0), components, status, total, torch.ones(1, 2, dtype=torch.bool))
-    first, second = metrics.completion_records([group], scores, torch.tensor([[1.0, -1.0]]))
+    first, second = metrics.completion_records([group], scores, torch.tensor([[1.0, -1.0]]), "abc".__getitem__)
     assert first == {
         "problem": "train/7",
         "sample": 0,
@@ -164,8 +140,32 @@ def test_completion_records_hold_what_the_reward_checker_reads():
         "status": {"format": "ok", "style": "abstain"},
         "reward": 0.5,
         "advantage": 1.0,
+        "tokens": ["b"],
+        "logprobs": [-0.5],
     }
     assert (second["completion"], second["finish_reason"], second["advantage"]) == ("6", "length", -1.0)
+
+
+def test_only_the_first_groups_of_a_step_are_recorded_token_by_token():
+    count = metrics.GROUPS_WITH_TOKENS + 1
+    groups = [Group(Problem(str(p), "", ""), [Completion([0], [-0.12345], "x", "eos", 0)], 1) for p in range(count)]
+    shape = torch.zeros(count, 1)
+    scores = Scores(("format",), (1.0,), shape[..., None], [[["ok"]]] * count, shape, shape == 0)
+    *with_tokens, last = metrics.completion_records(groups, scores, shape, "a".__getitem__)
+    assert [(record["tokens"], record["logprobs"]) for record in with_tokens] == [(["a"], [-0.123])] * (count - 1)
+    assert not {"tokens", "logprobs"} & set(last)
+
+
+def test_the_texts_of_single_tokens_keep_the_spaces_that_join_them():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {piece: i for i, piece in enumerate(["\u2581a", "\u2581dog", "s", "<unk>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert wrapped.decode([1]) == "dog", "alone, the space is lost"
+    assert [metrics.token_texts(wrapped)(i) for i in (1, 2)] == [" dog", "s"]
 
 
 def test_training_seconds_leave_evaluation_and_checkpoints_out():
@@ -208,3 +208,4 @@ def test_documented_keys_cover_names_within_a_pattern_and_nothing_else():
     assert {"step", "reward", "reward/<component>", "seconds/<phase>"} <= set(metrics.documented_keys())
     keys = ["step", "reward/format", "seconds/rollout", "reward/", "reward/a/b", "rewards", "nonsense"]
     assert metrics.undocumented(keys) == ["reward/", "reward/a/b", "rewards", "nonsense"]
+    assert metrics.definition("seconds/rollout").endswith("(a checkpoint is counted in the line after it).")

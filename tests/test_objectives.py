@@ -194,7 +194,7 @@ def test_token_loss_equals_a_loop_written_from_the_paper():
 def test_an_entropy_bonus_without_gradient_is_an_error_and_not_silence():
     logprobs, old, _, advantages = four_columns()
     objective = resolve("dr_grpo", entropy_bonus=0.1)
-    with pytest.raises(ValueError, match="no gradient of the entropy"):
+    with pytest.raises(AssertionError, match="not asked for the entropy's gradient"):
         token_loss(objective, logprobs.requires_grad_(), old=old, ref=None, advantages=advantages, entropy=-old)
 
 
@@ -313,6 +313,7 @@ def test_a_bad_choice_is_refused_with_its_name(arguments, message):
         ("gspo", {"entropy_share": 0.2}, "use sequence_token"),
         ("dapo", {"advantages": "per_reward"}, "it would not be seen"),
         ("gspo", {"mismatch": "token_truncate"}, "use sequence_truncate"),
+        ("dapo", {"ref_refresh_every": 5}, "ref_refresh_every=5 with beta=0: there is no reference to refresh"),
     ],
 )
 def test_a_combination_that_cannot_be_meant_is_refused_with_the_reason(preset, overrides, message):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.batch import pack, weigh
+from grpo import logprobs
+from grpo.batch import LAYOUTS, pack, weigh
 from grpo.distributed import World
 from grpo.logprobs import PolicyModule
 from grpo.objectives import resolve
-from grpo.policy import Policy, load_policy, load_reference, refuse_unsupported
+from grpo.policy import MovingReference, Policy, load_policy, load_reference, refuse_unsupported
 from grpo.update import Updater, make_optimizer, update_policy
 from tests.tiny import made_up_groups, tiny_qwen2, word_tokenizer
 
@@ -77,6 +78,30 @@ def test_gradient_checkpointing_changes_no_gradient(precision, tied):
         assert plain.norm() > 0 and torch.equal(plain, checkpointed)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_layers_change_no_log_prob_and_no_gradient_and_rollout_does_not_see_them(layout, monkeypatch):
+    monkeypatch.setattr(logprobs, "BACKEND", "eager")  # traces as inductor does, and compiles nothing for a minute
+    compiled_calls = torch._dynamo.utils.counters["stats"]
+
+    def values(compile):
+        policy = Policy(tiny_qwen2(), word_tokenizer(), "bf16")
+        module = PolicyModule(policy, temperature=1.0, impl="torch", compile=compile)
+        found = []
+        for groups in (made_up_groups(2), made_up_groups(3, seed=1)):  # two lengths
+            options = {"minibatches": 1, "passes": 1, "tokens_per_micro_batch": 10_000, "layout": layout}
+            batch = pack(groups, **options, max_over_ranks=ALONE.max, device=ALONE.device)
+            output = module(batch.micro_batches[0])[0]
+            output.sum().backward()
+            found.append(output.detach())
+        assert not any("forward" in vars(layer) for layer in policy.model.base_model.layers)
+        return [*found, *(parameter.grad for parameter in module.parameters())]
+
+    plain, before = values(False), compiled_calls["unique_graphs"]
+    for ours, theirs in zip(values(True), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert compiled_calls["unique_graphs"] > before
+
+
 def test_the_working_copy_follows_the_masters_at_the_same_addresses():
     policy = Policy(tiny_qwen2(), word_tokenizer(), "bf16")
     addresses = [parameter.data_ptr() for parameter in policy.model.parameters()]
@@ -118,6 +143,43 @@ def test_the_reference_stays_where_the_policy_was():
         policy.masters.model.embed_tokens.weight.add_(1.0)
     assert torch.equal(reference.model.embed_tokens.weight, before)
     assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def all_set_to(value, policy):
+    with torch.no_grad():
+        for parameter in policy.masters.parameters():
+            parameter.fill_(value)
+    policy.refresh()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_moving_reference_copies_or_averages_and_never_moves_the_policy(precision):
+    policy = Policy(tiny_qwen2(), word_tokenizer(), precision)
+    all_set_to(1.0, policy)
+    reference = MovingReference(policy)
+    all_set_to(3.0, policy)
+    values = lambda model: {value for parameter in model.parameters() for value in parameter.unique().tolist()}  # noqa: E731
+    assert values(reference.model) == {1.0}
+    for expected in (1.5, 1.875):  # a quarter of the way: 1 + 2/4, then 1.5 + 1.5/4
+        reference.follow(policy, 0.25)
+        assert values(reference.model) == {expected} and values(policy.model) == {3.0}
+    all_set_to(0.1, policy)  # no float has this value: a copy must not round it
+    reference.follow(policy, 1.0)
+    assert values(reference.masters) == values(policy.masters) and values(reference.model) == values(policy.model)
+    assert not any(parameter.requires_grad for parameter in reference.model.parameters())
+
+
+def test_moves_below_the_precision_of_bf16_add_up():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "bf16")
+    all_set_to(1.0, policy)
+    reference = MovingReference(policy)
+    all_set_to(2.0, policy)
+    for _ in range(10):  # 1/512 is half of what bf16 can add to 1
+        reference.follow(policy, 1 / 512)
+    assert reference.model.model.norm.weight[0].item() == 1.015625  # 2 - (511/512)^10 = 1.0194, in steps of 1/128
+    again = MovingReference(policy)
+    again.load_state_dict(reference.state_dict())
+    assert torch.equal(again.masters.model.norm.weight, reference.masters.model.norm.weight)
 
 
 def test_a_checkpoint_of_another_size_is_refused_by_name_and_shape():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 from tests.rollout_helpers import FAMILIES, PAD, problems, sampler, tiny_model
+from tests.tiny import adapted
 
 LENGTHS = (17, 30, 1, 5)  # ragged, across the sliding windows, and a prompt with nothing to prefill
 
@@ -46,27 +46,9 @@ def test_sampler_log_probs_are_those_of_a_plain_forward_pass(family):
             assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-4
 
 
-class LoRA(nn.Module):
-    """A linear layer with a low-rank addition, as an adapter wraps it."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(base.in_features, 4, bias=False)
-        self.up = nn.Linear(4, base.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + 0.3 * self.up(self.down(x))
-
-
-def test_a_model_with_lora_wrapped_linears_samples_as_it_generates():
-    model = tiny_model("qwen2")
-    plain = greedy(model, problems(17)[0], 20)
-    for layer in model.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, LoRA(child))
+def test_a_model_with_adapters_samples_as_it_generates():
+    plain = greedy(tiny_model("qwen2"), problems(17)[0], 20)
+    model = adapted(tiny_model("qwen2"))
     assert greedy(model, problems(17)[0], 20) != plain
     assert_greedy_equals_generate(model)
 

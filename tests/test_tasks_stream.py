@@ -1,8 +1,12 @@
-"""The problem stream: epochs are permutations, seeds differ, and its state is enough to go on."""
+"""The problem stream: epochs are permutations, a curriculum leaves problems out, and its state is enough to go on."""
+
+import random
 
 import pytest
+import torch
 
-from grpo.records import Problem
+from grpo.records import Problem, Scores
+from grpo.tasks.curriculum import target_rate
 from grpo.tasks.stream import ENDLESS_STRIDE, ProblemStream
 
 TEN = [Problem(id=str(i), question=f"{i}?", answer=str(i)) for i in range(10)]
@@ -46,6 +50,72 @@ def test_a_loaded_stream_goes_on_where_the_saved_one_stood(problems):
     stream.take(17)
     resumed.load_state_dict(stream.state_dict())
     assert resumed.take(8) == stream.take(8)
+
+
+def visit(stream, count, rate_of):
+    """Takes one problem after the other; what was taken, as the digits of their ids."""
+    taken = []
+    for _ in range(count):
+        (problem,) = stream.take(1)
+        stream.remember([rate_of(int(problem.id))])
+        taken.append(problem.id)
+    return "".join(taken)
+
+
+def test_solved_problems_are_left_out_of_later_epochs_until_none_is_left():
+    stream = ProblemStream(TEN, seed=0, curriculum="drop_solved")
+    first = visit(stream, 10, lambda i: 1.0 if i < 7 else 0.875)
+    second = visit(stream, 3, lambda i: 1.0 if i == 7 else 0.0)
+    third = visit(stream, 2, lambda i: 1.0)
+    assert [sorted(epoch) for epoch in (first, second, third)] == [list("0123456789"), list("789"), list("89")]
+    assert stream.metrics() == {"problems/epoch": 3, "problems/solved": 1.0, "problems/skipped": 0.8}
+    assert sorted(visit(stream, 10, lambda i: 1.0)) == list("0123456789")
+
+
+def test_a_problem_is_visited_the_more_often_the_nearer_its_rate_is_to_the_target():
+    # target 0.5: distances 0.5, 0.3, 0, 0.5 of at most 0.5 -> chances 0 (raised to 0.1), 0.4, 1, 0.1; a new one 1
+    rates, rng = [0.0, 0.2, 0.5, 1.0, None], random.Random(0)
+    kept = torch.tensor([target_rate(rates, 0.5, rng) for _ in range(4000)]).float().mean(0)
+    assert kept.tolist() == pytest.approx([0.1, 0.4, 1, 0.1, 1], abs=0.02)
+    # target 0.8: of at most 0.8, rate 0 is 0.8 away, 0.4 half of it, 1 a quarter
+    kept = torch.tensor([target_rate([0.0, 0.4, 1.0], 0.8, rng) for _ in range(4000)]).float().mean(0)
+    assert kept.tolist() == pytest.approx([0.1, 0.5, 0.75], abs=0.02)
+
+
+def test_without_a_curriculum_what_is_remembered_changes_nothing():
+    stream = ProblemStream(TEN, seed=0)
+    assert visit(stream, 30, lambda i: i / 9) == "".join(ids(ProblemStream(TEN, seed=0).take(30)))
+
+
+@pytest.mark.parametrize("curriculum", ["drop_solved", "target_rate"])
+def test_a_loaded_stream_remembers_what_the_saved_one_knew(curriculum):
+    stream, resumed = (ProblemStream(TEN, seed=5, curriculum=curriculum) for _ in range(2))
+    rate_of = lambda i: i % 3 / 2  # noqa: E731
+    visit(stream, 14, rate_of)
+    resumed.load_state_dict(stream.state_dict())
+    assert visit(resumed, 40, rate_of) == visit(stream, 40, rate_of)
+    assert resumed.metrics() == stream.metrics()
+
+
+def test_an_endless_split_has_no_curriculum():
+    with pytest.raises(
+        ValueError, match="data.curriculum=drop_solved: .* is endless, so that no problem ever comes back"
+    ):
+        ProblemStream(Endless(), seed=0, curriculum="drop_solved")
+
+
+def test_a_pass_rate_counts_full_marks_among_the_completions_that_were_judged():
+    nan = torch.nan
+    marks = torch.tensor([[1.0, 0.5, 0.0, 1.0], [nan, 1.0, nan, 1.0], [nan, nan, nan, nan]])
+    columns = {"components": torch.stack([torch.zeros(3, 4), marks], -1), "total": None, "scored": None}
+    scores = Scores(names=("format", "correctness"), weights=(1.0, 1.0), status=[], **columns)
+    assert scores.pass_rates("correctness") == [0.5, 1.0, None]
+    stream = ProblemStream(TEN[:3], seed=0)
+    places = [int(problem.id) for problem in stream.take(3)]
+    stream.remember([0.25, 0.5, 0.75])
+    stream.take(3)
+    stream.remember([None, None, None])
+    assert [stream.rates[place] for place in places] == [0.25, 0.5, 0.75]
 
 
 def test_a_state_of_another_stream_is_refused():

@@ -32,6 +32,9 @@ SMALL = [
     "--eval.test-problems=20",
     "--num-steps=4",
     "--save-every=2",
+    "--objective.ref-refresh-every=1",  # what moves the reference or the entropy must survive a resume, too
+    "--objective.ref-mix=0.5",
+    "--objective.entropy-bonus=0.01",
 ]
 DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), *SMALL]
 
@@ -110,6 +113,12 @@ def test_a_run_whose_last_checkpoint_is_damaged_repeats_the_lost_steps_bit_for_b
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_checkpoint_saved_without_a_part_is_refused_by_its_name(finished, monkeypatch):
+    monkeypatch.setattr(train, "parts", lambda run: {"moon": None})
+    with pytest.raises(ValueError, match="step_4 has no state of the moon: it was saved under another config"):
+        train.load_checkpoint(None, finished / "checkpoints" / "step_4")
+
+
 def test_two_ranks_train_like_one(finished, workplace):
     """The same global batch on two gloo ranks: the same prompts and, but for rounding, the same rewards and weights."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py"), *DEMO]
@@ -126,6 +135,54 @@ def test_two_ranks_train_like_one(finished, workplace):
         load_file(workplace / run / "checkpoints" / "step_4" / "model.safetensors") for run in ("two", "whole")
     )
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+
+
+ODD = """
+from grpo.records import Problem
+from grpo.rewards import Reward
+from grpo.tasks import Task
+
+def correctness(completions, answer, **columns):
+    return [float(int(number) % 2) for number in answer]
+
+class Odd(Task):
+    stop_strings = ()
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.rewards = {"correctness": Reward(correctness, 1.0)}
+    def load(self, split):
+        return [Problem(id=f"{split}/{i}", question=f"{i}?", answer=str(i)) for i in range(6)]
+"""
+
+
+def visited(run_dir):
+    """Problems and completions of every step."""
+    files = [(run_dir / "completions" / f"step_{step}.jsonl").read_text().splitlines() for step in range(1, 7)]
+    return [[(row["problem"], row["completion"]) for row in map(json.loads, lines)] for lines in files]
+
+
+def test_a_curriculum_is_the_same_on_two_ranks_and_after_a_resume(workplace):
+    """Odd problems are solved whatever is answered; nothing has spread, so that the weights stand still."""
+    (workplace / "odd.py").write_text(ODD)
+    save_tiny_model(workplace / "still", context=128)
+    options = (
+        f"--config {ROOT}/configs/demo.yaml --task odd.py:Odd --model.path ./still --preset dr_grpo --eval.every 0"
+    )
+    options += " --data.curriculum drop_solved --rollout.prompts-per-step 2 --rollout.group-size 2 --num-steps 6"
+    options += " --rollout.max-new-tokens 4 --rewards.no-require-finish --save-every 4 --eval.test-problems 0"
+    assert train.main([*options.split(), "--run-dir", "odd"]) == 0
+    expected = visited(workplace / "odd")
+    problems = [[row[0] for row in step[::2]] for step in expected]
+    assert sorted(sum(problems[:3], [])) == [f"train/{i}" for i in range(6)]
+    assert sorted([*problems[3], problems[4][0]]) == ["train/0", "train/2", "train/4"]
+    assert read_metrics(workplace / "odd")[3]["problems/skipped"] == 0.5
+    shutil.rmtree(workplace / "odd" / "checkpoints" / "step_6")
+    assert train.main(["--resume", "odd"]) == 0
+    assert visited(workplace / "odd") == expected
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, *options.split(), "--run-dir", "odd2"], env=environment, check=True, timeout=200)
+    assert visited(workplace / "odd2") == expected
 
 
 def test_gsm8k_from_local_files_with_a_local_model_takes_the_real_path(workplace):
@@ -180,6 +237,10 @@ def refusal(capsys, arguments):
         (["--model.path", "./nowhere"], "model.path='./nowhere' is no folder"),
         (["--task", "gsm8k", "--data.path", "nowhere/", "--model.path", "model"], "nowhere"),
         (["--resume", "nowhere"], "no config.yaml there"),
+        (
+            ["--data.curriculum", "drop_solved"],
+            "data.curriculum=drop_solved: the training split of this task is endless",
+        ),
         (["--rollout.max-new-tokens", "600"], "exceed the model's context of 512"),
     ],
 )

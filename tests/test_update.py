@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from grpo.batch import LAYOUTS, pack, weigh
+from grpo.advantages import normalise
+from grpo.batch import LAYOUTS, kl_by_completion, pack, weigh
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve, token_loss
 from grpo.policy import Policy
+from grpo.records import Scores, merge_scores
 from grpo.update import NonFiniteLoss, Updater, learning_rate, make_optimizer, update_policy
 from tests.ranks import run_ranks
 from tests.tiny import made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
@@ -26,6 +28,12 @@ OBJECTIVES = {
     "dr_grpo": resolve("dr_grpo"),
     "token_mean": resolve("grpo", aggregation="token_mean", clip_high=0.28),
     "gspo": resolve("gspo"),
+    "entropy_bonus": resolve("grpo", beta=0.3, entropy_bonus=0.5),
+    "gspo, entropy_bonus": resolve("gspo", entropy_bonus=0.5),
+}
+ON_RANKS = OBJECTIVES | {
+    "kl_in_reward": resolve("grpo", beta=0.3, kl_estimator="k1", kl_where="reward"),
+    "per_reward": resolve("dr_grpo", advantages="per_reward"),
 }
 
 
@@ -38,16 +46,37 @@ def advantages_and_scored():
     return advantages, scored
 
 
-def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, layout="packed"):
+def gathered(world, objective, batch, rewards, scored):
+    """Advantages that need what other ranks know; where they do not, `rewards` stand for them."""
+    if objective.kl_in_reward:
+        kl = kl_by_completion(batch, world.mine(rewards).shape)
+        kl = torch.stack(world.interleave(world.gather(list(kl))))
+        return normalise(objective.advantages, rewards - objective.beta * kl, scored)
+    if objective.advantages == "per_reward":
+        components = torch.stack([rewards, rewards.flip(0)], -1)
+        shares = {"components": components, "total": rewards, "scored": scored}
+        shares = {name: world.mine(column) for name, column in shares.items()}
+        status = [[["ok"] * 2] * GROUP_SIZE] * len(shares["total"])
+        scores = merge_scores(world.gather(Scores(("a", "b"), (1.0, 2.0), status=status, **shares)))
+        options = {"components": scores.components, "weights": scores.weights}
+        return normalise("per_reward", scores.total, scores.scored, **options)
+    return rewards
+
+
+def one_update(
+    world, dtype, objective_name, budget, minibatches=1, passes=1, layout="packed", adapt=lambda model: model
+):
     """Gradients of the last optimizer step, weights after the update, and its metrics, on this rank."""
     if dtype == torch.float64:
         use_fp64_rms_norm()
-    objective = OBJECTIVES[objective_name]
-    policy = Policy(tiny_qwen2().to(dtype), word_tokenizer(), "fp32")
-    module = PolicyModule(policy, temperature=0.9, impl="torch")
+    objective = ON_RANKS[objective_name]
+    policy = Policy(adapt(tiny_qwen2()).to(dtype), word_tokenizer(), "fp32")
+    options = {"temperature": 0.9, "impl": "torch"}
+    module = PolicyModule(policy, **options, entropy_gradient=objective.entropy_bonus > 0)
     wrapped = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
-    reference = LogprobModel(tiny_qwen2(seed=1).to(dtype), temperature=0.9, impl="torch") if objective.beta else None
+    reference = LogprobModel(tiny_qwen2(seed=1).to(dtype), **options) if objective.beta else None
     advantages, scored = advantages_and_scored()
+    silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
     batch = pack(
         world.mine(made_up_groups(NUM_GROUPS, GROUP_SIZE)),
         minibatches=minibatches,
@@ -56,8 +85,10 @@ def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, la
         max_over_ranks=world.max,
         device=world.device,
         layout=layout,
+        silent=silent,
     )
-    frozen_logprobs(batch, module, reference)
+    frozen_logprobs(batch, module, reference, always_policy=objective.needs_frozen_pass)
+    advantages = gathered(world, objective, batch, advantages, scored)
     weigh(
         batch,
         advantages[world.rank :: world.size],
@@ -69,8 +100,9 @@ def one_update(world, dtype, objective_name, budget, minibatches=1, passes=1, la
     optimizer = make_optimizer(list(module.parameters()), lr=0.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     updater = Updater(wrapped, optimizer, objective, world, max_grad_norm=math.inf, refresh=policy.refresh)
     metrics = update_policy(updater, batch, step=7, lr=1e-3 if minibatches * passes > 1 else 0.0)
-    gradients = {name: parameter.grad.clone() for name, parameter in module.masters.named_parameters()}
-    weights = {name: parameter.detach().clone() for name, parameter in module.masters.named_parameters()}
+    trained = {name: parameter for name, parameter in module.masters.named_parameters() if parameter.requires_grad}
+    gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
+    weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
     return gradients, weights, metrics
 
 
@@ -105,6 +137,7 @@ def loop_gradient(objective_name):
                 "constant": 1 / (num_sequences * MAX_NEW_TOKENS),
             }[objective.aggregation]
             log_softmax = (model(ids).logits / 0.9).log_softmax(-1)[0]
+            entropy = -(log_softmax.exp() * log_softmax).sum(-1)
             with torch.no_grad():
                 reference_log_softmax = (reference(ids).logits / 0.9).log_softmax(-1)[0]
             for t, token in enumerate(completion.ids):
@@ -112,7 +145,7 @@ def loop_gradient(objective_name):
                 lp, ref = log_softmax[row, token], reference_log_softmax[row, token]
                 kl = torch.exp(ref - lp) - (ref - lp) - 1
                 surrogate = torch.exp(lp - lp.detach()) * float(advantages[g, s])
-                total = total + weight * (-surrogate + objective.beta * kl)
+                total = total + weight * (-surrogate + objective.beta * kl - objective.entropy_bonus * entropy[row])
     total.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}, total.item()
 
@@ -145,6 +178,10 @@ def test_gradients_are_the_same_on_one_rank_and_on_several(world_size):
         (torch.float64, "grpo", 60, 2, 2, "packed", 1e-10),
         (torch.float64, "grpo", 60, 2, 2, "padded", 1e-10),
         (torch.float64, "gspo", 60, 2, 2, "packed", 1e-10),
+        (torch.float64, "entropy_bonus", 30, 1, 1, "packed", 1e-10),
+        (torch.float64, "gspo, entropy_bonus", 60, 2, 2, "packed", 1e-10),
+        (torch.float64, "kl_in_reward", 30, 1, 1, "packed", 1e-10),
+        (torch.float64, "per_reward", 30, 1, 1, "packed", 1e-10),
     ]
     results = run_ranks(world_size, all_cases, [case[:-1] for case in cases])
     for case, *by_rank in zip(cases, *results, strict=True):

@@ -141,7 +141,7 @@ def test_a_second_lack_of_memory_ends_the_run_with_the_remedy():
 def test_halves_hold_the_same_tokens_with_the_same_columns_and_equally_many_everywhere(layout):
     batch = Trainee(layout=layout).batch()
     whole = [micro_batch for step in batch.optimizer_steps for micro_batch in step]
-    halves = halve(halve(whole, batch.groups), batch.groups)
+    halves = halve(halve(whole, batch.made_of), batch.made_of)
     assert len(halves) == 4 * len(whole)
     for name in ("target", "sampler", "old", "ref", "advantage", "weight", "counted", "active"):
         join = lambda parts: torch.cat([getattr(part.tokens, name) for part in parts if part.sequences])  # noqa: E731, B023

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 
+from grpo.config import LoraConfig
+from grpo.lora import LoraLinear, add_adapters
 from grpo.records import Completion, Group, Problem
 
 VOCABULARY = 61
@@ -34,6 +36,16 @@ def tiny_qwen2(seed: int = 0, **changes: object) -> Qwen2ForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes}))
+
+
+def adapted(model: PreTrainedModel, **changes: object) -> PreTrainedModel:
+    """The same model with adapters of rank 4 that already do something."""
+    add_adapters(model, LoraConfig(**{"rank": 4, "alpha": 8.0, **changes}))
+    generator = torch.Generator().manual_seed(9)
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.lora_B.data.normal_(0, 0.1, generator=generator)
+    return model
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

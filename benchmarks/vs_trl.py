@@ -1,0 +1,397 @@
+"""Whole training steps beside TRL's, phase by phase: python -m benchmarks.vs_trl
+
+The same random model, prompts, group size, longest completion, optimizer and settings for TRL's GRPOTrainer and for
+train.py's own step. Each contender lives in a process of its own (its peak memory is its own) and makes one step at a
+time, by turns. The model's words are numbers; the reward is the share of even ones, so both reward curves start at a
+half. TRL's `generate` contender uses its defaults but for what is stated in `trl_settings`; `continuous batching` is
+left out with the reason where it fails. Update: everything of a step that is not generation. Last line: JSON.
+
+Needs benchmarks/requirements.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.train_step import memory_kib
+from grpo.metrics import git_commit, package_versions
+from kernels.measure import hardware
+
+OURS, GENERATE, BATCHING = "grpo", "TRL generate", "TRL continuous batching"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step is made of; prompts are as long as those of GSM8K with eight worked exemplars."""
+
+    prompts: int
+    group_size: int
+    new_tokens: int
+    trl_batch: int  # completions of one of TRL's micro-batches
+    model: dict[str, int]
+    shortest: int = 700
+    longest: int = 780
+
+
+WORKLOADS = {
+    "cpu": Workload(
+        prompts=4,
+        group_size=8,
+        new_tokens=128,
+        trl_batch=32,
+        model={
+            "num_hidden_layers": 8,
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "vocab_size": 8192,
+        },
+    ),
+    "cuda": Workload(
+        prompts=64,
+        group_size=16,
+        new_tokens=256,
+        trl_batch=16,
+        model={
+            "num_hidden_layers": 24,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151_936,
+        },
+    ),
+}
+WORKLOADS["tiny"] = Workload(  # to see that it runs
+    prompts=2,
+    group_size=4,
+    new_tokens=12,
+    trl_batch=8,
+    model=WORKLOADS["cpu"].model | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128},
+    shortest=20,
+    longest=30,
+)
+LEARNING_RATE, BETA = 1e-6, 0.02
+
+
+def early_letters(completions: list[str], **columns: object) -> list[float]:
+    """The reward of both: share of letters from a to m."""
+    letters = [[letter for letter in text if letter.isalpha()] for text in completions]
+    return [sum(letter <= "m" for letter in row) / max(len(row), 1) for row in letters]
+
+
+def write_model_and_prompts(work: Workload, folder: Path, steps: int) -> None:
+    """model/ in Hugging Face layout, with a tokenizer of made-up words; prompts.jsonl, enough for all steps."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=3)) for _ in range(2000)]
+    untrained = Qwen2Tokenizer(pad_token="<pad>", eos_token="<eos>", unk_token="<eos>")
+    tokenizer = untrained.train_new_from_iterator([" ".join(words)] * 2, vocab_size=8192, show_progress=False)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **work.model,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with (folder / "prompts.jsonl").open("w") as file:
+        for _ in range(work.prompts * (steps + 1) * 2):
+            text, length = "", rng.randint(work.shortest, work.longest)
+            while len(tokenizer(text).input_ids) < length:
+                text += " ".join(rng.choices(words, k=10)) + " "
+            file.write(json.dumps({"prompt": text.strip(), "answer": "0"}) + "\n")
+
+
+# The contenders: each waits for a line on standard input before every step, and answers with one ---------------------
+
+
+def answer(**facts: object) -> None:
+    print(json.dumps(facts), file=sys.__stdout__, flush=True)
+
+
+def peak_mib(device: torch.device) -> float:
+    """Most memory of this process so far: the allocator's on CUDA, else resident."""
+    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else memory_kib("VmHWM") / 2**10
+
+
+def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> None:
+    """train.py's own parts and step."""
+    import train
+    from grpo.command_line import Command
+    from grpo.config import Config, from_dict
+    from grpo.distributed import start
+
+    config: Config = from_dict(
+        {
+            "task": "jsonl",
+            "num_steps": steps,
+            "model": {"path": str(folder / "model")},
+            "data": {"path": str(folder / "prompts.jsonl")},
+            "prompt": {"shots": 0},
+            "rewards": {
+                "format_weight": 0.0,
+                "correctness_weight": 0.0,
+                "functions": ["benchmarks.vs_trl:early_letters"],
+                "require_finish": False,
+            },
+            "rollout": {
+                "prompts_per_step": work.prompts,
+                "group_size": work.group_size,
+                "max_new_tokens": work.new_tokens,
+                "max_sequences": work.prompts * work.group_size,
+            },
+            "objective": {"preset": "grpo", "beta": BETA},
+            "optim": {"lr": LEARNING_RATE, "schedule": "constant", "warmup": 0.0},
+            "eval": {"every": 0, "test_problems": 0},
+        }
+    )
+    command = Command(config, Path("vs_trl"), "", None, None, False)
+    with redirect_stdout(sys.stderr):
+        (folder / "run").mkdir()
+        run = train.build(command, start(), folder / "run")
+        with run.pool:
+            answer(ready=True)
+            for step in range(1, steps + 1):
+                sys.stdin.readline()
+                started = time.perf_counter()
+                row = train.train_step(run, step)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                total, rollout = time.perf_counter() - started, run.log.timer.take()["seconds/rollout"]
+                answer(step=total, rollout=rollout, reward=row["reward/early_letters"], peak_mib=peak_mib(device))
+
+
+def trl_settings(work: Workload, folder: Path, steps: int, device: torch.device, *, batching: bool) -> dict:
+    """Ours, in TRL's words."""
+    return {
+        "output_dir": str(folder / "trl"),
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "adam_beta2": 0.99,
+        "max_grad_norm": 1.0,
+        "beta": BETA,
+        "loss_type": "grpo",
+        "num_generations": work.group_size,
+        "per_device_train_batch_size": work.trl_batch,
+        "gradient_accumulation_steps": work.prompts * work.group_size // work.trl_batch,
+        "max_completion_length": work.new_tokens,
+        "max_steps": steps,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": device.type == "cpu",
+        "bf16": device.type == "cuda",
+        "gradient_checkpointing": False,
+        "use_transformers_continuous_batching": batching,
+        "seed": 0,
+        "disable_tqdm": True,
+    }
+
+
+def run_trl(work: Workload, folder: Path, steps: int, device: torch.device, *, batching: bool) -> None:
+    """GRPOTrainer.train(), held before every step."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    seconds = {"rollout": 0.0}
+
+    class Timed(GRPOTrainer):
+        def _generate(self, *arguments, **options):
+            with timed(seconds, "rollout", device):
+                return super()._generate(*arguments, **options)
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_, **__) -> None:
+            sys.stdin.readline()
+            seconds.update(rollout=0.0, started=time.perf_counter())
+
+        def on_step_end(self, *_, **__) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds["step"] = time.perf_counter() - seconds["started"]
+
+        def on_log(self, args, state, control, logs=None, **__) -> None:
+            if "reward" in (logs or {}):
+                taken = {name: seconds[name] for name in ("step", "rollout")}
+                answer(**taken, reward=logs["reward"], peak_mib=peak_mib(device))
+
+    with redirect_stdout(sys.stderr):
+        rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        trainer = Timed(
+            model=Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=dtype),
+            reward_funcs=early_letters,
+            args=GRPOConfig(**trl_settings(work, folder, steps, device, batching=batching)),
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+            processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+            callbacks=[Turns()],
+        )
+        answer(ready=True)
+        trainer.train()
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds[name] += time.perf_counter() - started
+
+
+CONTENDERS = {
+    OURS: run_ours,
+    GENERATE: lambda *arguments: run_trl(*arguments, batching=False),
+    BATCHING: lambda *arguments: run_trl(*arguments, batching=True),
+}
+
+
+# The referee ----------------------------------------------------------------------------------------------------------
+
+
+class Contender:
+    """A contender in its process."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, folder: Path):
+        command = [sys.executable, "-m", "benchmarks.vs_trl", "--contender", name, "--folder", str(folder)]
+        command += [f"--{option}={getattr(arguments, option)}" for option in ("steps", "threads", "workload")]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "false"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
+        self.name, self.rows, self.failure = name, [], ""
+        self.read()
+
+    def read(self) -> dict | None:
+        """The next answer; None, with the reason kept, where the process has ended."""
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self.errors.seek(0)
+        last = [text for text in self.errors.read().splitlines() if text.strip()]
+        self.failure = last[-1][:300] if last else f"ended with status {self.process.wait()}"
+        return None
+
+    def step(self) -> None:
+        if not self.failure:
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+            row = self.read()
+            if row:
+                self.rows.append(row)
+                print(f"  {self.name}: {row['step']:.2f} s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def compare(arguments: argparse.Namespace) -> list[Contender]:
+    """Every contender's steps, taken by turns; one at a time is at work."""
+    work = WORKLOADS[arguments.workload]
+    names = [OURS, GENERATE] + ([BATCHING] if arguments.continuous_batching else [])
+    with tempfile.TemporaryDirectory() as place:
+        write_model_and_prompts(work, Path(place), arguments.steps)
+        contenders = [Contender(name, arguments, Path(place)) for name in names]
+        try:
+            for _ in range(arguments.steps):
+                for contender in contenders:
+                    contender.step()
+        finally:
+            for contender in contenders:
+                contender.close()
+    return contenders
+
+
+def summarise(contenders: list[Contender], work: Workload) -> dict[str, object]:
+    """Medians, ratios to TRL's generate, and every raw time."""
+    found = {}
+    for contender in contenders:
+        if contender.failure or not contender.rows:
+            found[contender.name] = {"failure": contender.failure}
+            continue
+        columns = {key: [row[key] for row in contender.rows] for key in ("step", "rollout", "reward")}
+        columns["update"] = [row["step"] - row["rollout"] for row in contender.rows]
+        median = {key: statistics.median(columns[key]) for key in ("step", "rollout", "update")}
+        rate = work.prompts * work.group_size / median["step"]
+        found[contender.name] = {"seconds": columns, "median": median, "completions_per_second": rate}
+        found[contender.name]["peak_mib"] = contender.rows[-1]["peak_mib"]
+    summary: dict[str, object] = {"contenders": found}
+    if "median" in found[OURS] and "median" in found[GENERATE]:
+        ours, theirs = found[OURS], found[GENERATE]
+        summary |= {f"speedup_{key}": theirs["median"][key] / ours["median"][key] for key in ours["median"]}
+        summary |= {"peak_ratio": ours["peak_mib"] / theirs["peak_mib"]}
+        summary |= {"seconds_ours": ours["median"]["step"], "seconds_trl": theirs["median"]["step"]}
+    return summary
+
+
+def show(summary: dict, work: Workload) -> None:
+    """The table."""
+    print(
+        f"{work.prompts} prompts x {work.group_size}, prompts of {work.shortest} to {work.longest} tokens, "
+        f"{work.new_tokens} new, beta {BETA}; medians"
+    )
+    print(f"{'':<26}{'step s':>9}{'rollout s':>11}{'update s':>10}{'completions/s':>15}{'peak MiB':>10}   rewards")
+    for name, entry in summary["contenders"].items():
+        if "failure" in entry:
+            print(f"{name:<26} failed: {entry['failure']}")
+            continue
+        median, rewards = entry["median"], " ".join(f"{reward:.3f}" for reward in entry["seconds"]["reward"])
+        print(
+            f"{name:<26}{median['step']:>9.2f}{median['rollout']:>11.2f}{median['update']:>10.2f}"
+            f"{entry['completions_per_second']:>15.2f}{entry['peak_mib']:>10,.0f}   {rewards}"
+        )
+    if "speedup_step" in summary:
+        print(
+            f"a step {summary['speedup_step']:.2f}x as fast (rollout {summary['speedup_rollout']:.2f}x, update "
+            f"{summary['speedup_update']:.2f}x), with {summary['peak_ratio']:.2f}x the peak memory"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2, help="steps a side, by turns")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of whoever is at work")
+    parser.add_argument("--continuous-batching", action="store_true", help="TRL with it, too")
+    parser.add_argument("--workload", choices=list(WORKLOADS), help="default: that of the device")
+    parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.workload = arguments.workload or device.type
+    work = WORKLOADS[arguments.workload]
+    torch.set_num_threads(arguments.threads)
+    if arguments.contender:
+        transformers_logging.set_verbosity_error()
+        CONTENDERS[arguments.contender](work, arguments.folder, arguments.steps, device)
+        return 0
+    summary = summarise(compare(arguments), work)
+    show(summary, work)
+    facts = hardware(device) | {"threads": arguments.threads, "commit": git_commit(), "versions": package_versions()}
+    print(json.dumps(summary | facts))
+    return 0 if "speedup_step" in summary else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""What a terminal shows below the table of steps while work goes on: a few lines, rewritten in place.
+
+Used by grpo.metrics: the phase under way with its bar and, once a training step is done, where the run stands. Outside
+phases the screen is clean, so anything may print there. Nothing is written where there is no terminal.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+INTERVAL_S = 0.1  # between two drawings, of about 20 microseconds each
+RECENT_STEPS = 20  # that the time left is estimated from
+LEVELS = "▁▂▃▄▅▆▇█"
+CURVES = {"reward": "reward {:.3f}", "validation/accuracy": "validation accuracy {:.1%}"}
+
+
+def can_show() -> bool:
+    """Whether standard output is a terminal that can move its cursor and print the bars."""
+    encodes = "utf" in (sys.stdout.encoding or "").lower()
+    return sys.stdout.isatty() and encodes and os.environ.get("TERM") != "dumb"
+
+
+class Progress:
+    """Called as progress(done, total, note) within a phase; `begin` and `close` are called around it."""
+
+    def __init__(self, is_shown: bool, num_steps: int = 0):
+        self.is_shown = is_shown
+        self.num_steps = num_steps  # of the run
+        self._phase, self._begun_at, self._drawn_at = "", 0.0, 0.0
+        self._num_lines = 0  # on the screen
+        self._standing: list[str] = []  # the lines below the bar
+        self._curves: dict[str, list[float]] = {key: [] for key in CURVES}
+        self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
+
+    def begin(self, phase: str) -> None:
+        """A phase begins: its name is shown at once."""
+        if self.is_shown:
+            self._phase, self._begun_at = phase, time.monotonic()
+            self._draw([phase])
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        if not self.is_shown or time.monotonic() - self._drawn_at < INTERVAL_S:
+            return
+        seconds = time.monotonic() - self._begun_at
+        share = done / max(total, 1)
+        left = f", {_clock(seconds / share - seconds)} left" if share else ""
+        bar = ("━" * round(30 * share)).ljust(30, "─")
+        self._draw([f"{self._phase:<10} {bar} {share:4.0%}  {done:,}/{total:,}{left}  {note}"])
+
+    def step_done(self, row: Mapping[str, Any]) -> None:
+        """Takes a row of metrics.jsonl into what is shown below the bar."""
+        if not self.is_shown:
+            return
+        self._ends.append(time.monotonic())
+        for key, values in self._curves.items():
+            if row.get(key) is not None:
+                values.append(row[key])
+        left = ""
+        if len(self._ends) > 1:
+            mean = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+            left = f", {mean:.2f} s a step, {_clock(mean * (self.num_steps - row['step']))} left"
+        curves = [f"{sparkline(v)} {CURVES[key].format(v[-1])}" for key, v in self._curves.items() if v]
+        phases = {key.removeprefix("seconds/"): row[key] for key in row if key.startswith("seconds/")}
+        seconds = "seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in phases.items())
+        self._standing = [f"step {row['step']} of {self.num_steps}{left}", "   ".join(curves), seconds]
+
+    def close(self) -> None:
+        """Leave the screen as if nothing had been drawn."""
+        if self._num_lines:
+            self._write(self._erasing())
+            self._num_lines = 0
+
+    def _draw(self, lines: list[str]) -> None:
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps would be two to erase
+        lines = [line[:width] for line in lines + self._standing]
+        self._write(self._erasing() + "".join(line + "\n" for line in lines))
+        self._num_lines, self._drawn_at = len(lines), time.monotonic()
+
+    def _erasing(self) -> str:
+        return f"\x1b[{self._num_lines}F\x1b[J" if self._num_lines else ""
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def sparkline(values: Sequence[float], width: int = 30) -> str:
+    """At most `width` bars from the lowest value to the highest, each the mean of as many values."""
+    size = -(-len(values) // width)
+    means = [fmean(values[i : i + size]) for i in range(0, len(values), size)]
+    low, high = min(means), max(means)
+    scale = (len(LEVELS) - 1) / (high - low) if high > low else 0.0
+    return "".join(LEVELS[round((mean - low) * scale)] for mean in means)
+
+
+def _clock(seconds: float) -> str:
+    """65 -> 1:05."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

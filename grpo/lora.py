@@ -1,0 +1,238 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) in place of full fine-tuning, in memory and in PEFT's files.
+
+`load` gives train.py and eval.py their Policy. The base is frozen, in the precision of the forward pass, and there
+once: masters, working copy and reference share its tensors. The reference is the base: its own adapters stay at 0.
+
+    python -m grpo.lora merge RUN OUT    write W + scale B A as a plain Hugging Face model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo import checkpoint
+from grpo.config import LoraConfig
+from grpo.policy import (
+    ADAPTER_CONFIG,
+    Policy,
+    choose_precision,
+    from_hub,
+    load_model_config,
+    load_policy,
+    load_tokenizer,
+)
+
+WEIGHTS = "adapter_model.safetensors"
+# PEFT's keys: those that we read, those without effect on a trained adapter, and what else is allowed to be set.
+OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+OURS |= {name: name for name in ("target_modules", "modules_to_save")}
+WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version"}
+WITHOUT_EFFECT |= {"qalora_group_size", "revision", "task_type"}
+ALLOWED = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
+
+
+class LoraLinear(nn.Linear):
+    """W x + bias + scale B A x, with W and bias those of `base` (arXiv:2106.09685 section 4.1).
+
+    scale = alpha / rank, or alpha / sqrt(rank) with rslora (arXiv:2312.03732).  lora_A: [rank, in], uniform within
+    1 / sqrt(in) as the authors' code has it (the paper: Gaussian); lora_B: [out, rank], 0, so that training starts at
+    the base. Both fp32.
+    """
+
+    def __init__(self, base: nn.Linear, settings: LoraConfig, generator: torch.Generator):
+        nn.Module.__init__(self)  # nn.Linear's own would make a second W
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.scale = settings.alpha / (settings.rank**0.5 if settings.rslora else settings.rank)
+        self.dropout = settings.dropout
+        bound = base.in_features**-0.5
+        drawn = torch.empty(settings.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(drawn.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, settings.rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Without a gradient (sampler, old, reference) there is no dropout: those are the policy's own log-probs.
+        kept = F.dropout(x, self.dropout) if self.dropout and torch.is_grad_enabled() else x
+        return torch.add(super().forward(x), F.linear(F.linear(kept, self.lora_A), self.lora_B), alpha=self.scale)
+
+
+def add_adapters(model: PreTrainedModel, settings: LoraConfig, *, seed: int = 0) -> None:
+    """Freeze `model` in place but for fresh adapters on `target_modules` and, whole and fp32, `modules_to_save`.
+
+    As in PEFT a target stands for every linear layer whose dotted name ends in it, a module to save for every module
+    whose name ends so, dot or not. ValueError for a name that fits none.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    targets = _named(model, settings.target_modules, "lora.target_modules", nn.Linear)
+    saved = _named(model, settings.modules_to_save, "lora.modules_to_save", nn.Module)
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+    for name, module in targets.items():
+        if module in ends:
+            raise ValueError(f"lora.target_modules names the head {name}; train it whole: lora.modules_to_save")
+        model.set_submodule(name, LoraLinear(module, settings, generator))
+    for name, module in saved.items():
+        if module in ends and model.config.tie_word_embeddings:
+            raise ValueError(f"lora.modules_to_save names {name}, which this model ties to another; leave it out")
+        if any(part in targets.values() or isinstance(part, LoraLinear) for part in module.modules()):
+            raise ValueError(
+                f"lora.modules_to_save names {name}, in which lora.target_modules has adapters; choose one"
+            )
+        for parameter in module.parameters():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def _named(model: nn.Module, names: tuple[str, ...], key: str, kind: type) -> dict[str, nn.Module]:
+    """The modules that `names` stand for; `key` names them in the error. A subclass of nn.Linear computes otherwise."""
+    is_kind = lambda module: kind is nn.Module or type(module) is kind  # noqa: E731
+    modules = {name: module for name, module in model.named_modules() if name and is_kind(module)}
+    fits = lambda module, name: f".{module}".endswith(f".{name}" if kind is nn.Linear else name)  # noqa: E731
+    for name in names:
+        if not any(fits(module, name) for module in modules):
+            known = sorted({last for module in modules if not (last := module.rpartition(".")[2]).isdecimal()})
+            raise ValueError(f"{key}: {type(model).__name__} has no {name!r}; it has {', '.join(known)}")
+    return {module: modules[module] for module in modules if any(fits(module, name) for name in names)}
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel) -> None:
+    """Make every adapted layer of a model in fp32 a plain linear layer of W + scale B A, in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight, plain.bias = layer.weight, layer.bias
+            plain.weight.copy_(layer.weight + layer.scale * (layer.lora_B @ layer.lora_A))
+            model.set_submodule(name, plain)
+
+
+class AdaptedPolicy(Policy):
+    """A policy of which only adapters and `modules_to_save` are trained, and saved.  base: its hub id or folder."""
+
+    def __init__(
+        self,
+        masters: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        precision: str,
+        *,
+        settings: LoraConfig,
+        base: str,
+    ):
+        super().__init__(masters, tokenizer, precision)
+        self.settings, self.base = settings, base
+
+    def save(self, folder: Path, state: dict | None = None) -> None:
+        """Write the fp32 adapters in PEFT's format, and the tokenizer.
+
+        state: a copy of an earlier `state_dict`, to be written instead of what the policy is now.
+        """
+        tensors = {_peft_name(name): tensor for name, tensor in (state or self.state_dict())["masters"].items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        settings = {theirs: getattr(self.settings, ours) for theirs, ours in OURS.items()}
+        facts = {"task_type": "CAUSAL_LM", "base_model_name_or_path": self.base, "inference_mode": True}
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(ALLOWED | facts | settings, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save_pretrained(folder)
+
+
+def load(
+    path: str, settings: LoraConfig | None = None, *, precision: str, device: torch.device, seed: int = 0
+) -> Policy:
+    """A hub id or local folder -> Policy on `device`: with fresh adapters where settings.rank > 0.
+
+    A folder in PEFT's format gives its base with the adapters found there.
+    """
+    folder = Path(path).expanduser()
+    has_adapters = (folder / ADAPTER_CONFIG).is_file()
+    if has_adapters:
+        settings, base = read_config(folder)
+    elif settings and settings.rank:
+        base = str(folder.resolve()) if folder.is_dir() else path
+    else:
+        return load_policy(path, precision=precision, device=device)
+    precision = choose_precision(precision, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = from_hub(AutoModelForCausalLM, base, dtype=dtype, attn_implementation="sdpa")
+    add_adapters(model, settings, seed=seed)
+    if has_adapters:
+        read_weights(model, folder)
+    tokenizer = load_tokenizer(path if (folder / "tokenizer_config.json").is_file() else base)
+    return AdaptedPolicy(model.to(device).train(), tokenizer, precision, settings=settings, base=base)
+
+
+def read_config(folder: Path) -> tuple[LoraConfig, str]:
+    """Settings and base of a folder in PEFT's format. ValueError for what PEFT can do and we cannot."""
+    path = folder / ADAPTER_CONFIG
+    found = json.loads(path.read_text(encoding="utf-8"))
+    foreign = {key: value for key, value in found.items() if value and key not in {*OURS, *WITHOUT_EFFECT}}
+    foreign = {key: value for key, value in foreign.items() if value != ALLOWED.get(key)}
+    if isinstance(found.get("target_modules"), str):
+        foreign["target_modules"] = found["target_modules"]  # a regular expression
+    if foreign:
+        raise ValueError(f"{path} asks for {foreign}, which is not supported here; merge the adapter with PEFT")
+    base = found.get("base_model_name_or_path")
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise ValueError(f"{path}: base_model_name_or_path={base!r} is no model; correct it there")
+    settings = {ours: found.get(theirs) for theirs, ours in OURS.items()}
+    names = {name: tuple(settings.pop(name) or ()) for name in ("target_modules", "modules_to_save")}
+    return LoraConfig(**settings, **names), base
+
+
+@torch.no_grad()
+def read_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Fill what is trained in `model` with the tensors of a folder in PEFT's format."""
+    found = load_file(folder / WEIGHTS)
+    expected = {_peft_name(name): tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    shapes = [{(name, *tensor.shape) for name, tensor in tensors.items()} for tensors in (expected, found)]
+    if shapes[0] != shapes[1]:
+        differing = sorted(shapes[0] ^ shapes[1])[:4]
+        raise ValueError(f"{folder / WEIGHTS} does not fit its config and base; first differences: {differing}")
+    for name, parameter in expected.items():
+        parameter.copy_(found[name])
+
+
+def _peft_name(name: str) -> str:
+    """Of one of our parameters in PEFT's file: model.norm.weight, or model.layers.0.mlp.up_proj.lora_A."""
+    return f"base_model.model.{name}" + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
+
+
+def write_merged(run: str, out: str) -> None:
+    """The best or else last checkpoint of a run folder, or one folder in PEFT's format, as a plain model in `out`."""
+    folder, out = Path(run).expanduser(), Path(out).expanduser()
+    folder = checkpoint.best(folder) or checkpoint.latest(folder) or folder
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{folder} has no {ADAPTER_CONFIG}: nothing to merge; name a run or checkpoint with adapters")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; name another folder")
+    policy = load(str(folder), precision="fp32", device=torch.device("cpu"))
+    merge(policy.masters)
+    dtype = load_model_config(policy.base).dtype or torch.float32
+    policy.masters.to(dtype).save_pretrained(out)  # rounded once
+    policy.tokenizer.save_pretrained(out)
+    print(f"{folder} merged into {policy.base}: {out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m grpo.lora", description=__doc__.partition("\n")[0])
+    command = parser.add_subparsers(required=True).add_parser("merge", help="write base and adapters as one model")
+    command.add_argument("run", help="run folder (its best checkpoint, else its last) or a folder in PEFT's format")
+    command.add_argument("out", help="folder to write, in Hugging Face layout")
+    options = parser.parse_args(argv)
+    try:
+        write_merged(options.run, options.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""python -m grpo.report RUN [RUN ...]: what runs did, on one HTML page that works offline, and as CSV.
+
+Reads run folders and the JSON files of eval.py. The page is report.html with what `collect` returns in the place of
+its data: plain numbers and texts, from which a script in the page draws. Runs whose configs differ by the seed only are
+one group: a line with a band.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo.metrics import definition, read_metrics
+
+TEMPLATE = Path(__file__).with_name("report.html")
+PLACE = "@DATA@"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the page and, where asked, the CSV files; 0 on success, 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="python -m grpo.report", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    add("--out", type=Path, help="the page (default: report.html in the first run folder)")
+    add("--evals", nargs="+", type=Path, default=[], metavar="FILE", help="JSON of eval.py: accuracy by shots")
+    add("--csv", type=Path, metavar="DIR", help="write the same numbers there as CSV files")
+    add("--steps", type=int, default=20, help="steps a run whose completions are shown, evenly spread (default: 20)")
+    add("--groups", type=int, default=8, help="groups of such a step that are shown, the first (default: 8)")
+    options = parser.parse_args(argv)
+    if options.steps < 1 or options.groups < 1:
+        parser.error(f"--steps {options.steps} and --groups {options.groups} must be 1 or more")
+    out = options.out or options.runs[0] / "report.html"
+    try:
+        data = collect(options.runs, options.evals, steps=options.steps, groups=options.groups)
+        out.write_text(page(data), encoding="utf-8")
+        if options.csv:
+            write_csv(data, options.csv)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {out}" + (f" and {options.csv}/*.csv" if options.csv else ""))
+    return 0
+
+
+def page(data: dict[str, Any]) -> str:
+    """The whole page. Without `<`, nothing that a model wrote can end the script element that holds the data."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text, 1)
+
+
+def collect(folders: Sequence[Path], evals: Iterable[Path] = (), *, steps: int, groups: int) -> dict[str, Any]:
+    """Everything that the page shows, as plain values. Raises ValueError for what is no run folder or no evaluation."""
+    for folder in folders:
+        if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
+            raise ValueError(f"{folder} holds no metrics.jsonl and config.yaml; name a run folder such as runs/NAME")
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    configs = [_flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))) for folder in folders]
+    runs = [_run(*pair, steps=steps, groups=groups) for pair in zip(names, folders, strict=True)]
+    different = [
+        key for key in dict.fromkeys(key for c in configs for key in c) if len({str(c.get(key)) for c in configs}) > 1
+    ]
+    return {
+        "runs": runs,
+        "groups": _seeds_together(configs),
+        "config": {key: [config.get(key) for config in configs] for key in different},
+        "definitions": {key: definition(key) for key in sorted({key for run in runs for key in run["metrics"]})},
+        "shots": [row for path in evals for row in _shots(path)],
+    }
+
+
+def _run(name: str, folder: Path, *, steps: int, groups: int) -> dict[str, Any]:
+    rows = read_metrics(folder)
+    if not rows:
+        raise ValueError(f"{folder}/metrics.jsonl holds no step yet; leave this run out or wait for its first")
+    keys = dict.fromkeys(key for row in rows for key in row)
+    summary, environment = (_json(folder / f"{part}.json") for part in ("summary", "env"))
+    phases = [key.removeprefix("seconds/") for key in keys if key.startswith("seconds/")]
+    spent = {phase: sum(row.get(f"seconds/{phase}") or 0.0 for row in rows) for phase in phases}
+    return {
+        "name": name,
+        "metrics": {key: [row.get(key) for row in rows] for key in keys},
+        "accuracy": [{"when": when, **_accuracy(entry)} for when, entry in summary.get("results", {}).items()],
+        "best_step": summary.get("best_step"),
+        "seconds": summary.get("seconds", spent),
+        "tokens": sum(row.get("tokens") or 0 for row in rows),
+        "facts": {key: environment.get(key) for key in ("commit", "seed", "world_size", "devices", "cpus", "platform")},
+        **_completions(folder, steps=steps, groups=groups),
+    }
+
+
+def _accuracy(entry: dict[str, Any]) -> dict[str, Any]:
+    low, high = entry["interval"]
+    return {"accuracy": entry["accuracy"], "low": low, "high": high, "problems": entry["problems"]}
+
+
+def _shots(path: Path) -> list[dict[str, Any]]:
+    """A row for each model and number of shots of one file that eval.py wrote."""
+    models = _json(path).get("models")
+    if not models:
+        raise ValueError(f"{path} holds no results of eval.py; pass the file that eval.py --output wrote")
+    return [
+        {"model": model, "shots": int(shots), **_accuracy(entry)}
+        for model, by_shots in models.items()
+        for shots, entry in by_shots.items()
+    ]
+
+
+def _completions(folder: Path, *, steps: int, groups: int) -> dict[str, Any]:
+    """Groups of evenly spread steps, the first and the last among them: prompt once, then what differs."""
+    files = {int(path.stem.removeprefix("step_")): path for path in (folder / "completions").glob("step_*.jsonl")}
+    known = sorted(files)
+    last = len(known) - 1
+    chosen = (
+        known if len(known) <= steps else sorted({known[round(i * last / max(1, steps - 1))] for i in range(steps)})
+    )
+    shown = [group for step in chosen for group in _groups(step, files[step])[:groups]]
+    return {"completions": shown, "steps_shown": len(chosen), "steps_recorded": len(known)}
+
+
+def _groups(step: int, path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # not splitlines: a text may hold U+2028
+        record = json.loads(line, parse_constant=lambda _: None)  # NaN where a reward failed: not JSON for a browser
+        shared = {key: record.pop(key) for key in ("problem", "prompt", "answer")}
+        if not found or record["sample"] == 0:
+            found.append({"step": step, **shared, "samples": []})
+        found[-1]["samples"].append(record)
+    return found
+
+
+def _seeds_together(configs: list[dict[str, Any]]) -> list[list[int]]:
+    """Places of the runs, those together whose configs differ by the seed only."""
+    groups: dict[str, list[int]] = {}
+    for i, config in enumerate(configs):
+        groups.setdefault(json.dumps({**config, "seed": None}, sort_keys=True), []).append(i)
+    return list(groups.values())
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """{} where the file is not there: the run goes on still."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_csv(data: dict[str, Any], folder: Path) -> None:
+    """metrics, accuracy, seconds, shots and config, a file each; an empty cell where there is no value."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs, keys = data["runs"], list(data["definitions"])
+    keys.insert(0, keys.pop(keys.index("step")))
+    tables = {"metrics": [["run", *keys]], "accuracy": [], "seconds": [["run", "phase", "seconds"]], "shots": []}
+    for run in runs:
+        empty = [None] * len(run["metrics"]["step"])
+        columns = [run["metrics"].get(key, empty) for key in keys]
+        tables["metrics"] += [[run["name"], *values] for values in zip(*columns, strict=True)]
+        tables["seconds"] += [[run["name"], *item] for item in run["seconds"].items()]
+        tables["accuracy"] += [{"run": run["name"], **entry} for entry in run["accuracy"]]
+    for name, rows in (("accuracy", tables["accuracy"]), ("shots", data["shots"])):
+        tables[name] = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+    tables["config"] = [["key", *(run["name"] for run in runs)], *([key, *row] for key, row in data["config"].items())]
+    for name, table in tables.items():
+        if table:
+            with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

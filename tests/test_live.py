@@ -1,0 +1,124 @@
+"""The live view: what a terminal shows at each moment, found by playing back what was written to it."""
+
+import re
+import sys
+import time
+
+import pytest
+
+from grpo import live
+from grpo.live import Progress, sparkline
+from grpo.metrics import PhaseTimer, RunLogger
+
+
+def screen(written: str) -> list[str]:
+    """The lines of a terminal that understands `cursor n lines up` and `erase below`, and nothing else."""
+    lines = [""]
+    for part in re.split(r"(\n|\x1b\[\d+F|\x1b\[J)", written):
+        if part == "\n":
+            lines.append("")
+        elif up := re.fullmatch(r"\x1b\[(\d+)F", part):
+            assert lines[-1] == "" and int(up[1]) < len(lines), "goes back over whole lines only"
+            kept = len(lines) - 1 - int(up[1])
+        elif part == "\x1b[J":
+            lines = lines[:kept] + [""]
+        else:
+            lines[-1] += part
+    return lines[:-1]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets."""
+    now = [100.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_phase_shows_its_bar_and_leaves_the_screen_clean(clock, capsys):
+    timer = PhaseTimer(Progress(is_shown=True))
+    with timer("rollout"):
+        begun = capsys.readouterr().out
+        clock[0] += 3
+        timer.progress(3, 4, "a note")
+        drawn = capsys.readouterr().out
+    assert screen(begun) == ["rollout"]
+    (line,) = screen(begun + drawn)
+    assert line.split() == ["rollout", "━" * 22 + "─" * 8, "75%", "3/4,", "0:01", "left", "a", "note"]
+    assert screen(begun + drawn + capsys.readouterr().out) == []
+
+
+def test_the_lines_below_say_where_the_run_stands(clock, capsys):
+    progress = Progress(is_shown=True, num_steps=50)
+    for step in (1, 2, 3):
+        clock[0] += 2.0
+        row = {"step": step, "reward": 0.1 * 2 ** (step - 1), "seconds/rollout": 1.5, "seconds/update": 0.25}
+        progress.step_done(row | ({"validation/accuracy": 0.5} if step == 3 else {}))
+    progress.begin("rollout")
+    assert screen(capsys.readouterr().out) == [
+        "rollout",
+        "step 3 of 50, 2.00 s a step, 1:34 left",
+        "▁▃█ reward 0.400   ▁ validation accuracy 50.0%",
+        "seconds: rollout 1.50, update 0.25",
+    ]
+
+
+def test_the_rows_of_the_table_stay_above_what_is_rewritten(tmp_path, capsys):
+    logger = RunLogger(tmp_path, is_writer=True, is_terminal=True, config={"num_steps": 2})
+    with logger.timer("rollout"):
+        logger.say("a word during a phase")
+    logger.log({"step": 1, "reward": 0.5})
+    with logger.timer("rollout"):
+        pass
+    logger.log({"step": 2, "reward": 0.5})
+    logger.close()
+    said, heading, *rows = screen(capsys.readouterr().out)
+    assert said == "a word during a phase" and heading.split()[0] == "step"
+    assert [row.split()[0] for row in rows] == ["1", "2"]
+
+
+def test_it_is_drawn_at_most_ten_times_a_second(clock, capsys):
+    progress = Progress(is_shown=True)
+    progress.begin("update")
+    for done in range(1000):
+        clock[0] += 0.001
+        progress(done, 1000)
+    assert 9 <= capsys.readouterr().out.count("update") - 1 <= 10
+
+
+def test_a_drawing_takes_less_than_a_hundredth_of_the_time_between_two(monkeypatch, tmp_path):
+    progress = Progress(is_shown=True, num_steps=1000)
+    with (tmp_path / "terminal").open("w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setattr(live, "INTERVAL_S", 0.0)
+        for step in range(1, 501):
+            progress.step_done({"step": step, "reward": step % 7, "validation/accuracy": 0.5, "seconds/rollout": 1.0})
+        seconds = []
+        for done in range(50):
+            start = time.perf_counter()
+            progress(done, 50)
+            seconds.append(time.perf_counter() - start)
+    assert sorted(seconds)[25] < 0.001, "0.1 s lie between two drawings"
+
+
+def test_no_line_is_wider_than_the_terminal(capsys, monkeypatch, clock):
+    monkeypatch.setenv("COLUMNS", "20")
+    progress = Progress(is_shown=True)
+    progress.begin("rollout")
+    clock[0] += 1
+    progress(1, 2, "a long note")
+    assert [len(line) for line in screen(capsys.readouterr().out)] == [19]
+
+
+def test_nothing_is_written_where_there_is_no_terminal(capsys):
+    timer = PhaseTimer(Progress(is_shown=live.can_show(), num_steps=3))
+    with timer("rollout"):
+        timer.progress(1, 4)
+    timer.progress.step_done({"step": 1, "reward": 1.0})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_sparkline_goes_from_the_lowest_mean_to_the_highest():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([5.0, 5.0]) == "▁▁"
+    assert sparkline([0, 2, 8, 6, 1], width=3) == "▁█▁", "means 1, 7 and 1"
