@@ -25,8 +25,8 @@ from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zer
 from grpo.attention import choose_layout
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
 from grpo.command_line import Command, parse_command
-from grpo.config import Config, ObjectiveConfig, get, known_keys, save
-from grpo.config_check import check
+from grpo.config import Config, ObjectiveConfig, get, known_keys, load, save
+from grpo.config_check import changes, check
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
@@ -66,6 +66,7 @@ class Run:
     pool: Pool  # the worker processes that score
     token_text: Callable[[int], str]  # for people to read
     updater: Updater
+    writer: checkpoint.Writer
     base_folder: Path | None  # of the embedded base model
     best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
     before: dict | None = None  # what the untrained model scored
@@ -80,7 +81,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     everyones, scores = [drawn[i] for i in teaching], drawn_scores.pick(teaching)
     groups = world.mine(everyones)
     with timer("update"):
-        layout = asdict(config.batch) | {"layout": run.layout}
+        layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
         if run.layout == "packed" and step == run.steps_done + 1:
             error = check_packing(run.module, groups, world.device)
             run.log.say("packed log-probs of one group are off by {:.1g} nats, {:.1g} at most".format(*error))
@@ -160,8 +161,8 @@ def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor,
         correct_mismatch(batch, objective.mismatch, level=objective.mismatch_level, cap=objective.mismatch_cap)
 
 
-def train(run: Run, stop: StopRequest) -> bool:
-    """Every step that is left; validation and checkpoints when they are due. False where a signal ended it early."""
+def train(run: Run, stop: StopRequest) -> int:
+    """Every step that is left; validation and checkpoints when they are due. The exit status: not 0 after a signal."""
     config, log = run.config, run.log
     for step in range(run.steps_done + 1, config.num_steps + 1):
         row = {"step": step, **train_step(run, step)}
@@ -171,14 +172,16 @@ def train(run: Run, stop: StopRequest) -> bool:
                 row |= validate(run, step)
         log.log(row | log.timer.take())
         is_best = run.best is not None and run.best[1] == step
-        is_stopped = stop.is_asked() and not is_last
-        if is_last or is_best or is_stopped or step % config.save_every == 0:
+        status = stop.status()
+        if is_last or is_best or status or step % config.save_every == 0:
             with log.timer("checkpoint"):
                 save_checkpoint(run, step)
-        if is_stopped:
+        if status:
+            run.writer.wait()
             log.say(f"\nstopped after step {step}; go on with: python train.py --resume {log.run_dir}")
-            return False
-    return True
+            return status
+    run.writer.wait()
+    return 0
 
 
 def validate(run: Run, step: int) -> dict[str, float]:
@@ -252,7 +255,18 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         sampler=make_sampler(config, policy.model, prompter, log),
         pool=make_pool(config.rewards),
         token_text=token_texts(policy.tokenizer),
-        updater=Updater(ddp, optimizer, objective, world, optim.max_grad_norm, policy.refresh),
+        updater=Updater(
+            ddp,
+            optimizer,
+            objective,
+            world,
+            optim.max_grad_norm,
+            policy.refresh,
+            config.batch.tokens_per_micro_batch,
+            optim.max_skipped_steps,
+            log.say,
+        ),
+        writer=checkpoint.Writer(run_dir, keep_last=config.keep_last),
         base_folder=base_folder,
     )
 
@@ -296,24 +310,21 @@ def parts(run: Run) -> dict:
     named = {
         "policy": run.policy,
         "optimizer": run.updater.optimizer,
+        "updater": run.updater,
         "stream": run.stream,
-        "sampler": run.sampler,
         "log": run.log,
     }
     return named | ({"reference": run.moving} if run.moving else {})
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    """Everything stateful, written by rank 0 between two steps."""
+    """Everything stateful, copied between two steps and written by rank 0 while training goes on."""
     state = {name: part.state_dict() for name, part in parts(run).items()}
-    state |= {"step": step, "best": run.best, "before": run.before, "random": torch.get_rng_state()}
+    by_rank = run.world.gather({"sampler": run.sampler.state_dict(), "random": checkpoint.random_state()})
+    state |= {"step": step, "best": run.best, "before": run.before, "by_rank": by_rank}
     if run.world.is_writer:
-        best_step = run.best[1] if run.best else None
-        limits = {"keep_last": run.config.keep_last, "best_step": best_step}
-        checkpoint.save(run.log.run_dir, step, run.policy.save, state, **limits)
-        if best_step == step:
-            checkpoint.mark_best(run.log.run_dir, step, run.best[0])
-    run.world.barrier()
+        write_model = lambda folder, state: run.policy.save(folder, state["policy"])  # noqa: E731
+        run.writer.save(step, write_model, state, best=run.best)
 
 
 def load_checkpoint(run: Run, folder: Path) -> None:
@@ -323,9 +334,18 @@ def load_checkpoint(run: Run, folder: Path) -> None:
         if name not in state:
             raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that one")
         part.load_state_dict(state[name])
-    torch.set_rng_state(state["random"])
-    run.best, run.before, run.steps_done = state["best"], state["before"], state["step"]
+    world = run.world
+    mine = state["by_rank"][world.rank % len(state["by_rank"])]
+    run.sampler.load_state_dict(mine["sampler"])
+    checkpoint.set_random_state(mine["random"])
+    recall = lambda: checkpoint.recall_best(run.log.run_dir, state["best"], run.log.say)  # noqa: E731
+    run.best = world.after_writer("best", recall)
+    run.before, run.steps_done = state["before"], state["step"]
     run.log.say(f"going on from {folder}")
+    if len(state["by_rank"]) != world.size:
+        run.log.say(
+            f"{world.size} ranks where {len(state['by_rank'])} were: the same batches, sums rounded differently"
+        )
 
 
 def before_training(run: Run) -> None:
@@ -391,18 +411,28 @@ def supervised_result(run: Run) -> tuple[dict, list]:
         return evaluate_greedily(run, "test", run.config.eval.test_problems, model=model).summary(), curve
 
 
-def open_run(command: Command, world: World) -> tuple[Path, bool]:
-    """The run folder, chosen once by rank 0, and whether a run in it goes on."""
+def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
+    """The run folder, chosen once by rank 0, and the checkpoint that a run in it goes on from."""
 
-    def choose() -> tuple[str, bool]:
+    def choose() -> tuple[Path, Path | None]:
         path = Path(command.resume or command.run_dir or checkpoint.default_run_dir(command.config_path.stem))
         is_restart = checkpoint.restarted_by_launcher()
         goes_on = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)
-        checkpoint.open_run_dir(path, resume=goes_on)
-        return str(path), goes_on
+        checkpoint.open_run_dir(path, resume=bool(command.resume) or is_restart)
+        if goes_on:
+            list_changes(load(path / "config.yaml"), command.config)
+        return path, checkpoint.newest_whole(path) if goes_on else None
 
-    path, goes_on = world.after_writer("run_dir", choose)
-    return Path(path), goes_on
+    return world.after_writer("run_dir", choose)
+
+
+def list_changes(before: Config, now: Config) -> None:
+    """Say what a run that goes on does differently from here on; ValueError where it cannot."""
+    harmless, others = changes(before, now)
+    for line in harmless:
+        print(f"changed: {line}", flush=True)
+    for line in others:
+        print(f"CHANGED, and the lost steps are not repeated as they were: {line}", flush=True)
 
 
 def run_command(command: Command, world: World) -> int:
@@ -421,7 +451,7 @@ def run_command(command: Command, world: World) -> int:
         return 0
     if config.model.path:
         load_model_config(config.model.path)  # a wrong path is found before a run folder is made
-    run_dir, goes_on = open_run(command, world)
+    run_dir, goes_on_from = open_run(replace(command, config=config), world)
     run = build(replace(command, config=config), world, run_dir)
     dispatch = {op: choice._asdict() for op, choice in dispatch_table(config.impl, world.device).items()}
     if world.is_writer:
@@ -431,15 +461,15 @@ def run_command(command: Command, world: World) -> int:
     kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
     run.log.say(f"run folder {run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
     with run.pool, closing(run.log):
-        if goes_on:
-            load_checkpoint(run, checkpoint.latest(run_dir))
+        if goes_on_from:
+            load_checkpoint(run, goes_on_from)
         else:
             before_training(run)
-        with StopRequest(world) as stop:
-            if not train(run, stop):
-                return 130
-        finish(run)
-    return 0
+        with StopRequest(world, config.distributed.term_grace_s) as stop:
+            status = train(run, stop)
+        if not status:
+            finish(run)
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -447,7 +477,9 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     command = parse_command(sys.argv[1:] if argv is None else argv)
-    world = distributed.start()
+    if command.config.deterministic:
+        distributed.make_deterministic()
+    world = distributed.start(command.config.distributed.timeout_s)
     try:
         return run_command(command, world)
     except (ValueError, FloatingPointError, OSError) as error:

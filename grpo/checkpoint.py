@@ -1,21 +1,24 @@
 """The run folder and its checkpoints: written whole or not at all, found again, pruned.
 
     runs/NAME/checkpoints/step_N/          Hugging Face layout, written by the policy
-    runs/NAME/checkpoints/step_N/state/    state.pt: everything needed to resume
+    runs/NAME/checkpoints/step_N/state/    state.pt: everything needed to resume; manifest.json: every file's hash
     runs/NAME/checkpoints/best.json        which step had the best validation accuracy
 
-A checkpoint is built in a staging folder, flushed to disk and renamed, so a folder named step_N is complete. Rank 0
-alone writes; what differs by rank is gathered into `state` first. Called by train.py between steps.
+A checkpoint is built in a staging folder, flushed to disk and renamed, so a folder named step_N was complete; what
+happened to it since, the manifest tells (`verify`). Rank 0 alone writes; what differs by rank is gathered into `state`
+first. Called by train.py between steps.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,14 @@ import torch
 from safetensors import SafetensorError
 
 STAGING = ".staging-"
+MANIFEST = Path("state") / "manifest.json"
+
+WriteModel = Callable[[Path, dict[str, Any]], None]  # (folder, state): writes the model and tokenizer of that state
+Best = tuple[float, int] | None  # validation accuracy and step of the best checkpoint so far
+
+
+class Damaged(ValueError):
+    """A checkpoint is not what was written; the message names the file and what is wrong with it."""
 
 
 def default_run_dir(config_name: str) -> Path:
@@ -63,20 +74,48 @@ def open_run_dir(path: Path | str, *, resume: bool) -> Path:
     return path
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    write_model: Callable[[Path], None],
-    state: dict[str, Any],
-    *,
-    keep_last: int,
-    best_step: int | None,
-) -> Path:
-    """Write checkpoints/step_N, then prune to the last `keep_last` and the best; returns its folder.
+class Writer:
+    """Writes checkpoints in the background, one at a time: training waits while its state is copied to memory.
 
-    write_model(folder) writes the model and tokenizer. state: tensors, numbers, text, None and dicts, lists or tuples
-    of them. A complete step_N that is there already is kept: the same step has the same state. Raises OSError that
-    names the folder where the disk is full or not writable; earlier checkpoints are then untouched.
+    The copy takes as much CPU memory as the state has bytes, until it is written. What went wrong with a checkpoint is
+    raised by the next `save`, or by `wait`.
+    """
+
+    def __init__(self, run_dir: Path, *, keep_last: int):
+        self.run_dir, self.keep_last = run_dir, keep_last
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # joined when the process exits
+        self._pending: Future | None = None
+
+    def save(self, step: int, write_model: WriteModel, state: dict[str, Any], *, best: Best) -> None:
+        """Wait for the checkpoint before, copy the state, and have `save` write it."""
+        self.wait()
+        options = {"keep_last": self.keep_last, "best": best}
+        self._pending = self._thread.submit(save, self.run_dir, step, write_model, snapshot(state), **options)
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises what `save` raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def snapshot(state: Any) -> Any:
+    """The same state with every tensor copied to the CPU: what happens to the originals does not reach it."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: snapshot(value) for key, value in state.items()}
+    return type(state)(map(snapshot, state)) if isinstance(state, list | tuple) else state
+
+
+def save(
+    run_dir: Path, step: int, write_model: WriteModel, state: dict[str, Any], *, keep_last: int, best: Best
+) -> Path:
+    """Write checkpoints/step_N, note the best step, prune to the last `keep_last` and the best; returns the folder.
+
+    state: tensors, numbers, text, None and dicts, lists or tuples of them. A complete step_N that is there already is
+    kept: the same step has the same state. Raises OSError that names the folder where the disk is full or not
+    writable; earlier checkpoints are then untouched.
     """
     target = run_dir / "checkpoints" / f"step_{step}"
     if not target.exists():
@@ -84,8 +123,9 @@ def save(
         try:
             _remove_staging(target.parent)
             (staging / "state").mkdir(parents=True)
-            write_model(staging)
+            write_model(staging, state)
             _write_state(state, staging / "state" / "state.pt")
+            _write_manifest(staging)
             _flush(staging)
             staging.rename(target)
             _flush_one(target.parent)
@@ -93,7 +133,9 @@ def save(
             raise OSError(f"could not write checkpoint {target}: {error}; free space or mend permissions") from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    _prune(target.parent, keep_last=keep_last, best_step=best_step)
+    if best is not None:
+        mark_best(run_dir, *best)
+    _prune(target.parent, keep_last=keep_last, best_step=best[1] if best else None)
     return target
 
 
@@ -108,6 +150,68 @@ def _write_state(state: dict[str, Any], path: Path) -> None:
         raise _TorchWriteError(str(error).splitlines()[0]) from error
     # What weights_only refuses would fail at resume, hours later. Mapped: no tensor is read back.
     torch.load(path, mmap=True, weights_only=True)
+
+
+def _write_manifest(folder: Path) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)] for path in paths}
+    (folder / MANIFEST).write_text(json.dumps({"files": files, "sha256": _own_hash(files)}, indent=2) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_hash(files: dict[str, list]) -> str:
+    """Of the manifest itself, so that a bit flipped there is told from one flipped in a file that it lists."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Damaged, unless every file is there with the size and the SHA-256 that it was written with."""
+    manifest = folder / MANIFEST
+    try:
+        record = json.loads(manifest.read_bytes())
+        files, own_hash = record["files"], record["sha256"]
+    except OSError as error:
+        raise Damaged(f"{manifest} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{manifest} is torn: {error}") from error
+    if own_hash != _own_hash(files):
+        raise Damaged(f"{manifest} is not what was written: its own hash does not fit")
+    for name, (size, sha256) in files.items():
+        path = folder / name
+        try:
+            if path.stat().st_size != size:
+                raise Damaged(f"{path} has {path.stat().st_size} bytes, but {size} were written")
+            if _sha256(path) != sha256:
+                raise Damaged(f"{path} is not what was written: its {size} bytes have another SHA-256")
+        except OSError as error:
+            raise Damaged(f"{path} cannot be read: {error.strerror}") from error
+
+
+def newest_whole(run_dir: Path | str, say: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint with the highest step that `verify` passes, if there are any checkpoints; rank 0 only.
+
+    Damaged ones after it are told and set aside as damaged_step_N. ValueError where all are damaged: none is touched.
+    """
+    damaged: dict[Path, Damaged] = {}
+    for _, folder in sorted(_steps(Path(run_dir) / "checkpoints").items(), reverse=True):
+        try:
+            verify(folder)
+        except Damaged as error:
+            damaged[folder] = error
+            continue
+        for bad, error in damaged.items():
+            aside = bad.with_name(f"damaged_{bad.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            say(f"damaged: {error}; set aside as {bad.rename(aside)}, and {folder.name} is used")
+        return folder
+    if damaged:
+        reasons = "\n".join(map(str, damaged.values()))
+        raise ValueError(f"every checkpoint of {run_dir} is damaged; put one back or start another run\n{reasons}")
+    return None
 
 
 def _flush(folder: Path) -> None:
@@ -151,7 +255,7 @@ def latest(run_dir: Path | str) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-def mark_best(run_dir: Path, step: int, accuracy: float) -> None:
+def mark_best(run_dir: Path, accuracy: float, step: int) -> None:
     """Note in checkpoints/best.json that step_N has the best validation accuracy so far."""
     path = run_dir / "checkpoints" / "best.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +271,31 @@ def best(run_dir: Path | str) -> Path | None:
         return None
     folder = marker.with_name(f"step_{json.loads(marker.read_text(encoding='utf-8'))['step']}")
     return folder if folder.is_dir() else None
+
+
+def recall_best(run_dir: Path, best: Best, say: Callable[[str], None] = print) -> Best:
+    """The best step of a run that goes on, noted in best.json again; None where its checkpoint is gone or damaged."""
+    if best is not None:
+        try:
+            verify(run_dir / "checkpoints" / f"step_{best[1]}")
+            mark_best(run_dir, *best)
+        except Damaged as error:
+            say(f"the best checkpoint so far is lost: {error}; validation chooses another from here on")
+            return None
+    return best
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """Of torch's generators, on the CPU and on this process's CUDA device."""
+    on_device = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **on_device}
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Go on with numbers from where `random_state` was taken; a device that is not here is left out."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def load_state(checkpoint: Path | str) -> dict[str, Any]:

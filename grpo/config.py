@@ -94,7 +94,7 @@ class RewardsConfig:
     timeout_s: float = 5.0
     """Seconds that one call of a reward function may take. Who takes longer is killed and its completions are tried one by one; what is late alone is unscored."""
     step_timeout_s: float = 600.0
-    """Seconds that all scoring of a step may take on one rank; what is not scored by then is unscored. The other ranks wait so long, and give up after 1800."""
+    """Seconds that all scoring of a step may take on one rank; what is not scored by then is unscored. The other ranks wait so long: less than distributed.timeout_s."""
     max_unscored: float = 0.25
     """Share of a step's completions that may go unscored (error or timeout) before the run ends."""
     sandbox: Literal["auto", "bubblewrap", "namespaces", "unsafe_subprocess"] = "auto"
@@ -207,6 +207,8 @@ class OptimConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row that are skipped because their loss or gradient is not finite; one more ends the run."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,14 @@ class EvalConfig:
     """Validation problems per evaluation (greedy)."""
     test_problems: int = 200
     """Test problems, evaluated before and after training only; 0 skips the test."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    timeout_s: float = 1800.0
+    """Seconds that ranks wait for each other; then the run ends with a message that names the rank that did not answer."""
+    term_grace_s: float = 25.0
+    """Seconds that a step may still take after SIGTERM; then the run leaves on its last checkpoint. Below torchrun's 30, after which it kills."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +289,8 @@ class Config:
     """Checkpoints kept besides the best one."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """Kernels: auto decides by device, dtype and shape, and says what it chose."""
+    deterministic: bool = False
+    """CUDA: only operations that give the same bits every time, so that a resumed run repeats the lost steps exactly; slower. On CPU it is always so."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
     """Trackers that get every metric besides metrics.jsonl, and the completions as tables where they can: tensorboard, wandb, mlflow, trackio. None: tensorboard where it is installed."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -291,6 +303,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
 
 
@@ -324,7 +337,9 @@ def load(path: Path | str) -> Config:
 
 def save(config: Config, path: Path | str) -> None:
     """Write every field, defaults included; `load` gives the same config back."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    unfinished = Path(path).with_suffix(".tmp")  # a kill in between must not leave half a file: runs resume with it
+    unfinished.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def known_keys(section: type = Config, prefix: str = "") -> list[str]:

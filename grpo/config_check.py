@@ -1,10 +1,11 @@
-"""What a config must not ask for: numbers outside their interval, sizes that do not divide, contradictions."""
+"""What a config must not ask for: numbers outside their interval, sizes that do not divide, contradictions, and what a
+run that goes on cannot change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grpo.config import Config, get
+from grpo.config import Config, get, known_keys
 
 INTERVALS = {
     "num_steps": "[1, inf)",
@@ -20,7 +21,7 @@ INTERVALS = {
     "rewards.correctness_weight": "[0, inf)",
     "rewards.workers": "[0, inf)",
     "rewards.timeout_s": "(0, inf)",
-    "rewards.step_timeout_s": "(0, 1500]",
+    "rewards.step_timeout_s": "(0, inf)",
     "rewards.max_unscored": "[0, 1]",
     "rollout.prompts_per_step": "[1, inf)",
     "rollout.group_size": "[1, inf)",
@@ -51,13 +52,45 @@ INTERVALS = {
     "optim.eps": "(0, inf)",
     "optim.weight_decay": "[0, inf)",
     "optim.max_grad_norm": "(0, inf)",
+    "optim.max_skipped_steps": "[0, inf)",
     "eval.every": "[0, inf)",
     "eval.validation_problems": "[1, inf)",
     "eval.test_problems": "[0, inf)",
+    "distributed.timeout_s": "(0, inf)",
+    "distributed.term_grace_s": "(0, inf)",
     "base.num_solutions": "[0, inf)",
     "base.long_solutions": "[0, inf)",
 }
 """Where each number must lie. A pair is checked item by item; None passes."""
+
+
+FIXED = ("task", "seed", "model.path", "model.precision", "lora", "data.validation_fraction", "data.split_seed", "base")
+"""Keys and sections that the state in a checkpoint depends on: a run that goes on keeps them."""
+FREE = (
+    "num_steps",
+    "save_every",
+    "keep_last",
+    "eval",
+    "track",
+    "distributed",
+    "rewards.workers",
+    "rewards.timeout_s",
+    "rewards.step_timeout_s",
+)
+"""Keys and sections that change no step, but for the learning rate, which is scheduled over num_steps."""
+
+
+def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
+    """`key: old -> new` of each value that a run that goes on has changed: harmless ones, and those that change what it
+    learns from here on. ValueError where the checkpoint would not fit any more."""
+    differing = [key for key in known_keys() if get(before, key) != get(now, key)]
+    text = {key: f"{key}: {get(before, key)!r} -> {get(now, key)!r}" for key in differing}
+    is_in = lambda key, table: any(f"{key}.".startswith(f"{entry}.") for entry in table)  # noqa: E731
+    fixed = [text[key] for key in differing if is_in(key, FIXED)]
+    if fixed:
+        raise ValueError(f"a run that goes on cannot change {'; '.join(fixed)}; start another run with these values")
+    free = [text[key] for key in differing if is_in(key, FREE)]
+    return free, [line for line in text.values() if line not in free]
 
 
 def check(config: Config, world_size: int) -> None:
@@ -112,5 +145,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"rollout.top_p={rollout.top_p}: the loss would not see the distribution that was sampled; train with 1"
     if rollout.top_k != 0:
         yield f"rollout.top_k={rollout.top_k}: the loss would not see the distribution that was sampled; train with 0"
+    scoring, waiting = config.rewards.step_timeout_s, config.distributed.timeout_s
+    if scoring >= waiting:
+        yield f"rewards.step_timeout_s={scoring}: ranks wait {waiting} s (distributed.timeout_s); choose less than that"
     if config.rewards.format_weight == 0 and config.rewards.correctness_weight == 0:
         yield "rewards.format_weight=0 and rewards.correctness_weight=0: nothing is rewarded; raise one of them"

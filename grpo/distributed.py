@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 POLL_S = 0.5
 
 
@@ -29,6 +29,7 @@ class World:
     size: int
     device: torch.device
     cpu_group: dist.ProcessGroup | None = None
+    timeout_s: float = 1800.0  # the longest that ranks wait for each other
 
     @property
     def is_writer(self) -> bool:
@@ -39,6 +40,7 @@ class World:
         """The sum of a small tensor over all ranks, on the CPU, in fp64 (so that it does not depend on the order)."""
         values = values.detach().to("cpu", torch.float64)
         if self.size > 1:
+            self.barrier()
             dist.all_reduce(values, group=self.cpu_group)
         return values
 
@@ -46,6 +48,7 @@ class World:
         """The element-wise maximum of a small tensor over all ranks, on the CPU, in fp64."""
         values = values.detach().to("cpu", torch.float64)
         if self.size > 1:
+            self.barrier()
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return values
 
@@ -53,6 +56,7 @@ class World:
         """Every rank's item, in the order of ranks, on every rank."""
         if self.size == 1:
             return [item]
+        self.barrier()
         items = [None] * self.size
         dist.all_gather_object(items, item, group=self.cpu_group)
         return items
@@ -61,14 +65,21 @@ class World:
         """Rank 0's item, on every rank."""
         if self.size == 1:
             return item
+        self.barrier()
         box = [item]
         dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            dist.barrier(group=self.cpu_group)
+        """Wait until every rank is here. Every call above begins with it: a collective alone could not say which rank
+        did not come. TimeoutError names the ranks, on rank 0."""
+        if self.size == 1:
+            return
+        try:
+            dist.monitored_barrier(self.cpu_group, timedelta(seconds=self.timeout_s), wait_all_ranks=True)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise TimeoutError(f"ranks wait {self.timeout_s:g} s (distributed.timeout_s) at most: {reason}") from error
 
     def mine(self, items: list | Tensor) -> list | Tensor:
         """This rank's share: item i goes to rank i mod size."""
@@ -100,31 +111,58 @@ class World:
 
 
 class StopRequest:
-    """Within it, Ctrl-C or SIGTERM asks all ranks to stop after the step under way; a second one stops at once."""
+    """Within it, Ctrl-C or SIGTERM asks all ranks to stop after the step under way; a second one stops at once.
 
-    def __init__(self, world: World):
-        self.world, self.is_set = world, False
+    A step that has not ended `term_grace_s` seconds after SIGTERM is given up: the process leaves with status 143, and
+    the last checkpoint is what there is.
+    """
+
+    def __init__(self, world: World, term_grace_s: float):
+        self.world, self.signal = world, 0
+        # A thread of its own: Python's signal handlers wait until a collective or a kernel under way returns.
+        self._last_call = threading.Timer(term_grace_s, self._leave)
+        self._last_call.daemon = True
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *failure: object) -> None:
+        self._last_call.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        self.is_set = True
+        self.signal = number
         signal.signal(number, signal.default_int_handler)
+        if number == signal.SIGTERM:
+            self._last_call.start()
         if self.world.is_writer:
             print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
-    def is_asked(self) -> bool:
-        """Whether any rank was asked: every rank gets the same answer."""
-        return bool(self.world.max(torch.tensor(float(self.is_set))))
+    def _leave(self) -> None:
+        print(
+            f"rank {self.world.rank}: the step did not end within {self._last_call.interval:g} s of SIGTERM "
+            "(distributed.term_grace_s); --resume goes on from the last checkpoint, if there is one",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(128 + signal.SIGTERM)
+
+    def status(self) -> int:
+        """0 while no rank was asked to stop, else the exit status of all: 130 (Ctrl-C) or 143 (SIGTERM)."""
+        number = int(self.world.max(torch.tensor(float(self.signal))))
+        return 128 + number if number else 0
 
 
-def start() -> World:
+def make_deterministic() -> None:
+    """Only operations that give the same bits every time; an operation that cannot raises RuntimeError. Before any
+    CUDA call: cuBLAS reads its workspace setting once."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def start(timeout_s: float = 1800.0) -> World:
     """Join the process group that torchrun describes in the environment, if any, and choose the device."""
     size, rank, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
@@ -140,9 +178,10 @@ def start() -> World:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if size == 1:
         return World(0, 1, device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if device.type == "cuda" else dist.group.WORLD
-    return World(rank, size, device, group)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+    return World(rank, size, device, group, timeout_s)
 
 
 def stop() -> None:

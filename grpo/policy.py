@@ -41,15 +41,23 @@ class Policy:
                 if working is not master:
                     working.copy_(master)
 
-    def save(self, folder: Path) -> None:
-        """Write the working copy and the tokenizer in Hugging Face layout."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, state: dict | None = None) -> None:
+        """Write the working copy and the tokenizer in Hugging Face layout.
+
+        state: a copy of an earlier `state_dict`, to be written instead of what the policy is now.
+        """
+        weights = None
+        if state is not None:
+            is_parameter = dict(self.model.named_parameters(remove_duplicate=False)).keys().__contains__
+            weights = {name: buffer for name, buffer in self.model.state_dict().items() if not is_parameter(name)}
+            weights |= {name: master.to(self.model.dtype) for name, master in state["masters"].items()}
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> dict:
-        """The fp32 masters, bit for bit."""
+        """The fp32 masters, bit for bit, and no copy of them."""
         masters = dict(self.masters.named_parameters())
-        return {"masters": {name: masters[name].detach().cpu() for name in self._trained}}
+        return {"masters": {name: masters[name].detach() for name in self._trained}}
 
     def load_state_dict(self, state: dict) -> None:
         """Masters from `state_dict`, then the working copy."""

@@ -202,6 +202,7 @@ class Batch:
     optimizer_steps: list[list[MicroBatch]]
     groups: list[range]  # of each optimizer step of one pass, by place in this rank's list, silent ones too
     lengths: Tensor  # [groups of this rank, G] int64: tokens of each completion
+    made_of: list[Group] = field(default_factory=list)  # this rank's list: what packing anew needs
 
     @property
     def micro_batches(self) -> list[MicroBatch]:

@@ -10,19 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from grpo.batch import dummy_like, halve
 from grpo.distributed import World
 from grpo.logprobs import TokenLoss
 from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, kl_k3, token_loss
-from grpo.records import Batch, MicroBatch
+from grpo.records import Batch, Group, MicroBatch
+
+LESS_MEMORY = "use a smaller batch.tokens_per_micro_batch, or model.gradient_checkpointing=true"
 
 
 class NonFiniteLoss(FloatingPointError):
     """The loss became NaN or infinite; the message names the step and the sequence."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Updater:
-    """What one update needs besides the batch. `module` is the PolicyModule, wrapped by DDP where there are ranks."""
+    """What one update needs besides the batch, and what went wrong in updates so far: its state.
+
+    `module` is the PolicyModule, wrapped by DDP where there are ranks.
+    """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -30,6 +36,22 @@ class Updater:
     world: World
     max_grad_norm: float
     refresh: Callable[[], None]  # brings the working copy up to the masters
+    tokens_per_micro_batch: int = 0  # as configured
+    max_skipped_steps: int = 0
+    say: Callable[[str], None] = print
+    skipped: int = 0  # optimizer steps in a row
+    too_large: int | None = None  # tokens_per_micro_batch that did not fit into the device's memory
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a micro-batch: as configured, or half of it if that was too large."""
+        return max(1, self.tokens_per_micro_batch // (2 if self.too_large == self.tokens_per_micro_batch else 1))
+
+    def state_dict(self) -> dict:
+        return {"skipped": self.skipped, "too_large": self.too_large}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped, self.too_large = state["skipped"], state["too_large"]
 
 
 def learning_rate(step: int, peak: float, schedule: str, *, warmup: float, num_steps: int) -> float:
@@ -62,36 +84,98 @@ def update_policy(
         parameters["lr"] = lr
     totals: dict[str, float] = {}
     done = 0
-    for micro_batches in batch.optimizer_steps:
-        sums = accumulate_gradients(updater, micro_batches, step=step)
-        norm = take_step(updater, sums)
-        for name, value in {**sums, "grad_norm": norm, "optimizer_steps": 1.0}.items():
+    if updater.world.size > 1:
+        batch.optimizer_steps = [smallest_last(step, batch.made_of) for step in batch.optimizer_steps]
+    for position in range(len(batch.optimizer_steps)):
+        for name, value in optimizer_step(updater, batch, position, step=step).items():
             totals[name] = max(totals.get(name, 0.0), value) if name.endswith("_max") else totals.get(name, 0.0) + value
-        done += len(micro_batches)
+        done += len(batch.optimizer_steps[position])
         if progress is not None:
             progress(done, len(batch.micro_batches))
     return summarise(totals)
 
 
-def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float]:
+def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) -> dict[str, float]:
+    """One optimizer step of the batch; returns its sums and maxima over all ranks.
+
+    A step whose loss or gradient is not finite moves nothing and is counted; NonFiniteLoss where max_skipped_steps in
+    a row were skipped before it. All ranks alike.
+    """
+    try:
+        sums = accumulate_gradients(updater, batch.optimizer_steps[position], step=step)
+        if sums is None:
+            halve_micro_batches(updater, batch, position)
+            sums = accumulate_gradients(updater, batch.optimizer_steps[position], step=step)
+        if sums is None:
+            raise ValueError(f"still out of memory with {updater.token_budget} tokens; {LESS_MEMORY}")
+        norm = take_step(updater, sums, step=step)
+    except NonFiniteLoss as error:
+        if updater.skipped == updater.max_skipped_steps:
+            raise
+        updater.skipped += 1
+        updater.say(f"skipped an optimizer step, {updater.skipped} in a row: {error}")
+        return {"skipped_steps": 1.0}
+    updater.skipped = 0
+    return {**sums, "grad_norm": norm, "optimizer_steps": 1.0, "skipped_steps": 0.0}
+
+
+def halve_micro_batches(updater: Updater, batch: Batch, position: int) -> None:
+    """From here on micro-batches of half the tokens, with the final weights as they are. Only once in a run."""
+    if updater.token_budget != updater.tokens_per_micro_batch:
+        raise ValueError(f"out of memory with {updater.token_budget} tokens, half of the first budget; {LESS_MEMORY}")
+    updater.too_large = updater.tokens_per_micro_batch
+    if updater.world.device.type == "cuda":
+        torch.cuda.empty_cache()  # its blocks have the sizes of the larger micro-batches
+    updater.say(
+        f"out of memory in a micro-batch of {updater.too_large} tokens: from here on {updater.token_budget}, with the "
+        "same gradient; to start so, set batch.tokens_per_micro_batch"
+    )
+    later = [halve(micro_batches, batch.made_of) for micro_batches in batch.optimizer_steps[position:]]
+    batch.optimizer_steps[position:] = later
+
+
+def smallest_last(micro_batches: list[MicroBatch], groups: list[Group]) -> list[MicroBatch]:
+    """Largest first, at least two: in the last pass ranks wait for each other, so none may run out of memory there."""
+    if len(micro_batches) == 1:
+        return [*micro_batches, dummy_like(micro_batches[0], groups)]
+    return sorted(micro_batches, key=lambda micro_batch: -micro_batch.input_ids.numel())
+
+
+def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float] | None:
     """Forward and backward of every micro-batch; gradients are reduced over ranks with the last one.
 
-    Returns sums and maxima over all ranks (see `token_statistics`). Raises NonFiniteLoss on every rank alike.
+    Returns sums and maxima over all ranks (see `token_statistics`), or None where a rank ran out of memory. Raises
+    NonFiniteLoss on every rank alike.
     """
+    world = updater.world
     updater.optimizer.zero_grad(set_to_none=True)
     statistics, passes = [], []
-    for position, micro_batch in enumerate(micro_batches):
-        is_last = position == len(micro_batches) - 1
-        delay_reduction = contextlib.nullcontext() if is_last or updater.world.size == 1 else updater.module.no_sync()
-        with delay_reduction:
-            loss, logprobs, entropy = forward(updater, micro_batch)
-            # DDP takes the mean over ranks; the weights already hold the global mean.
-            (loss * updater.world.size).backward()
+
+    def loss_of(micro_batch: MicroBatch) -> Tensor:
+        loss, logprobs, entropy = forward(updater, micro_batch)
         statistics.append(token_statistics(updater.objective, micro_batch, loss.detach(), logprobs, entropy))
         passes.append((micro_batch, logprobs))
-    reduced = reduce_statistics(updater.world, statistics)
+        return loss * world.size  # DDP takes the mean over ranks; the weights already hold the global mean
+
+    *others, last = micro_batches
+    is_short = False
+    try:
+        with updater.module.no_sync() if world.size > 1 else contextlib.nullcontext():
+            for micro_batch in others:
+                loss_of(micro_batch).backward()
+        if world.size == 1:
+            loss_of(last).backward()
+    except torch.OutOfMemoryError:
+        is_short = True
+    # Asked before the one pass that ranks make together: until here each may give up by itself. Its forward belongs to
+    # it: DDP would reduce in the next backward pass, whichever that is.
+    if world.max(torch.tensor(float(is_short))):
+        return None
+    if world.size > 1:
+        loss_of(last).backward()
+    reduced = reduce_statistics(world, statistics)
     if not math.isfinite(reduced["loss"]):
-        culprits = [name for name in updater.world.gather(first_bad_sequence(passes)) if name]
+        culprits = [name for name in world.gather(first_bad_sequence(passes)) if name]
         culprits.append("every input is finite: the loss itself overflowed")
         raise NonFiniteLoss(f"the loss is {reduced['loss']} at training step {step}; {culprits[0]}")
     return reduced
@@ -192,7 +276,7 @@ def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]]) -> str | None:
     return None
 
 
-def take_step(updater: Updater, sums: dict[str, float]) -> float:
+def take_step(updater: Updater, sums: dict[str, float], *, step: int) -> float:
     """Clip and step; returns the gradient norm before clipping.
 
     A step without a single non-zero advantage teaches nothing where the loss has neither KL nor entropy bonus: no
@@ -202,7 +286,7 @@ def take_step(updater: Updater, sums: dict[str, float]) -> float:
     norm = torch.nn.utils.clip_grad_norm_(parameters, updater.max_grad_norm).item()
     if not math.isfinite(norm):
         raise NonFiniteLoss(
-            f"the gradient norm is {norm} though the loss {sums['loss']} is finite; "
+            f"the gradient norm is {norm} at training step {step} though the loss {sums['loss']} is finite; "
             "lower optim.lr or raise objective.beta"
         )
     if sums["teaching_tokens"] or updater.objective.acts_without_advantage:
@@ -212,11 +296,17 @@ def take_step(updater: Updater, sums: dict[str, float]) -> float:
 
 
 def summarise(totals: dict[str, float]) -> dict[str, float]:
-    """Token sums -> token means, NaN of none; loss and gradient norm -> means over steps; maxima as they are."""
+    """Token sums -> token means, NaN of none; loss and gradient norm -> means over steps; maxima as they are.
+
+    Means are over the steps that were not skipped, and NaN where all were.
+    """
+    skipped = {"skipped_steps": totals.pop("skipped_steps")}
+    if "tokens" not in totals:
+        return {**skipped, "loss": math.nan, "grad_norm": math.nan}
     tokens, steps = totals.pop("tokens") or math.nan, totals.pop("optimizer_steps")
     totals.pop("teaching_tokens")
     per_step = {"loss", "grad_norm"}
-    return {
+    return skipped | {
         name: value if name.endswith("_max") else value / (steps if name in per_step else tokens)
         for name, value in totals.items()
     }

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "transformers", "transformers.models.qwen2.modeling_qwen2", "grpo.update"])
+CONTEXT.set_forkserver_preload(["torch", "transformers", "transformers.models.qwen2.modeling_qwen2", "train"])
 
 
 def run_ranks(world_size: int, function: Callable, *arguments: object, timeout_s: float = 120) -> list:

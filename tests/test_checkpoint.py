@@ -15,16 +15,16 @@ from grpo import checkpoint
 STATE = {"step": 3, "moments": {"exp_avg": torch.arange(4.0)}, "random": (1, [2, 3], None), "name": "cosine"}
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, state: dict) -> None:
     (folder / "model.safetensors").write_bytes(b"weights")
 
 
-def save(run_dir: Path, step: int, *, keep_last: int = 2, best_step: int | None = None, state: dict = STATE) -> Path:
-    return checkpoint.save(run_dir, step, write_model, state, keep_last=keep_last, best_step=best_step)
+def save(run_dir: Path, step: int, *, keep_last: int = 2, best: tuple | None = None, state: dict = STATE) -> Path:
+    return checkpoint.save(run_dir, step, write_model, state, keep_last=keep_last, best=best)
 
 
 def names(run_dir: Path) -> set[str]:
-    return {path.name for path in (run_dir / "checkpoints").iterdir()}
+    return {path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir()}
 
 
 def test_state_comes_back_as_it_was_saved(tmp_path):
@@ -41,9 +41,9 @@ def test_the_top_holds_what_the_model_wrote_and_the_rest_is_under_state(tmp_path
 
 def test_the_last_k_and_the_best_are_kept(tmp_path):
     for step in (5, 10, 15, 20):
-        save(tmp_path, step, keep_last=2, best_step=5)
+        save(tmp_path, step, keep_last=2, best=(0.5, 5))
     assert names(tmp_path) == {"step_5", "step_15", "step_20"}
-    save(tmp_path, 25, keep_last=2, best_step=20)
+    save(tmp_path, 25, keep_last=2, best=(0.5, 20))
     assert names(tmp_path) == {"step_20", "step_25"}
 
 
@@ -59,12 +59,12 @@ def test_latest_counts_steps_as_numbers_and_ignores_leftovers(tmp_path):
 def test_a_failing_write_leaves_no_folder_and_keeps_the_earlier_checkpoint(tmp_path):
     save(tmp_path, 1)
 
-    def disk_full(folder: Path) -> None:
-        write_model(folder)
+    def disk_full(folder: Path, state: dict) -> None:
+        write_model(folder, state)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="could not write checkpoint .*step_2: .*No space left.*free space"):
-        checkpoint.save(tmp_path, 2, disk_full, STATE, keep_last=1, best_step=None)
+        checkpoint.save(tmp_path, 2, disk_full, STATE, keep_last=1, best=None)
     assert names(tmp_path) == {"step_1"}
 
 
@@ -81,12 +81,12 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoint_as_the_latest(tmp_pat
         from pathlib import Path
         from grpo import checkpoint
         run_dir = Path({str(tmp_path)!r})
-        write_model = lambda folder: (folder / "model.safetensors").write_bytes(b"weights")
-        checkpoint.save(run_dir, 1, write_model, {{"step": 1}}, keep_last=1, best_step=None)
+        write_model = lambda folder, state: (folder / "model.safetensors").write_bytes(b"weights")
+        checkpoint.save(run_dir, 1, write_model, {{"step": 1}}, keep_last=1, best=None)
         die = lambda *_: os.kill(os.getpid(), 9)
         write_model = die if {moment!r} == "write_model" else write_model
         setattr(checkpoint, {moment!r}, die)
-        checkpoint.save(run_dir, 2, write_model, {{"step": 2}}, keep_last=1, best_step=None)
+        checkpoint.save(run_dir, 2, write_model, {{"step": 2}}, keep_last=1, best=None)
     """
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=Path(__file__).parents[1])
     assert ended.returncode == -9
@@ -97,7 +97,7 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoint_as_the_latest(tmp_pat
 
 def test_a_complete_checkpoint_of_the_same_step_is_not_written_again(tmp_path):
     save(tmp_path, 1)
-    folder = checkpoint.save(tmp_path, 1, lambda folder: pytest.fail("written twice"), {}, keep_last=1, best_step=None)
+    folder = checkpoint.save(tmp_path, 1, lambda *_: pytest.fail("written twice"), {}, keep_last=1, best=None)
     assert checkpoint.load_state(folder)["step"] == 3
 
 
@@ -118,10 +118,10 @@ def test_damaged_and_incomplete_checkpoints_are_named(tmp_path):
 def test_best_is_remembered_until_its_folder_is_gone(tmp_path):
     assert checkpoint.best(tmp_path) is None
     save(tmp_path, 4)
-    checkpoint.mark_best(tmp_path, 4, 0.75)
+    checkpoint.mark_best(tmp_path, 0.75, 4)
     assert checkpoint.best(tmp_path).name == "step_4"
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {"step": 4, "accuracy": 0.75}
-    checkpoint.mark_best(tmp_path, 8, 0.8)
+    checkpoint.mark_best(tmp_path, 0.8, 8)
     assert checkpoint.best(tmp_path) is None
 
 

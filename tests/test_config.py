@@ -12,7 +12,7 @@ from grpo import command_line, config_check, dry_run
 from grpo import config as config_module
 from grpo.command_line import parse_command
 from grpo.config import Config, from_dict, get, known_keys, load, save, to_dict
-from grpo.config_check import check
+from grpo.config_check import FIXED, FREE, changes, check
 
 ROOT = Path(__file__).parents[1]
 FACTS = dry_run.ModelFacts(
@@ -291,10 +291,44 @@ def test_nothing_rewarded_is_refused():
         check(replace(Config(), rewards=rewards), world_size=1)
 
 
+def test_scoring_must_end_before_the_other_ranks_give_up():
+    with pytest.raises(ValueError, match=r"step_timeout_s=1800.0: ranks wait 1800.0 s .* choose less than that"):
+        check(changed("rewards.step_timeout_s", 1800.0), world_size=1)
+
+
+# --- going on with another config ---
+
+
+@pytest.mark.parametrize("key, value", [("num_steps", 99), ("eval.every", 3), ("distributed.timeout_s", 60.0)])
+def test_a_run_that_goes_on_may_change_what_touches_no_step(key, value):
+    assert changes(Config(), changed(key, value)) == ([f"{key}: {get(Config(), key)} -> {value}"], [])
+
+
+@pytest.mark.parametrize("key, value", [("optim.lr", 0.5), ("rollout.group_size", 4), ("data.path", "moved/")])
+def test_a_run_that_goes_on_is_told_what_changes_its_steps(key, value):
+    assert changes(Config(), changed(key, value)) == ([], [f"{key}: {get(Config(), key)!r} -> {value!r}"])
+
+
+@pytest.mark.parametrize("key, value", [("seed", 1), ("model.path", "other"), ("base.steps", 7), ("task", "gsm8k")])
+def test_a_run_that_goes_on_keeps_what_its_checkpoint_depends_on(key, value):
+    with pytest.raises(ValueError, match=f"cannot change {key}: {get(Config(), key)!r} -> {value!r}; start another"):
+        changes(Config(), changed(key, value))
+
+
+def test_an_unchanged_config_has_no_changes():
+    assert changes(Config(), Config()) == ([], [])
+
+
 def test_every_interval_belongs_to_a_number_of_the_config():
     for key in config_check.INTERVALS:
         value = get(Config(), key)
         assert value is None or isinstance(value, int | float | tuple), key
+
+
+def test_every_key_and_section_of_the_tables_exists():
+    known = known_keys()
+    for entry in (*FIXED, *FREE):
+        assert any(f"{key}.".startswith(f"{entry}.") for key in known), entry
 
 
 # --- the dry run ---

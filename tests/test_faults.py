@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or fails on one rank: long proofs with real processes (`make slow`)."""
+"""A run that is stopped or fails on one rank: long proofs with real processes (`make slow`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_train import DEMO, ROOT, rows_without_clock
+from tests.test_train import DEMO, ROOT
+from tests.trainee import rows_without_clock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 STEPS = 12
@@ -64,24 +65,15 @@ def assert_same_as_undisturbed(folder: Path, name: str) -> None:
     assert json.loads((folder / name / "summary.json").read_text())["accuracy_after"] is not None
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_nothing_is_lost(folder):
-    process = start(folder, *RUN, "--run-dir", "stopped")
-    wait_for_step(folder / "stopped", 4, process)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130
-    assert "go on with: python train.py --resume stopped" in output
-    run(folder, "--resume", "stopped")
-    assert_same_as_undisturbed(folder, "stopped")
-
-
-@pytest.mark.parametrize("step", [4, 8])
-def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(folder, step):
-    name = f"killed{step}"
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(folder, number, status):
+    name = f"stopped{status}"
     process = start(folder, *RUN, "--run-dir", name)
-    wait_for_step(folder / name, step, process)
-    process.kill()
-    process.communicate()
+    wait_for_step(folder / name, 4, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == status
+    assert f"go on with: python train.py --resume {name}" in output
     run(folder, "--resume", name)
     assert_same_as_undisturbed(folder, name)
 

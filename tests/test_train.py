@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import train
 from grpo.metrics import read_metrics, undocumented
 from tests.tiny import save_tiny_model, write_gsm8k_files
+from tests.trainee import rows_without_clock
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -36,7 +37,6 @@ SMALL = [
     "--objective.entropy-bonus=0.01",
 ]
 DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), *SMALL]
-CLOCK = ("seconds/", "tokens_per_second")  # what two equal runs may differ in
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,6 @@ def finished(workplace):
     """A whole small run."""
     assert train.main([*DEMO, "--run-dir", "whole", "--seed", "3"]) == 0
     return workplace / "whole"
-
-
-def rows_without_clock(run_dir):
-    return [{key: value for key, value in row.items() if not key.startswith(CLOCK)} for row in read_metrics(run_dir)]
 
 
 def test_the_run_folder_holds_what_the_readme_promises(finished):
@@ -102,12 +98,16 @@ def test_the_last_checkpoint_opens_as_a_plain_hugging_face_model(finished):
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors"]
 
 
-def test_a_resumed_run_repeats_the_lost_steps_bit_for_bit(finished, workplace):
+def test_a_run_whose_last_checkpoint_is_damaged_repeats_the_lost_steps_bit_for_bit(finished, workplace, capsys):
     resumed = workplace / "resumed"
     shutil.copytree(finished, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "step_4")
+    weights = resumed / "checkpoints" / "step_4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")  # the last byte of an fp32 1.0 is "?"
     (resumed / "summary.json").unlink()
-    assert train.main(["--resume", str(resumed)]) == 0
+    assert train.main(["--resume", str(resumed), "--eval.test-problems=10"]) == 0
+    said = capsys.readouterr().out
+    assert "step_4/model.safetensors is not what was written" in said and "step_2 is used" in said
+    assert "changed: eval.test_problems: 20 -> 10" in said
     assert rows_without_clock(resumed) == rows_without_clock(finished)
     ours, theirs = (load_file(run / "checkpoints" / "step_4" / "model.safetensors") for run in (resumed, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -250,6 +250,11 @@ def test_a_mistake_is_one_clear_line_and_status_2(finished, capsys, arguments, m
     shutil.rmtree("refused", ignore_errors=True)
     assert status == 2
     assert message in error and "Traceback" not in error
+
+
+def test_a_run_that_goes_on_cannot_change_what_its_checkpoint_depends_on(finished, capsys):
+    status, error = refusal(capsys, ["--resume", str(finished), "--seed", "4"])
+    assert status == 2 and "cannot change seed: 3 -> 4" in error
 
 
 def test_a_used_run_folder_is_refused_with_the_way_to_go_on(finished, capsys):

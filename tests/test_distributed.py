@@ -1,0 +1,75 @@
+"""A rank that does not answer is named; a run that is asked to stop does so in time and says which signal it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo.distributed import StopRequest, World
+from tests.ranks import CONTEXT, run_ranks
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def message_for_a_silent_rank(world) -> str:
+    impatient = replace(world, timeout_s=1.0)
+    if world.rank == 1:
+        time.sleep(4)
+    try:
+        impatient.gather("here")
+    except TimeoutError as error:
+        return str(error)
+    return "all answered"
+
+
+def test_a_rank_that_stops_answering_is_named_within_the_stated_time():
+    started = time.monotonic()
+    message = run_ranks(3, message_for_a_silent_rank)[0]
+    assert "ranks wait 1 s (distributed.timeout_s) at most" in message
+    assert "Ranks 1 failed" in message
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_step_end_and_gives_its_own_exit_status(number, status):
+    before = signal.getsignal(number)
+    with StopRequest(ALONE, term_grace_s=0.2) as stop:
+        assert stop.status() == 0
+        os.kill(os.getpid(), number)
+        assert stop.status() == status
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+    time.sleep(0.3)  # the grace is over, but so is the run
+    assert signal.getsignal(number) is before
+
+
+def asked_once(world) -> int:
+    """Only rank 1 gets the signal."""
+    with StopRequest(world, term_grace_s=60) as stop:
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stop.status()
+
+
+def test_every_rank_stops_where_one_is_asked():
+    assert run_ranks(2, asked_once) == [143, 143]
+
+
+def never_ends() -> None:
+    with StopRequest(ALONE, term_grace_s=0.3):
+        os.kill(os.getpid(), signal.SIGTERM)
+        torch.randn(1000, 1000).matrix_power(2**30)  # no signal handler of Python's runs before it returns
+        time.sleep(60)
+
+
+def test_a_step_that_outlives_the_grace_is_left_with_status_143():
+    process = CONTEXT.Process(target=never_ends)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 143
