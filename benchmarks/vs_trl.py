@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import runpy
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -33,6 +35,7 @@ from benchmarks.train_step import memory_kib
 from grpo.metrics import git_commit, package_versions
 from kernels.measure import hardware
 
+ROOT = Path(__file__).parents[1]
 OURS, GENERATE, BATCHING = "grpo", "TRL generate", "TRL continuous batching"
 
 
@@ -135,7 +138,6 @@ def peak_mib(device: torch.device) -> float:
 
 def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> None:
     """train.py's own parts and step."""
-    import train
     from grpo.command_line import Command
     from grpo.config import Config, from_dict
     from grpo.distributed import start
@@ -164,6 +166,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
             "eval": {"every": 0, "test_problems": 0},
         }
     )
+    train = SimpleNamespace(**runpy.run_path(str(ROOT / "train.py"), run_name="train"))
     command = Command(config, Path("vs_trl"), "", None, None, False)
     with redirect_stdout(sys.stderr):
         (folder / "run").mkdir()
