@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from grpo import base, checkpoint, distributed, lora, trackers
@@ -38,6 +37,7 @@ from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.rewards import refuse_unscored, score_groups
 from grpo.rewards.pool import Pool, make_pool
 from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
+from grpo.sharding import distribute
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
 from grpo.tasks.stream import ProblemStream
@@ -83,7 +83,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     with timer("update"):
         layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
         if run.layout == "packed" and step == run.steps_done + 1:
-            error = check_packing(run.module, groups, world.device)
+            with run.policy.at_hand():
+                error = check_packing(run.module, groups, world.device)
             run.log.say("packed log-probs of one group are off by {:.1g} nats, {:.1g} at most".format(*error))
         rewards = scores.total + length_penalty(run, everyones)
         by_component = {"components": scores.components, "weights": scores.weights}
@@ -116,7 +117,8 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
     for _ in range(objective.max_draws if objective.dynamic_sampling else 1):
         with timer("rollout"):
             problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
-            mine = run.sampler.generate([run.prompter(problem) for problem in problems], step)
+            with run.policy.at_hand():
+                mine = run.sampler.generate([run.prompter(problem) for problem in problems], step)
             groups += world.interleave(world.gather(mine))
         with timer("score"):
             options = {"require_finish": config.rewards.require_finish, "score": run.pool}
@@ -200,7 +202,8 @@ def evaluate_greedily(
     problems = [run.prompter(replace(problem, index=i)) for i, problem in enumerate(run.task.split(split)[:limit])]
     sampler = make_sampler(run.config, model or run.policy.model, run.prompter, run.log, greedy=True)
     options = {"require_finish": run.config.rewards.require_finish, "score": run.pool}
-    return evaluate(sampler, problems, run.task.rewards, **options, world=run.world, step=step)
+    with run.policy.at_hand():
+        return evaluate(sampler, problems, run.task.rewards, **options, world=run.world, step=step)
 
 
 def build(command: Command, world: World, run_dir: Path) -> Run:
@@ -222,24 +225,29 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         prompter.check(problems)
     objective = resolve(**asdict(config.objective))
     options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
-    # Before the module, which may turn gradient checkpointing on: a copy made then would take the module along.
+    # Copies come before the module, which may turn gradient checkpointing on: a copy made then would take it along.
+    if world.size > 1 and config.distributed.strategy == "fsdp":
+        policy.sample_from_copy()
     moving = MovingReference(policy) if objective.ref_refresh_every else None
     reference = None
     if objective.beta:
-        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
+        model = moving.model if moving else load_reference(policy)
+        reference = LogprobModel(model, **options)
+        if config.model.reference_offload:
+            reference.keep_on_cpu(model.parameters())
     module = PolicyModule(
         policy,
         **options,
         entropy_gradient=objective.entropy_bonus > 0,
         checkpointing=config.model.gradient_checkpointing,
     )
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in trained):,}")
+    wrapped = distribute(module, [policy, moving] if moving else [policy], world, config.distributed.strategy)
+    log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")
     layout, why = choose_layout(config.batch.layout, policy.model)
     log.say(f"layout of micro-batches: {layout} ({why})")
     optim = config.optim
-    optimizer = make_optimizer(trained, optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
-    ddp = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
+    adamw = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    optimizer = make_optimizer(policy.trained, optim.lr, **adamw, own=list(policy.own.values()))
     return Run(
         config=config,
         world=world,
@@ -256,7 +264,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         pool=make_pool(config.rewards),
         token_text=token_texts(policy.tokenizer),
         updater=Updater(
-            ddp,
+            wrapped,
             optimizer,
             objective,
             world,

@@ -27,6 +27,8 @@ class ModelConfig:
     """Forward precision. auto: bf16 on CUDA, fp32 on CPU. Masters, gradients and reductions are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    reference_offload: bool = False
+    """Keep the weights of the frozen reference in CPU memory; they come to the device for its pass alone, once a step."""
     compile: bool = False
     """torch.compile the layers of the training forward (norm, rotary and MLP arithmetic in fewer kernels, attention left alone); a minute at the start."""
 
@@ -223,6 +225,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
+    strategy: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    """What ranks share out. ddp: nothing. zero1: fp32 masters and Adam moments, with the gradients of ddp to the bit. fsdp: gradients too, and the bf16 copy that samples is there for the rollout alone (docs/scale.md). One rank has everything in any case."""
     timeout_s: float = 1800.0
     """Seconds that ranks wait for each other; then the run ends with a message that names the rank that did not answer."""
     term_grace_s: float = 25.0

@@ -136,6 +136,13 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if config.model.compile and config.model.gradient_checkpointing:
         yield "model.compile with model.gradient_checkpointing: a compiled layer cannot be recomputed; choose one"
+    if lora.rank and config.distributed.strategy == "fsdp":
+        yield "distributed.strategy=fsdp with adapters: they are small, and their frozen base stays whole; use ddp"
+    if config.model.reference_offload and config.objective.ref_refresh_every:
+        yield (
+            f"model.reference_offload with objective.ref_refresh_every={config.objective.ref_refresh_every}: a "
+            "reference that follows the policy stays on its device; choose one"
+        )
     long, solutions = config.base.long_solutions or 0, config.base.num_solutions
     if long > solutions:
         yield f"base.long_solutions={long} are meant to be among base.num_solutions={solutions}; use fewer of them"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import yaml
@@ -26,6 +26,7 @@ class ModelFacts:
 
     num_parameters: int
     num_trained: int  # fewer under LoRA
+    num_in_layers: int  # the rest: embeddings, last norm and head
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -52,6 +53,7 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
     return ModelFacts(
         num_parameters=sum(parameter.numel() for parameter in parameters),
         num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        num_in_layers=sum(parameter.numel() for parameter in whole.base_model.layers.parameters()),
         num_layers=model.num_hidden_layers,
         num_kv_heads=getattr(model, "num_key_value_heads", None) or heads,
         head_dim=getattr(model, "head_dim", None) or model.hidden_size // heads,
@@ -71,8 +73,18 @@ def dry_run_report(config: Config, world_size: int, model: ModelFacts) -> str:
     resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
     lines = [resolved, *_effective_batch(config, world_size, model), "", "memory per rank, estimated, GiB"]
     lines += [f"  {name:<34}{size / 2**30:>10.3f}" for name, size in memory.items()]
-    lines += [f"  {'total':<34}{sum(memory.values()) / 2**30:>10.3f}"]
+    lines += [f"  {'total':<34}{sum(memory.values()) / 2**30:>10.3f}", "", *_by_strategy(config, model)]
     return "\n".join(lines)
+
+
+def _by_strategy(config: Config, model: ModelFacts, ranks: tuple[int, ...] = (1, 8)) -> list[str]:
+    """The total on 1 and 8 ranks under each `distributed.strategy`, as a table."""
+    lines = ["such totals by distributed.strategy" + "".join(f"{size:>7} rank{'s'[: size > 1]}" for size in ranks)]
+    for strategy in ("ddp", "zero1", "fsdp"):
+        asked = replace(config, distributed=replace(config.distributed, strategy=strategy))
+        totals = [sum(memory_estimate(asked, size, model).values()) / 2**30 for size in ranks]
+        lines.append(f"  {strategy:<34}" + "".join(f"{total:>12.1f}" for total in totals))
+    return lines
 
 
 def _effective_batch(config: Config, world_size: int, model: ModelFacts) -> list[str]:
@@ -109,31 +121,54 @@ def _micro_batches(config: Config, world_size: int, model: ModelFacts) -> int:
 
 
 def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[str, int]:
-    """Bytes of one rank by purpose. Parts are summed as if all lived at once, so the total is an upper estimate.
+    """Bytes of one rank by purpose. Parts are summed as if all lived at once, so the total is an upper estimate; only
+    of two of which one is always gone the larger counts.
 
     Activations kept for the backward pass, per token and layer: 8 tensors as wide as the model and 4 as wide as the
     MLP (SwiGLU); with checkpointing only the layer's input, and one layer at a time in full.
     """
     rollout, size = config.rollout, model.bytes_per_element
-    copies = {"fp32 masters": 4 * model.num_trained, "gradients, fp32": 4 * model.num_trained}
-    copies["Adam moments, fp32"] = 8 * model.num_trained
-    if model.num_trained < model.num_parameters:
-        copies["frozen base"] = size * (model.num_parameters - model.num_trained)
-    if size < 4:
-        copies["working copy, bf16"] = size * model.num_trained
-    if model.has_reference:
-        copies["frozen reference"] = size * model.num_trained  # shares the frozen base
-    if config.objective.ref_refresh_every and size < 4:
-        copies["masters of the reference, fp32"] = 4 * model.num_trained
     sequences = min(rollout.max_sequences, rollout.prompts_per_step * rollout.group_size // world_size)
     groups = math.ceil(sequences / rollout.group_size)
     cached_tokens = groups * model.prompt_tokens + sequences * rollout.max_new_tokens
     layer = (8 * model.hidden_size + 4 * model.intermediate_size) * size
     checkpointed = model.num_layers * model.hidden_size * size + layer
     activation = checkpointed if config.model.gradient_checkpointing else model.num_layers * layer
+    copies, passing = weights_estimate(config, world_size, model)
+    update = {"activations of a micro-batch": activation * config.batch.tokens_per_micro_batch}
+    if passing:
+        update = {f"activations, or {' or '.join(passing)}": max(*update.values(), *passing.values())}
     return copies | {
         "KV cache": 2 * model.num_layers * model.num_kv_heads * model.head_dim * size * cached_tokens,
-        "activations of a micro-batch": activation * config.batch.tokens_per_micro_batch,
+        **update,
         "logits of a chunk": 4 * model.vocab_size * model.logit_chunk_tokens,
         "logits of a decoding step": 2 * 4 * model.vocab_size * sequences,
     }
+
+
+def weights_estimate(config: Config, world_size: int, model: ModelFacts) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of one rank for weights, gradients and moments: of what stays, and of what is gone while activations are.
+
+    Of what ranks share out (grpo.sharding), one rank's share, as if it were cut evenly.
+    """
+    size, trained, strategy = model.bytes_per_element, model.num_trained, config.distributed.strategy
+    if world_size == 1:
+        strategy = "ddp"
+    share = lambda num, *strategies: math.ceil(num / (world_size if strategy in strategies else 1))  # noqa: E731
+    is_copied = size < 4 or strategy == "fsdp"
+    stays, passing = {}, {}
+    stays["fp32 masters"] = 4 * share(trained, *(("zero1", "fsdp") if is_copied else ()))
+    stays["gradients, fp32"] = 4 * share(trained, "fsdp")
+    stays["Adam moments, fp32"] = 8 * share(trained, "zero1", "fsdp")
+    if trained < model.num_parameters:
+        stays["frozen base"] = size * (model.num_parameters - trained)
+    if is_copied:
+        (passing if strategy == "fsdp" else stays)["working copy" + ", bf16" * (size < 4)] = size * trained
+    if strategy == "fsdp":  # what is outside the layers and two layers, with their gradients
+        outside = model.num_parameters - model.num_in_layers
+        stays["gathered weights and gradients"] = 2 * size * (outside + 2 * model.num_in_layers // model.num_layers)
+    if model.has_reference:  # shares the frozen base
+        (passing if config.model.reference_offload else stays)["frozen reference"] = size * trained
+    if config.objective.ref_refresh_every and size < 4:
+        stays["masters of the reference, fp32"] = 4 * share(trained, "zero1", "fsdp")
+    return stays, passing

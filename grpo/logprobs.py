@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -48,6 +48,25 @@ class LogprobModel(nn.Module):
         self.entropy_gradient = entropy_gradient
         layers = model.base_model.layers if compile else ()
         self._forwards = {layer: torch.compile(layer.forward, dynamic=True, backend=BACKEND) for layer in layers}
+        self._waiting: dict[nn.Parameter, Tensor] = {}
+
+    def keep_on_cpu(self, parameters: Iterable[nn.Parameter]) -> None:
+        """From here on the weights of these are in (on CUDA: pinned) CPU memory but for `at_hand`."""
+        for parameter in parameters:
+            weights = parameter.data.cpu()
+            self._waiting[parameter] = weights.pin_memory() if parameter.is_cuda else weights
+            parameter.data = self._waiting[parameter]
+
+    @contextmanager
+    def at_hand(self, device: torch.device) -> Iterator[None]:
+        """Within it every weight is on `device`."""
+        try:
+            for parameter, weights in self._waiting.items():
+                parameter.data = weights.to(device, non_blocking=True, copy=True)
+            yield
+        finally:
+            for parameter, weights in self._waiting.items():
+                parameter.data = weights  # frozen: nothing to bring back
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         # row source[t] predicts token t: the only shift
@@ -138,7 +157,7 @@ def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None
 
 
 class PolicyModule(nn.Module):
-    """The policy as DistributedDataParallel sees it: its parameters are the fp32 masters."""
+    """The policy as DistributedDataParallel or FSDP sees it: its parameters are the fp32 masters."""
 
     def __init__(
         self,
@@ -153,17 +172,23 @@ class PolicyModule(nn.Module):
         super().__init__()
         self.masters = policy.masters
         options = {"temperature": temperature, "impl": impl, "compile": compile}
-        compute = LogprobModel(policy.model, **options, entropy_gradient=entropy_gradient)
-        self._hidden_from_ddp = (compute,)  # a tuple, so that the working copy is not registered as parameters too
-        self._shares_weights = policy.model is policy.masters
+        model = policy.masters if policy.is_sampler_only else policy.model
+        compute = LogprobModel(model, **options, entropy_gradient=entropy_gradient)
+        # A tuple, so that the working copy is not registered as parameters too.
+        self._hidden_from_ddp = (compute, policy.model)
+        self._shares_weights = model is policy.masters
         self._weights: dict[str, Tensor] = {}
         if checkpointing:
             options = {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
-            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     @property
     def compute(self) -> LogprobModel:
         return self._hidden_from_ddp[0]
+
+    @property
+    def working(self) -> PreTrainedModel:
+        return self._hidden_from_ddp[1]
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         """Log-probs and entropy, each [T]; or, given `token_loss`, the weighted loss summed over the micro-batch
@@ -217,9 +242,9 @@ def frozen_logprobs(
 def check_packing(policy: PolicyModule, groups: list[Group], device: torch.device) -> tuple[float, float]:
     """Mean and largest error of the packed log-probs of one group, in nats; ValueError where rounding explains neither.
 
-    Error: distance from the padded log-probs of the fp32 masters. Allowed: four times that of padded rows in the
-    policy's own precision, and a little. A completion that saw another, or missed its prompt, is off by far more.
-    The group: the smallest with two different completions, if there is any.
+    Error: distance from the padded log-probs of the working copy, computed in fp32. Allowed: four times that
+    of padded rows in the policy's own precision, and a little. A completion that saw another, or missed its prompt, is
+    off by far more. The group: the smallest with two different completions, if there is any.
     """
     differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
     size = lambda group: len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)  # noqa: E731
@@ -227,10 +252,10 @@ def check_packing(policy: PolicyModule, groups: list[Group], device: torch.devic
     members = [(0, s) for s in range(len(group.completions))]
     packed, padded = (build([group], members, device) for build in (packed_row, padded_rows))
     options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
-    # A frozen base is bf16: in fp32 for this pass only.
-    in_fp32 = {name: parameter.float() for name, parameter in policy.masters.named_parameters()}
-    with using_weights(policy.masters, in_fp32):
-        truth = LogprobModel(policy.masters, **options)(padded)[0]
+    # Not the masters, which may be shared out over ranks. The copy is gone before gradients and moments are there.
+    in_fp32 = {name: parameter.float() for name, parameter in policy.working.named_parameters()}
+    with using_weights(policy.working, in_fp32):
+        truth = LogprobModel(policy.working, **options)(padded)[0]
     error, rounding = ((policy(rows)[0] - truth).abs().double() for rows in (packed, padded))
     found = (error.mean().item(), error.max().item())
     allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)

@@ -3,30 +3,39 @@
 On CUDA the fp32 *masters* are what DistributedDataParallel and AdamW see, and one bf16 *working* copy at fixed
 addresses serves the sampler and the training forward alike; `refresh` rewrites it in place after each optimizer
 step. In fp32 the two are the same module. What is not trained (under LoRA, grpo.lora, nearly all) has no master: it is
-there once, in the precision of the forward pass.
+there once, in the precision of the forward pass. Over several ranks the masters may be shared out (grpo.sharding).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.sharding import fill, for_writer, whole_of
 
 ADAPTER_CONFIG = "adapter_config.json"  # the file that tells a folder in PEFT's format
 
 
 class Policy:
-    """masters: the model that is trained, in fp32.  model: the working copy that samples and runs forward."""
+    """masters: the model that is trained, in fp32.  model: the working copy that samples and runs forward.
+
+    trained: the parameters that get gradients.  own: what this rank keeps of each, by name: itself, or a share of it.
+    """
 
     def __init__(self, masters: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str):
         refuse_unsupported(masters)
         self.masters = masters
-        self._trained = [name for name, parameter in masters.named_parameters() if parameter.requires_grad]
+        self.own = {name: parameter for name, parameter in masters.named_parameters() if parameter.requires_grad}
+        self.trained = list(self.own.values())
         self.tokenizer = tokenizer
         self.model = masters if precision == "fp32" else bf16_copy(masters)
+        self.is_sampler_only = False  # the working copy, which then is made for every rollout
 
     @property
     def context_length(self) -> int:
@@ -36,10 +45,45 @@ class Policy:
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the working copy up to the masters, in place: its addresses never change."""
-        if self.model is not self.masters:
-            for working, master in zip(self.model.parameters(), self.masters.parameters(), strict=True):
-                if working is not master:
-                    working.copy_(master)
+        working = dict(self.model.named_parameters())
+        for name, own in self.own.items():
+            has_memory = working[name].untyped_storage().nbytes()  # else it gets its weights in `at_hand`
+            if own is not working[name] and has_memory:
+                working[name].copy_(whole_of(own, working[name].dtype))
+
+    @torch.no_grad()
+    def keep_shares(self, share_of: Callable[[Tensor], Tensor]) -> None:
+        """Keep share_of(master) of each master that is trained. In fp32 it is a part of the working copy; in bf16 the
+        masters are then without memory: what is left of them has their shape and gets their gradients."""
+        for name, master in list(self.own.items()):
+            share = share_of(master.detach())
+            if self.model is not self.masters:
+                share = share.clone()
+                master.data = master.new_zeros(()).expand(master.shape)
+            self.own[name] = nn.Parameter(share)
+
+    def sample_from_copy(self) -> None:
+        """From here on training runs the masters themselves, and the working copy is for `at_hand` alone."""
+        if self.model is self.masters:
+            self.model = copy.deepcopy(self.masters).requires_grad_(False)
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.clone()  # in a storage of its own
+        self.is_sampler_only = True
+
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Within it the working copy has its weights; outside, too, unless it is there to sample only."""
+        if not self.is_sampler_only:
+            yield
+            return
+        try:
+            for parameter in self.model.parameters():
+                parameter.untyped_storage().resize_(parameter.nbytes)
+            self.refresh()
+            yield
+        finally:
+            for parameter in self.model.parameters():
+                parameter.untyped_storage().resize_(0)
 
     def save(self, folder: Path, state: dict | None = None) -> None:
         """Write the working copy and the tokenizer in Hugging Face layout.
@@ -55,14 +99,13 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> dict:
-        """The fp32 masters, bit for bit, and no copy of them."""
-        masters = dict(self.masters.named_parameters())
-        return {"masters": {name: masters[name].detach() for name in self._trained}}
+        """The fp32 masters, bit for bit, and no copy of whole ones. Of masters in shares every rank must call it, and
+        rank 0 gets them."""
+        return {"masters": {name: for_writer(own) for name, own in self.own.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         """Masters from `state_dict`, then the working copy."""
-        masters = dict(self.masters.named_parameters())
-        expected = {name: tuple(masters[name].shape) for name in self._trained}
+        expected = {name: tuple(own.shape) for name, own in self.own.items()}
         found = {name: tuple(tensor.shape) for name, tensor in state["masters"].items()}
         if expected != found:
             differing = sorted(expected.items() ^ found.items())[:4]
@@ -71,8 +114,8 @@ class Policy:
                 "resume with the model.path and the lora section it was trained with"
             )
         with torch.no_grad():
-            for name in self._trained:
-                masters[name].copy_(state["masters"][name])
+            for name, own in self.own.items():
+                fill(own, state["masters"][name])
         self.refresh()
 
     def copy_of(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -107,9 +150,8 @@ class MovingReference(Policy):
     @torch.no_grad()
     def follow(self, policy: Policy, mix: float) -> None:
         """masters <- (1 - mix) * masters + mix * the policy's masters; mix 1 is a copy, bit for bit."""
-        for own, current in zip(self.masters.parameters(), policy.masters.parameters(), strict=True):
-            if own is not current:
-                own.lerp_(current, mix)
+        for name, own in self.own.items():
+            own.lerp_(policy.own[name], mix)
         self.refresh()
 
 

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from grpo.batch import dummy_like, halve
 from grpo.distributed import World
 from grpo.logprobs import TokenLoss
 from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, kl_k3, token_loss
 from grpo.records import Batch, Group, MicroBatch
+from grpo.sharding import SharedAdamW, whole_of
 
 LESS_MEMORY = "use a smaller batch.tokens_per_micro_batch, or model.gradient_checkpointing=true"
 
@@ -27,7 +31,7 @@ class NonFiniteLoss(FloatingPointError):
 class Updater:
     """What one update needs besides the batch, and what went wrong in updates so far: its state.
 
-    `module` is the PolicyModule, wrapped by DDP where there are ranks.
+    `module` is the PolicyModule, where there are ranks wrapped by DDP or turned into shares by FSDP (grpo.sharding).
     """
 
     module: nn.Module
@@ -70,10 +74,18 @@ def learning_rate(step: int, peak: float, schedule: str, *, warmup: float, num_s
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], lr: float, *, betas: tuple[float, float], eps: float, weight_decay: float
+    parameters: list[nn.Parameter],
+    lr: float,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    own: list[Tensor] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW on the fp32 masters, as one fused kernel."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    """AdamW on the fp32 masters, as one fused kernel.  own: what this rank keeps of each, where they are shared out."""
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
+    is_shared = own is not None and any(isinstance(tensor, DTensor) for tensor in own)
+    return SharedAdamW(own, parameters, **options) if is_shared else torch.optim.AdamW(parameters, **options)
 
 
 def update_policy(
@@ -142,30 +154,33 @@ def smallest_last(micro_batches: list[MicroBatch], groups: list[Group]) -> list[
 
 
 def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float] | None:
-    """Forward and backward of every micro-batch; gradients are reduced over ranks with the last one.
+    """Forward and backward of every micro-batch; gradients are reduced over ranks with the last one (FSDP: each).
 
     Returns sums and maxima over all ranks (see `token_statistics`), or None where a rank ran out of memory. Raises
     NonFiniteLoss on every rank alike.
     """
     world = updater.world
-    updater.optimizer.zero_grad(set_to_none=True)
+    has_buckets, is_joint = (isinstance(updater.module, kind) for kind in (DistributedDataParallel, FSDPModule))
+    updater.optimizer.zero_grad(set_to_none=not has_buckets)  # gradients that are views of DDP's buckets must stay so
     statistics, passes = [], []
 
     def loss_of(micro_batch: MicroBatch) -> Tensor:
         loss, logprobs, entropy = forward(updater, micro_batch)
         statistics.append(token_statistics(updater.objective, micro_batch, loss.detach(), logprobs, entropy))
         passes.append((micro_batch, logprobs))
-        return loss * world.size  # DDP takes the mean over ranks; the weights already hold the global mean
+        return loss * world.size  # DDP and FSDP take the mean over ranks; the weights already hold the global mean
 
     *others, last = micro_batches
     is_short = False
     try:
-        with updater.module.no_sync() if world.size > 1 else contextlib.nullcontext():
+        with updater.module.no_sync() if has_buckets else contextlib.nullcontext():
             for micro_batch in others:
                 loss_of(micro_batch).backward()
         if world.size == 1:
             loss_of(last).backward()
     except torch.OutOfMemoryError:
+        if is_joint:
+            raise  # every pass is made together: the others would wait
         is_short = True
     # Asked before the one pass that ranks make together: until here each may give up by itself. Its forward belongs to
     # it: DDP would reduce in the next backward pass, whichever that is.
@@ -283,7 +298,7 @@ def take_step(updater: Updater, sums: dict[str, float], *, step: int) -> float:
     optimizer step, so that momentum does not move.
     """
     parameters = [parameter for parameter in updater.module.parameters() if parameter.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, updater.max_grad_norm).item()
+    norm = whole_of(torch.nn.utils.clip_grad_norm_(parameters, updater.max_grad_norm)).item()
     if not math.isfinite(norm):
         raise NonFiniteLoss(
             f"the gradient norm is {norm} at training step {step} though the loss {sums['loss']} is finite; "

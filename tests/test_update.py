@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from grpo.advantages import normalise
 from grpo.batch import LAYOUTS, kl_by_completion, pack, weigh
@@ -17,6 +16,7 @@ from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve, token_loss
 from grpo.policy import Policy
 from grpo.records import Scores, merge_scores
+from grpo.sharding import distribute, whole_of
 from grpo.update import NonFiniteLoss, Updater, learning_rate, make_optimizer, update_policy
 from tests.ranks import run_ranks
 from tests.tiny import made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
@@ -64,16 +64,30 @@ def gathered(world, objective, batch, rewards, scored):
 
 
 def one_update(
-    world, dtype, objective_name, budget, minibatches=1, passes=1, layout="packed", adapt=lambda model: model
+    world,
+    dtype,
+    objective_name,
+    budget,
+    minibatches=1,
+    passes=1,
+    layout="packed",
+    adapt=lambda model: model,
+    strategy="ddp",
+    observe=None,
 ):
     """Gradients of the last optimizer step, weights after the update, and its metrics, on this rank."""
     if dtype == torch.float64:
         use_fp64_rms_norm()
     objective = ON_RANKS[objective_name]
-    policy = Policy(adapt(tiny_qwen2()).to(dtype), word_tokenizer(), "fp32")
+    is_bf16 = dtype == torch.bfloat16  # of the working copy
+    policy = Policy(
+        adapt(tiny_qwen2()).to(torch.float32 if is_bf16 else dtype), word_tokenizer(), "bf16" if is_bf16 else "fp32"
+    )
+    if strategy == "fsdp" and world.size > 1:
+        policy.sample_from_copy()
     options = {"temperature": 0.9, "impl": "torch"}
     module = PolicyModule(policy, **options, entropy_gradient=objective.entropy_bonus > 0)
-    wrapped = DistributedDataParallel(module, broadcast_buffers=False) if world.size > 1 else module
+    wrapped = distribute(module, [policy], world, strategy)
     reference = LogprobModel(tiny_qwen2(seed=1).to(dtype), **options) if objective.beta else None
     advantages, scored = advantages_and_scored()
     silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
@@ -97,12 +111,14 @@ def one_update(
         max_new_tokens=MAX_NEW_TOKENS,
         sum_over_ranks=world.sum,
     )
-    optimizer = make_optimizer(list(module.parameters()), lr=0.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    adamw = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    optimizer = make_optimizer(policy.trained, 0.0, **adamw, own=list(policy.own.values()))
     updater = Updater(wrapped, optimizer, objective, world, max_grad_norm=math.inf, refresh=policy.refresh)
     metrics = update_policy(updater, batch, step=7, lr=1e-3 if minibatches * passes > 1 else 0.0)
-    trained = {name: parameter for name, parameter in module.masters.named_parameters() if parameter.requires_grad}
-    gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
-    weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    gradients = dict(zip(policy.own, (whole_of(parameter.grad).clone() for parameter in policy.trained), strict=True))
+    weights = {name: whole_of(own.detach()).clone() for name, own in policy.own.items()}
+    if observe is not None:
+        observe(policy, optimizer)
     return gradients, weights, metrics
 
 

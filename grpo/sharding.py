@@ -1,0 +1,139 @@
+"""What each rank keeps of masters, gradients and Adam moments: all, or a share. train.py calls `distribute` once.
+
+    ddp     all three whole on every rank
+    zero1   shares of masters and moments; gradients whole, averaged by DistributedDataParallel (ZeRO stage 1,
+            arXiv:1910.02054 section 5.1), the same bits as under ddp
+    fsdp    shares of all three (FSDP2): the training forward gathers one layer at a time, and the working copy is
+            there only while something is sampled
+
+A share is a DTensor: this rank's rows of dimension 0, cut as torch.chunk cuts. What leaves for a checkpoint is whole,
+so a run may go on under another strategy or with another number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from grpo.distributed import World
+
+if TYPE_CHECKING:
+    from grpo.policy import Policy
+
+
+def rows_of(whole: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's rows, a view; none where there are fewer rows than ranks."""
+    rows = whole.chunk(mesh.size())[mesh.get_local_rank() : mesh.get_local_rank() + 1]
+    return rows[0] if rows else whole[:0]
+
+
+def share_of(whole: Tensor, mesh: DeviceMesh) -> DTensor:
+    """This rank's share: a view of a tensor that is whole and the same on every rank."""
+    layout = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
+    return DTensor.from_local(rows_of(whole, mesh), mesh, [Shard(0)], **layout)
+
+
+def whole_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The shares of all ranks joined, converted before they travel; what is no share is whole already."""
+    return tensor.to(dtype or tensor.dtype).full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def for_writer(tensor: Tensor) -> Tensor:
+    """What is whole as it is; a share made whole, on the CPU of rank 0, which writes: every rank must call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    whole = whole_of(tensor.detach())
+    return whole.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)
+
+
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Write a whole tensor, the same on every rank, into a tensor or into this rank's share of one."""
+    if isinstance(tensor, DTensor):
+        tensor, whole = tensor.to_local(), rows_of(whole, tensor.device_mesh)
+    tensor.copy_(whole)
+
+
+class SharedAdamW(torch.optim.AdamW):
+    """AdamW on this rank's shares of the masters; its state in a checkpoint is that of AdamW on whole ones.
+
+    masters: the parameters that get the gradients, in the order of `shares`; under fsdp they are the shares.
+    """
+
+    def __init__(self, shares: list[Tensor], masters: list[nn.Parameter], **options: object):
+        super().__init__(shares, **options)
+        self.pairs = list(zip(shares, masters, strict=True))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for _, master in self.pairs:
+            if set_to_none:
+                master.grad = None
+            elif master.grad is not None:
+                master.grad.zero_()
+
+    def step(self) -> None:
+        lent = [(share, master) for share, master in self.pairs if share is not master]
+        for share, master in lent:
+            share.grad = share_of(master.grad, share.device_mesh)
+        super().step()
+        for share, _ in lent:
+            share.grad = None
+
+    def state_dict(self) -> dict:
+        """On rank 0 as of AdamW on whole masters, on the CPU. Every rank must call it."""
+        state = super().state_dict()
+        moments = {
+            index: {name: for_writer(value) for name, value in entry.items()} for index, entry in state["state"].items()
+        }
+        return state | {"state": moments}
+
+    def load_state_dict(self, state: dict) -> None:
+        shares = {
+            index: {
+                name: share_of(value, share.device_mesh).clone() if value.shape == share.shape else value
+                for name, value in state["state"][index].items()
+            }
+            for index, (share, _) in enumerate(self.pairs)
+            if index in state["state"]
+        }
+        super().load_state_dict(state | {"state": shares})
+
+
+def shard_fully(module: nn.Module, policy: Policy, mesh: DeviceMesh) -> None:
+    """Turn the masters that `module` trains into shares, in place: a layer is gathered when its turn comes.
+
+    Gradients are reduced in fp32 with every micro-batch: to keep them until the last would take them whole.
+    """
+    options: dict = {"mesh": mesh}
+    if policy.model.dtype == torch.bfloat16:
+        precision = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+        options["mp_policy"] = MixedPrecisionPolicy(**precision)
+    for layer in policy.masters.base_model.layers:
+        fully_shard(layer, **options)
+    fully_shard(module, **options)
+    policy.own = {name: share for name, share in policy.masters.named_parameters() if share.requires_grad}
+    policy.trained = list(policy.own.values())
+
+
+def distribute(module: nn.Module, policies: list[Policy], world: World, strategy: str) -> nn.Module:
+    """`module`, the PolicyModule of the first policy, as its gradients are formed over all ranks.
+
+    What the strategy says of masters holds for every policy given: one that follows the first goes the same way.
+    """
+    if world.size == 1:
+        return module
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    if strategy == "fsdp":
+        shard_fully(module, policies[0], mesh)
+        policies = policies[1:]
+    else:
+        module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if strategy != "ddp":
+        for policy in policies:
+            policy.keep_shares(lambda master: share_of(master, mesh))
+    return module
