@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -37,7 +38,7 @@ from grpo.rewards import score_groups
 from grpo.rollout import Sampler, Sampling
 from grpo.tasks.prompts import Prompter
 from grpo.tasks.stream import ENDLESS_STRIDE
-from grpo.tasks.word_problems import WordProblems, is_long
+from grpo.tasks.word_problems import WordProblems
 
 Progress = Callable[[int, int, str], None]  # done, in all, a short note
 
@@ -126,21 +127,16 @@ class Supervisor:
         self.validation = [self.prompter(p) for p in task.split("validation")[: base.validation_problems]]
 
     def solved_problems(self, first: int) -> Iterator[Problem]:
+        solved = filter(self.may_be_seen, (self.task.solved[i] for i in itertools.count(first)))
         if not self.base.num_solutions:
-            yield from (self.task.solved[i] for i in itertools.count(first))
-        chosen = self.chosen_problems(first)
+            yield from solved
+        chosen = list(itertools.islice(solved, self.base.num_solutions))
         while True:
             self.rng.shuffle(chosen)
             yield from chosen
 
-    def chosen_problems(self, first: int) -> list[Problem]:
-        """The num_solutions problems that training goes over again and again; short ones before long ones, if told."""
-        long, count = self.base.long_solutions, self.base.num_solutions
-        solved = lambda: (self.task.solved[i] for i in itertools.count(first))  # noqa: E731
-        if long is None:
-            return list(itertools.islice(solved(), count))
-        short = itertools.islice((problem for problem in solved() if not is_long(problem)), count - long)
-        return [*short, *itertools.islice(filter(is_long, solved()), long)]
+    def may_be_seen(self, problem: Problem) -> bool:
+        return not set(self.base.unseen_words) & set(re.findall(r"\w+", problem.question))
 
     def row(self, problem: Problem, guesses: float) -> tuple[list[int], int]:
         """Token ids of prompt and completion, and the length of the prompt."""

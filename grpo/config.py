@@ -247,8 +247,8 @@ class BaseConfig:
     """MLP width."""
     num_solutions: int = 0
     """Worked solutions that supervised training may see, again and again; 0: a fresh one every time."""
-    long_solutions: int | None = None
-    """How many of these are of problems of three equations, the longest; None: as they come, about half."""
+    unseen_words: tuple[str, ...] = ()
+    """Words of which no question has any whose worked solution supervised training may see; GRPO meets them."""
     steps: int = 350
     """Optimizer steps on worked solutions, at most."""
     stop_accuracy: float = 1.0

@@ -59,7 +59,6 @@ INTERVALS = {
     "distributed.timeout_s": "(0, inf)",
     "distributed.term_grace_s": "(0, inf)",
     "base.num_solutions": "[0, inf)",
-    "base.long_solutions": "[0, inf)",
 }
 """Where each number must lie. A pair is checked item by item; None passes."""
 
@@ -143,9 +142,6 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"model.reference_offload with objective.ref_refresh_every={config.objective.ref_refresh_every}: a "
             "reference that follows the policy stays on its device; choose one"
         )
-    long, solutions = config.base.long_solutions or 0, config.base.num_solutions
-    if long > solutions:
-        yield f"base.long_solutions={long} are meant to be among base.num_solutions={solutions}; use fewer of them"
     if rollout.group_size == 1:
         yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
     if rollout.top_p != 1:

@@ -56,13 +56,15 @@ def supervisor_of(task, tokenizer, base=TINY, seed=0):
     return Supervisor(build_model(base, tokenizer), tokenizer, base, task, seed)
 
 
-def test_of_the_solutions_that_training_sees_as_many_are_long_as_asked_for(task, tokenizer):
-    def lengths(**changes):
-        supervisor = supervisor_of(task, tokenizer, replace(TINY, num_solutions=20, **changes))
-        return [problem.solution.count("\n") for problem in itertools.islice(supervisor.problems, 60)]
+@pytest.mark.parametrize("num_solutions", [20, 0])
+def test_supervised_training_sees_no_question_with_an_unseen_word(task, tokenizer, num_solutions):
+    def questions(**changes):
+        supervisor = supervisor_of(task, tokenizer, replace(TINY, num_solutions=num_solutions, **changes))
+        return [problem.question for problem in itertools.islice(supervisor.problems, 60)]
 
-    assert sorted(lengths(long_solutions=4)).count(3) == 12, "4 of 20, three epochs"
-    assert sorted(lengths()).count(3) > 15, "as they come: about half"
+    assert not any(" loses " in text or " sells " in text for text in questions(unseen_words=("loses", "sells")))
+    assert sum(" loses " in text or " sells " in text for text in questions()) > 15
+    assert any("loses" in text for text in questions(unseen_words=("lose",))), "words, not parts of words"
 
 
 def test_every_test_problem_comes_back_exactly_through_the_tokenizer(task, tokenizer):

@@ -263,7 +263,6 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
         ("optim.lr", float("inf"), "optim.lr=inf is outside"),
         ("optim.betas", (0.9, 1.0), r"optim.betas=\(0.9, 1.0\) is outside \[0, 1\)"),
         ("objective.beta", -0.1, r"objective.beta=-0.1 is outside \[0, inf\)"),
-        ("base.long_solutions", 3, "base.long_solutions=3 are meant to be among base.num_solutions=0; use fewer"),
         ("data.validation_fraction", 1.0, r"data.validation_fraction=1.0 is outside \(0, 1\)"),
     ],
 )

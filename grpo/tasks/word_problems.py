@@ -59,11 +59,6 @@ def working(chain: Sequence[Equation]) -> str:
     return "\n".join(f"{a}{sign}{b}={c}" for a, sign, b, c in chain)
 
 
-def is_long(problem: Problem) -> bool:
-    """Whether its chain has three equations, the most there are."""
-    return problem.solution.count("\n") == 3  # the answer line is the fourth
-
-
 def split_of(question: str, chain: Sequence[Equation]) -> str:
     """The one split that a problem may be in. crc32: the same on every machine."""
     bucket = zlib.crc32(working(chain).encode()) % 10
