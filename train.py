@@ -231,10 +231,9 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     moving = MovingReference(policy) if objective.ref_refresh_every else None
     reference = None
     if objective.beta:
-        model = moving.model if moving else load_reference(policy)
-        reference = LogprobModel(model, **options)
+        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
         if config.model.reference_offload:
-            reference.keep_on_cpu(model.parameters())
+            reference.keep_on_cpu()
     module = PolicyModule(
         policy,
         **options,

@@ -137,6 +137,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "model.compile with model.gradient_checkpointing: a compiled layer cannot be recomputed; choose one"
     if lora.rank and config.distributed.strategy == "fsdp":
         yield "distributed.strategy=fsdp with adapters: they are small, and their frozen base stays whole; use ddp"
+    if lora.rank and config.model.reference_offload:
+        yield "model.reference_offload with adapters: the reference shares the policy's frozen base; leave it"
     if config.model.reference_offload and config.objective.ref_refresh_every:
         yield (
             f"model.reference_offload with objective.ref_refresh_every={config.objective.ref_refresh_every}: a "

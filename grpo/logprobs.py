@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -50,9 +50,9 @@ class LogprobModel(nn.Module):
         self._forwards = {layer: torch.compile(layer.forward, dynamic=True, backend=BACKEND) for layer in layers}
         self._waiting: dict[nn.Parameter, Tensor] = {}
 
-    def keep_on_cpu(self, parameters: Iterable[nn.Parameter]) -> None:
-        """From here on the weights of these are in (on CUDA: pinned) CPU memory but for `at_hand`."""
-        for parameter in parameters:
+    def keep_on_cpu(self) -> None:
+        """From here on the weights, which are frozen, are in CPU memory (for CUDA pinned) outside `at_hand`."""
+        for parameter in self.parameters():
             weights = parameter.data.cpu()
             self._waiting[parameter] = weights.pin_memory() if parameter.is_cuda else weights
             parameter.data = self._waiting[parameter]
@@ -66,7 +66,7 @@ class LogprobModel(nn.Module):
             yield
         finally:
             for parameter, weights in self._waiting.items():
-                parameter.data = weights  # frozen: nothing to bring back
+                parameter.data = weights
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         # row source[t] predicts token t: the only shift
@@ -156,6 +156,30 @@ def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None
             module._parameters[name] = parameter
 
 
+@contextmanager
+def in_fp32(model: PreTrainedModel) -> Iterator[None]:
+    """Let `model` compute in fp32, with the weights of one layer at a time converted."""
+    layers = list(model.base_model.layers)
+    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    outside = {name: weight.float() for name, weight in model.named_parameters() if id(weight) not in in_layers}
+
+    def converted(layer: nn.Module, forward: Callable) -> Callable:
+        def run(*inputs: object, **named: object) -> object:
+            with using_weights(layer, {name: weight.float() for name, weight in layer.named_parameters()}):
+                return forward(*inputs, **named)
+
+        return run
+
+    try:
+        for layer in layers:
+            layer.forward = converted(layer, layer.forward)
+        with using_weights(model, outside):
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 class PolicyModule(nn.Module):
     """The policy as DistributedDataParallel or FSDP sees it: its parameters are the fp32 masters."""
 
@@ -231,11 +255,14 @@ def frozen_logprobs(
     objective has to know it beforehand (`Objective.needs_frozen_pass`).
     """
     needs_policy = always_policy or len(batch.optimizer_steps) > 1
-    for micro_batch in {id(micro_batch): micro_batch for micro_batch in batch.micro_batches}.values():
-        if needs_policy:
+    micro_batches = {id(micro_batch): micro_batch for micro_batch in batch.micro_batches}.values()
+    if needs_policy:
+        for micro_batch in micro_batches:
             micro_batch.tokens.old, micro_batch.tokens.entropy = policy(micro_batch)
-        if reference is not None:
-            micro_batch.tokens.ref = reference(micro_batch)[0]
+    if reference is not None:
+        with reference.at_hand(batch.micro_batches[0].input_ids.device):
+            for micro_batch in micro_batches:
+                micro_batch.tokens.ref = reference(micro_batch)[0]
 
 
 @torch.no_grad()
@@ -252,9 +279,7 @@ def check_packing(policy: PolicyModule, groups: list[Group], device: torch.devic
     members = [(0, s) for s in range(len(group.completions))]
     packed, padded = (build([group], members, device) for build in (packed_row, padded_rows))
     options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
-    # Not the masters, which may be shared out over ranks. The copy is gone before gradients and moments are there.
-    in_fp32 = {name: parameter.float() for name, parameter in policy.working.named_parameters()}
-    with using_weights(policy.working, in_fp32):
+    with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
         truth = LogprobModel(policy.working, **options)(padded)[0]
     error, rounding = ((policy(rows)[0] - truth).abs().double() for rows in (packed, padded))
     found = (error.mean().item(), error.max().item())

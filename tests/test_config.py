@@ -376,8 +376,37 @@ def test_the_memory_estimate_by_hand():
     assert adapted["working copy, bf16"] == adapted["frozen reference"] == 20
     moved = replace(Config(), objective=replace(Config().objective, ref_refresh_every=5))
     assert dry_run.memory_estimate(moved, 1, FACTS)["masters of the reference, fp32"] == 4000
+    waiting = replace(Config(), model=replace(Config().model, reference_offload=True))
+    memory = dry_run.memory_estimate(waiting, 1, FACTS)
+    assert "frozen reference" not in memory and memory["activations, or frozen reference"] == 16384 * 2 * 512 * 2
     in_fp32 = dry_run.memory_estimate(Config(), 1, replace(FACTS, bytes_per_element=4, has_reference=False))
     assert not {"frozen base", "working copy, bf16", "frozen reference"} & set(in_fp32)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "expected"),
+    [  # masters, gradients, moments, working copy or what is gathered; 1000 parameters on 4 ranks
+        ("ddp", 2, [4000, 4000, 8000, 2000]),
+        ("zero1", 2, [1000, 4000, 2000, 2000]),
+        ("zero1", 4, [4000, 4000, 2000]),  # the masters are what samples
+        ("fsdp", 2, [1000, 1000, 2000, 4000]),  # 400 outside the layers and two layers of 300, with gradients
+        ("fsdp", 4, [1000, 1000, 2000, 8000]),
+    ],
+)
+def test_the_estimate_of_what_ranks_share_out_by_hand(strategy, precision, expected):
+    config = replace(Config(), distributed=replace(Config().distributed, strategy=strategy))
+    stays, passing = dry_run.weights_estimate(
+        config, 4, replace(FACTS, bytes_per_element=precision, has_reference=False)
+    )
+    assert list(stays.values()) == expected
+    assert list(passing.values()) == ([precision * 1000] if strategy == "fsdp" else [])
+
+
+def test_the_report_compares_strategies_on_one_rank_and_on_eight():
+    lines = dry_run.dry_run_report(Config(), 1, replace(FACTS, num_parameters=2**30, num_trained=2**30)).splitlines()
+    ddp, zero1, fsdp = (list(map(float, line.split()[1:])) for line in lines[-3:])
+    assert ddp[0] == zero1[0] == fsdp[0]  # one rank has everything
+    assert ddp[1] - zero1[1] == pytest.approx(12 * 7 / 8, abs=0.11)  # of 4 + 8 bytes a parameter an eighth is left
 
 
 def test_the_activation_estimate_is_within_a_quarter_of_what_a_qwen2_keeps_for_backward():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from grpo import logprobs
 from grpo.batch import LAYOUTS, pack, weigh
 from grpo.distributed import World
-from grpo.logprobs import PolicyModule
+from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
 from grpo.policy import MovingReference, Policy, load_policy, load_reference, refuse_unsupported
 from grpo.update import Updater, make_optimizer, update_policy
@@ -198,3 +198,25 @@ def test_a_missing_folder_or_unreachable_hub_says_how_to_pass_a_folder(tmp_path,
         load_policy(str(tmp_path / "nowhere"), precision="fp32", device=torch.device("cpu"))
     with pytest.raises(ValueError, match="--model.path DIR"):
         load_policy("nobody/no-such-model", precision="fp32", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_reference_on_the_cpu_gives_the_same_log_probs_and_waits_where_it_was(precision):
+    """On a CPU `at_hand` copies too, so all but the other device is seen."""
+    policy = Policy(tiny_qwen2(), word_tokenizer(), precision)
+    reference = LogprobModel(load_reference(policy), temperature=1.0, impl="torch")
+    module = PolicyModule(policy, temperature=1.0, impl="torch")
+
+    def logprobs():
+        layout = {"minibatches": 1, "passes": 1, "tokens_per_micro_batch": 60, "device": ALONE.device}
+        batch = pack(made_up_groups(3), **layout, max_over_ranks=ALONE.max)
+        frozen_logprobs(batch, module, reference)
+        return torch.cat([micro_batch.tokens.ref for micro_batch in batch.micro_batches])
+
+    expected = logprobs()
+    reference.keep_on_cpu()
+    waiting = [parameter.data_ptr() for parameter in reference.parameters()]
+    with reference.at_hand(ALONE.device):
+        assert not set(waiting) & {parameter.data_ptr() for parameter in reference.parameters()}
+    assert torch.equal(logprobs(), expected)
+    assert waiting == [parameter.data_ptr() for parameter in reference.parameters()]

@@ -17,13 +17,16 @@ from pathlib import Path
 
 import pytest
 
+from grpo.metrics import read_metrics
 from tests import trainee
 
 ROOT = Path(__file__).parents[1]
 RUN = ["--config", str(ROOT / "configs" / "demo.yaml"), "--num-steps=6", "--save-every=2", "--eval.every=3"]
 RUN += ["--base.steps=30", "--base.habit-steps=5", "--base.validation-problems=20", "--eval.validation-problems=8"]
 RUN += ["--rollout.prompts-per-step=4", "--rollout.group-size=4", "--batch.minibatches=2", "--batch.passes=2"]
-RUN += ["--eval.test-problems=0"]
+# An untrained base is never right: without these nothing would be learnt, and any state would do to go on from.
+RUN += ["--eval.test-problems=0", "--rewards.functions", f"{ROOT}/tests/reward_functions.py:length_of"]
+RUN += ["--rewards.no-require-finish"]
 IN_A_ROLLOUT, IN_AN_UPDATE = "grpo.rollout.engine.forward", "grpo.update.forward"
 
 
@@ -34,6 +37,7 @@ def folder(tmp_path_factory):
     for ranks in (1, 2):
         processes = trainee.start(place, [*RUN, "--run-dir", f"whole{ranks}"], ranks=ranks)
         assert trainee.wait(processes, at_most_s=120) == 0, (place / "output.txt").read_text()
+        assert all(row["grad_norm"] for row in read_metrics(place / f"whole{ranks}"))
     return place
 
 
@@ -46,6 +50,21 @@ def test_a_run_killed_in_mid_rollout_and_mid_update_ends_with_the_same_bits(fold
         assert trainee.wait(processes, at_most_s=60) == -9, (folder / "output.txt").read_text()
     assert trainee.wait(trainee.start(folder, arguments, ranks=ranks), at_most_s=60) == 0
     trainee.assert_same_run(folder / f"killed{ranks}", folder / f"whole{ranks}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+def test_a_run_in_shares_goes_on_with_the_same_bits_too(folder, strategy):
+    """In bf16, with the reference on the CPU."""
+    run = [*RUN, f"--distributed.strategy={strategy}", "--model.precision=bf16", "--model.reference-offload"]
+    for name, deaths in (("whole", ()), ("killed", ((IN_A_ROLLOUT, 3, 5),))):
+        arguments = [*run, "--run-dir", f"{name}-{strategy}"]
+        for dies_in in deaths:
+            processes = trainee.start(folder, arguments, ranks=2, dies_in=dies_in)
+            assert trainee.wait(processes, at_most_s=60) == -9, (folder / "output.txt").read_text()
+        processes = trainee.start(folder, arguments, ranks=2)
+        assert trainee.wait(processes, at_most_s=60) == 0, (folder / "output.txt").read_text()
+    trainee.assert_same_run(folder / f"killed-{strategy}", folder / f"whole-{strategy}")
 
 
 @pytest.mark.slow
