@@ -269,9 +269,9 @@ def frozen_logprobs(
 def check_packing(policy: PolicyModule, groups: list[Group], device: torch.device) -> tuple[float, float]:
     """Mean and largest error of the packed log-probs of one group, in nats; ValueError where rounding explains neither.
 
-    Error: distance from the padded log-probs of the working copy, computed in fp32. Allowed: four times that
-    of padded rows in the policy's own precision, and a little. A completion that saw another, or missed its prompt, is
-    off by far more. The group: the smallest with two different completions, if there is any.
+    Error: distance from the padded log-probs of the working copy, computed in fp32. Allowed: four times that of padded
+    rows in the policy's own precision, and a little. A completion that saw another, or missed its prompt, is off by far
+    more. The group: the smallest with two different completions, if there is any.
     """
     differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
     size = lambda group: len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)  # noqa: E731

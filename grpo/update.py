@@ -160,7 +160,7 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
     NonFiniteLoss on every rank alike.
     """
     world = updater.world
-    has_buckets, is_joint = (isinstance(updater.module, kind) for kind in (DistributedDataParallel, FSDPModule))
+    has_buckets = isinstance(updater.module, DistributedDataParallel)
     updater.optimizer.zero_grad(set_to_none=not has_buckets)  # gradients that are views of DDP's buckets must stay so
     statistics, passes = [], []
 
@@ -179,7 +179,7 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
         if world.size == 1:
             loss_of(last).backward()
     except torch.OutOfMemoryError:
-        if is_joint:
+        if isinstance(updater.module, FSDPModule):
             raise  # every pass is made together: the others would wait
         is_short = True
     # Asked before the one pass that ranks make together: until here each may give up by itself. Its forward belongs to
