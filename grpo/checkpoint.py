@@ -304,7 +304,8 @@ def load_state(checkpoint: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{checkpoint} is no complete checkpoint: state/state.pt is missing; name another one")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped: a rank reads the rows that it keeps, not the whole file.
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(f"{path} is damaged ({first_line}); resume from another checkpoint") from error
