@@ -17,6 +17,8 @@ from grpo.command_line import RunOptions, parse_command
 from grpo.config import known_keys
 from grpo.config_check import check
 from grpo.metrics import read_metrics
+from grpo.rewards.__main__ import main as rewards_main
+from grpo.rewards.sandbox import find_sandbox
 from tests.tiny import save_tiny_model, write_gsm8k_files
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,13 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def skip_without_walls() -> None:
+    try:
+        find_sandbox("auto", 3.0)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def options_of(command: str) -> list[str]:
@@ -88,8 +97,18 @@ def test_an_evaluation_command_of_the_page_parses(command):
     assert evaluation.parse(shlex.split(command)[2:]).task in ("gsm8k", "code")
 
 
+@pytest.mark.parametrize("task", ["keywords", "code"])
+def test_the_rewards_of_an_embedded_task_pay_references_in_full(task, capsys):
+    if task == "code":
+        skip_without_walls()
+    assert f"python -m grpo.rewards check {task}" in COMMANDS and rewards_main(["check", task]) == 0
+    assert re.search(r"\n +reference( +1\.000)+ +0\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("name", ["gsm8k_instruct", "keywords", "code"])
 def test_a_recipe_with_a_chat_template_trains_a_step(name, model, workplace):
+    if name == "code":
+        skip_without_walls()
     write_gsm8k_files(workplace / "data")
     options = ["--config", f"configs/{name}.yaml", "--model.path", model, "--run-dir", "run", *SMALL]
     options += ["--data.path", "data"] if name == "gsm8k_instruct" else []
