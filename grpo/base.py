@@ -43,7 +43,6 @@ from grpo.tasks.word_problems import WordProblems
 Progress = Callable[[int, int, str], None]  # done, in all, a short note
 
 CONTEXT_LENGTH = 512
-MAX_NEW_TOKENS = 40
 WARMUP_STEPS = 20
 CONTINUE_VALIDATIONS = 10
 
@@ -122,7 +121,8 @@ class Supervisor:
         self.model, self.tokenizer, self.base, self.task = model, tokenizer, base, task
         self.rng = random.Random(seed)
         prompt = PromptConfig(style="plain", shots=0)
-        self.prompter = Prompter(task, prompt, tokenizer, context_length=CONTEXT_LENGTH, max_new_tokens=MAX_NEW_TOKENS)
+        limits = {"context_length": CONTEXT_LENGTH, "max_new_tokens": task.level.solution_tokens}
+        self.prompter = Prompter(task, prompt, tokenizer, **limits)
         self.problems = self.solved_problems(first=seed * ENDLESS_STRIDE)
         self.validation = [self.prompter(p) for p in task.split("validation")[: base.validation_problems]]
 
@@ -170,7 +170,8 @@ class Supervisor:
             started = time.perf_counter()
             optimizer.param_groups[0]["lr"] = lr * min(1.0, step / WARMUP_STEPS, (1 - share) / self.base.decay)
             self.model.train()
-            loss = self.model(**next(batches)).loss  # transformers shifts the labels itself
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.model.device.type == "cuda"):
+                loss = self.model(**next(batches)).loss  # transformers shifts the labels itself
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -184,7 +185,13 @@ class Supervisor:
     def accuracy(self) -> float:
         """Share of the validation problems that greedy decoding gets right."""
         sampling = Sampling(
-            group_size=1, max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, top_p=1.0, top_k=0, stop=(), stream=1
+            group_size=1,
+            max_new_tokens=self.task.level.solution_tokens,
+            temperature=0.0,
+            top_p=1.0,
+            top_k=0,
+            stop=(),
+            stream=1,
         )
         sampler = Sampler(self.model, self.tokenizer, sampling, seed=0, max_sequences=512, prefill_tokens=16384)
         scores = score_groups(sampler.generate(self.validation, 0), self.task.rewards, require_finish=True)
@@ -244,7 +251,7 @@ def prepare_base(
     `before_habit/`: the model that still shows its working. Written under a staging name and renamed, so a
     folder that exists is whole. One process calls this; the others wait.
     """
-    identity = json.dumps([task.name, task.version, asdict(base), seed])
+    identity = json.dumps([task.name, task.version, task.data.level, asdict(base), seed])
     folder = Path(cache_dir) / f"{task.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
@@ -272,7 +279,8 @@ def train_base(
         supervisor.save(folder / "before_habit")
         phases.append(supervisor.habit_phase(progress))
     supervisor.save(folder)
-    report = {"task": task.name, "version": task.version, "seed": seed, "base": asdict(base), "phases": phases}
+    report = {"task": task.name, "version": task.version, "level": task.data.level, "seed": seed}
+    report |= {"base": asdict(base), "phases": phases}
     (folder / "base.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

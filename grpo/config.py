@@ -53,6 +53,8 @@ class LoraConfig:
 class DataConfig:
     path: str = ""
     """Where the task's problems are: a folder with train/test files, one JSONL, JSON or Parquet file, or a hub id. Empty: the task's own default."""
+    level: Literal[1, 2, 3] = 1
+    """How hard the problems of task `word_problems` are. 1: up to three steps with small numbers. 2: up to four, numbers to 99. 3: two to six, numbers to 99, and numbers that do not matter."""
     prompt_column: str = "prompt"
     """Column that holds the question (task `jsonl`)."""
     answer_column: str = "answer"

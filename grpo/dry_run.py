@@ -13,11 +13,11 @@ from grpo.base import model_config
 from grpo.config import Config, to_dict
 from grpo.lora import add_adapters
 from grpo.policy import choose_precision, load_model_config
+from grpo.tasks.word_problems import LEVELS
 from kernels.linear_logprob.modes import rows_per_chunk
 
-PROMPT_TOKENS = {"word_problems": 30}  # by task, as measured; elsewhere a question and its exemplars
-QUESTION_TOKENS, EXEMPLAR_TOKENS = 110, 75
-EMBEDDED_VOCABULARY = 80
+QUESTION_TOKENS, EXEMPLAR_TOKENS = 110, 75  # of a prompt, where the task is not the embedded one
+EMBEDDED_VOCABULARY = 400
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
         add_adapters(whole, config.lora)
     parameters = list(whole.parameters())
     heads = model.num_attention_heads
+    prompt_tokens = QUESTION_TOKENS + EXEMPLAR_TOKENS * config.prompt.shots
+    if config.task == "word_problems":
+        prompt_tokens = LEVELS[config.data.level].prompt_tokens
     is_bf16 = choose_precision(config.model.precision, device) == "bf16"
     return ModelFacts(
         num_parameters=sum(parameter.numel() for parameter in parameters),
@@ -62,7 +65,7 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
         vocab_size=model.vocab_size,
         bytes_per_element=2 if is_bf16 else 4,
         has_reference=bool(config.objective.beta),
-        prompt_tokens=PROMPT_TOKENS.get(config.task, QUESTION_TOKENS + EXEMPLAR_TOKENS * config.prompt.shots),
+        prompt_tokens=prompt_tokens,
         logit_chunk_tokens=rows_per_chunk(model.vocab_size, device.type),
     )
 

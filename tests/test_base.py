@@ -78,6 +78,21 @@ def test_a_text_that_the_task_never_says_comes_back_exactly_too(tokenizer):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_level_says_how_many_tokens_its_prompts_and_solutions_take(level):
+    task = make_task("word_problems", DataConfig(level=level), RewardsConfig())
+    tokenizer, problems = build_tokenizer(task), [task.solved[i] for i in range(1000)]
+    prompts = [len(tokenizer(task.plain_prompt(problem.question, [])).input_ids) for problem in problems]
+    longest = max(len(tokenizer(problem.solution).input_ids) + 1 for problem in problems)
+    assert sum(prompts) / 1000 == pytest.approx(task.level.prompt_tokens, abs=1)
+    assert longest < task.level.solution_tokens < 1.3 * longest
+
+
+def test_two_levels_have_two_models_in_the_cache(task, folder):
+    harder = make_task("word_problems", DataConfig(level=2), RewardsConfig())
+    assert prepare(harder, folder.parent) != folder == prepare(task, folder.parent)
+
+
 def test_words_are_one_token_and_digits_are_split(tokenizer):
     tokens = [tokenizer.decode([i]) for i in tokenizer(" Leo has 12 stamps.\n5+12=17").input_ids]
     assert tokens == [" Leo", " has", " ", "1", "2", " stamps", ".\n", "5", "+", "1", "2", "=", "1", "7"]

@@ -33,7 +33,7 @@ ARROWS = {  # room of grpo: the rooms that it may import
     "checkpoint": "",
     "live": "",
     "metrics": "live records trackers",
-    "dry_run": "base config lora policy",
+    "dry_run": "base config lora policy tasks",
     "report": "metrics records",
     "trackers": "",
 }

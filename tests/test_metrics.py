@@ -208,4 +208,8 @@ def test_documented_keys_cover_names_within_a_pattern_and_nothing_else():
     assert {"step", "reward", "reward/<component>", "seconds/<phase>"} <= set(metrics.documented_keys())
     keys = ["step", "reward/format", "seconds/rollout", "reward/", "reward/a/b", "rewards", "nonsense"]
     assert metrics.undocumented(keys) == ["reward/", "reward/a/b", "rewards", "nonsense"]
-    assert metrics.definition("seconds/rollout").endswith("(a checkpoint is counted in the line after it).")
+    assert "(a checkpoint is counted in the line after it)." in metrics.definition("seconds/rollout")
+
+
+def test_every_metric_has_a_healthy_range():
+    assert [key for key, text in metrics.documented_keys().items() if "*Healthy*: " not in text] == []

@@ -11,11 +11,17 @@ from grpo.rewards import score_texts
 from grpo.tasks import make_task, word_problems
 
 SPLITS = ("test", "validation", "solved", "train")
+LEVELS = (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def task():
-    return make_task("word_problems", DataConfig(), RewardsConfig())
+def tasks():
+    return {level: make_task("word_problems", DataConfig(level=level), RewardsConfig()) for level in LEVELS}
+
+
+@pytest.fixture(scope="module")
+def task(tasks):
+    return tasks[1]
 
 
 def problems_of(task, split, count=1000):
@@ -28,10 +34,12 @@ def chain_of(problem):
 
 def answer_by_reading(question):
     """An independent solver: reads the sentences one by one, knowing nothing of how they were made."""
-    name = question.split()[0]
+    name, things = question.split()[0], re.search(r"How many (\w+)", question)[1]
     have = None
     for sentence in re.findall(r"[^.?]+[.?]", question):
         numbers = [int(n) for n in re.findall(r"\d+", sentence)]
+        if re.search(rf"\d+ (?!more|to |bags|{things})\w+", sentence):
+            continue  # so many of something else
         if " bags with " in sentence:
             have = numbers[0] * numbers[1]
         elif f"{name} has " in sentence:
@@ -53,22 +61,37 @@ def test_the_first_test_problem_is_the_one_that_was_worked_by_hand(task):
     assert first.answer == "2"
 
 
-def test_the_test_split_never_changes(task):
-    text = "\n".join(problem.question for problem in task.split("test"))
-    assert len(task.split("test")) == 1000
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "13fd229c80303762"
+@pytest.mark.parametrize("level, digest", [(1, "13fd229c80303762"), (2, "8d0bdcaec8afb326"), (3, "9e76cba9dd86b7bf")])
+def test_the_test_split_never_changes(tasks, level, digest):
+    test = tasks[level].split("test")
+    assert len(test) == 1000
+    assert hashlib.sha256("\n".join(problem.question for problem in test).encode()).hexdigest()[:16] == digest
+
+
+def test_on_the_hardest_level_numbers_are_larger_and_some_do_not_matter(tasks):
+    first = tasks[3].split("test")[0]
+    assert first.question == (
+        "Ann has 4 bags with 5 pens each. Ann gives 4 pens to Amy. Ann also has 65 coins. Ann finds 9 more pens. "
+        "Ann also has 19 coins. Ann gives 13 pens to Amy. Amy has 48 apples. Ann buys 82 more pens. "
+        "Ann also has 60 books. Ann finds 80 more pens. How many pens does Ann have now?"
+    )
+    chain = "4*5=20\n20-4=16\n16+9=25\n25-13=12\n12+82=94\n94+80=174"  # worked by hand
+    assert first.solution == f"{chain}\n#### The final answer is 174"
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_answer_follows_from_the_question(task, split):
-    for problem in problems_of(task, split):
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_answer_follows_from_the_question(tasks, level, split):
+    for problem in problems_of(tasks[level], split):
         assert problem.answer == answer_by_reading(problem.question), problem
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_worked_solution_is_a_true_chain_of_one_to_three_steps_that_ends_in_the_answer(task, split):
+@pytest.mark.parametrize("level, steps, largest", [(1, {1, 2, 3}, 12), (2, {1, 2, 3, 4}, 99), (3, {2, 3, 4, 5, 6}, 99)])
+def test_every_worked_solution_is_a_true_chain_that_ends_in_the_answer(tasks, level, steps, largest, split):
     lengths = set()
-    for problem in problems_of(task, split):
+    for problem in problems_of(tasks[level], split):
+        assert max(map(int, re.findall(r"\d+", problem.question))) <= largest
         equations = re.findall(r"(\d+)([*+-])(\d+)=(\d+)", chain_of(problem))
         assert "\n".join(f"{a}{sign}{b}={c}" for a, sign, b, c in equations) == chain_of(problem)
         apply = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -76,11 +99,14 @@ def test_every_worked_solution_is_a_true_chain_of_one_to_three_steps_that_ends_i
         assert all(before[3] == after[0] for before, after in zip(equations, equations[1:], strict=False))
         assert equations[-1][3] == problem.answer
         lengths.add(len(equations))
-    assert lengths == {1, 2, 3}
+    assert lengths == steps
 
 
-def test_training_validation_and_test_share_no_equation_chain(task):
-    chains = {split: {chain_of(problem) for problem in problems_of(task, split, 3000)} for split in SPLITS}
+def test_training_validation_and_test_share_no_equation_chain_not_even_over_levels(tasks):
+    chains = {
+        split: {chain_of(problem) for task in tasks.values() for problem in problems_of(task, split, 1000)}
+        for split in SPLITS
+    }
     training = chains["train"] | chains["solved"]
     assert not training & chains["test"]
     assert not training & chains["validation"]
@@ -122,7 +148,7 @@ def test_a_worked_solution_earns_everything_and_a_wrong_number_the_format_only(t
 
 
 def test_constructing_the_task_draws_nothing(monkeypatch):
-    monkeypatch.setattr(word_problems, "draw_problem", lambda rng: pytest.fail("a problem was drawn"))
+    monkeypatch.setattr(word_problems, "draw_problem", lambda *_: pytest.fail("a problem was drawn"))
     make_task("word_problems", DataConfig(), RewardsConfig())
 
 

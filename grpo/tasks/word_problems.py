@@ -1,4 +1,4 @@
-"""The embedded task: endless seeded word problems of one to three steps, in the answer format of GSM8K.
+"""The embedded task: endless seeded word problems in the answer format of GSM8K, on three levels (data.level).
 
     Problem: Leo has 3 bags with 4 coins each. Max gives Leo 1 more. How many coins does Leo have now?
     Solution:
@@ -6,8 +6,9 @@
     12+1=13
     #### The final answer is 13
 
-Problem i of a split is a pure function of the split's name and i: nothing is stored, nothing is loaded. The
-splits are apart by equation chain: a chain (3*4=12, 12+1=13) is hashed to test, validation or training.
+Problem i of a split is a pure function of the level, the split's name and i: nothing is stored, nothing is loaded. The
+splits are apart by equation chain, on all levels together: a chain (3*4=12, 12+1=13) is hashed to test, validation or
+training.
 Disjoint texts would not do: with other names and objects, four fifths of the test chains were also in training.
 What is for training is parted once more, by text, into `solved`, whose worked solutions supervised training
 learns from (grpo.base), and `train`, where reinforcement learning meets other problems and only their answers.
@@ -18,8 +19,10 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
+from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
 from grpo.rewards import FINAL_PREFIX
 from grpo.tasks import Task
@@ -28,27 +31,53 @@ SIZES = {"test": 1000, "validation": 500}  # the other two never end
 
 NAMES = ("Amy", "Ann", "Ben", "Eva", "Leo", "Max", "Mia", "Sam", "Tom", "Zoe")
 OBJECTS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
-MORE = ("{name} buys {n} more.", "{other} gives {name} {n} more.", "{name} finds {n} more.")
+MORE = ("{name} buys {n}.", "{other} gives {name} {n}.", "{name} finds {n}.")  # n: 3 more
 FEWER = ("{name} gives {n} to {other}.", "{name} loses {n}.", "{name} sells {n}.")
+DISTRACTORS = ("{other} has {n}.", "{name} also has {n}.", "{other} buys {n}.")  # of other things than are asked for
 
 Equation = tuple[int, str, int, int]  # 3, "*", 4, 12
 
 
-def draw_problem(rng: random.Random) -> tuple[str, list[Equation]]:
-    """A question and its chain of one to three equations, each starting from the result of the one before."""
+@dataclass(frozen=True)
+class Level:
+    """How hard problems are, and how many tokens of the embedded model they take (measured)."""
+
+    steps: tuple[int, ...]  # relative frequency of chains of 1, 2, ... equations
+    start: tuple[int, int]  # least and most to begin with
+    factor: int  # largest of a multiplication, the first step of 30 % of the problems
+    change: int  # most that one step gives or takes
+    distractors: float  # share of steps before which a number is told that does not matter
+    prompt_tokens: int  # mean
+    solution_tokens: int  # room for the longest, the end token included
+
+
+LEVELS = {
+    1: Level((1, 2, 3), (3, 12), factor=5, change=5, distractors=0.0, prompt_tokens=32, solution_tokens=40),
+    2: Level((1, 1, 2, 2), (10, 99), factor=9, change=30, distractors=0.0, prompt_tokens=37, solution_tokens=60),
+    3: Level((0, 1, 1, 2, 2, 2), (10, 99), factor=12, change=99, distractors=0.5, prompt_tokens=67, solution_tokens=90),
+}
+
+
+def draw_problem(rng: random.Random, level: Level) -> tuple[str, list[Equation]]:
+    """A question and its chain of equations, each starting from the result of the one before."""
     name, other = rng.sample(NAMES, 2)
     things = rng.choice(OBJECTS)
-    steps = rng.choices((1, 2, 3), weights=(1, 2, 3))[0]
+    steps = rng.choices(range(1, len(level.steps) + 1), weights=level.steps)[0]
     if rng.random() < 0.3:
-        bags, each = rng.randint(2, 5), rng.randint(2, 5)
+        bags, each = rng.randint(2, level.factor), rng.randint(2, level.factor)
         sentences, chain = [f"{name} has {bags} bags with {each} {things} each."], [(bags, "*", each, bags * each)]
     else:
-        sentences, chain = [f"{name} has {(start := rng.randint(3, 12))} {things}."], []
+        sentences, chain = [f"{name} has {(start := rng.randint(*level.start))} {things}."], []
     have = chain[-1][3] if chain else start
+    of_what = f" {things}" if level.distractors else ""  # where other things are told of, too, each is named
     while len(chain) < steps:
+        if level.distractors and rng.random() < level.distractors:  # without any, nothing is drawn
+            n = f"{rng.randint(2, level.change)} {rng.choice([thing for thing in OBJECTS if thing != things])}"
+            sentences.append(rng.choice(DISTRACTORS).format(name=name, other=other, n=n))
         more = have < 2 or rng.random() < 0.5
-        n = rng.randint(1, 5 if more else min(5, have - 1))  # never down to nothing
-        sentences.append(rng.choice(MORE if more else FEWER).format(name=name, other=other, n=n))
+        n = rng.randint(1, level.change if more else min(level.change, have - 1))  # never down to nothing
+        form = rng.choice(MORE if more else FEWER)
+        sentences.append(form.format(name=name, other=other, n=f"{n} more{of_what}" if more else f"{n}{of_what}"))
         chain.append((have, "+", n, have + n) if more else (have, "-", n, have - n))
         have = chain[-1][3]
     return " ".join([*sentences, f"How many {things} does {name} have now?"]), chain
@@ -72,24 +101,24 @@ class EndlessProblems:
 
     endless = True
 
-    def __init__(self, split: str):
-        self.split = split
+    def __init__(self, split: str, level: Level):
+        self.split, self.level = split, level
 
     def __getitem__(self, i: int) -> Problem:
         if i < 0:
             raise IndexError(f"problem {i} of an endless split: count from 0")
         rng = random.Random(f"word_problems {self.split} {i}")  # a str seeds by its SHA-512, not by hash()
-        question, chain = draw_problem(rng)
+        question, chain = draw_problem(rng, self.level)
         while split_of(question, chain) != self.split:
-            question, chain = draw_problem(rng)
+            question, chain = draw_problem(rng, self.level)
         answer = str(chain[-1][3])
         solution = f"{working(chain)}\n{FINAL_PREFIX}{answer}"
         return Problem(id=f"{self.split}/{i}", question=question, answer=answer, solution=solution, index=i)
 
 
-def distinct_problems(split: str) -> list[Problem]:
+def distinct_problems(split: str, level: Level) -> list[Problem]:
     """The fixed list of a finite split: its first SIZES[split] problems with texts that differ."""
-    endless, by_question, i = EndlessProblems(split), {}, 0
+    endless, by_question, i = EndlessProblems(split, level), {}, 0
     while len(by_question) < SIZES[split]:
         by_question.setdefault(endless[i].question, endless[i])
         i += 1
@@ -102,10 +131,18 @@ class WordProblems(Task):
     name = "word_problems"
     version = 1  # part of the base model's cache key: raise it whenever a text changes
     stop_strings = ("\n\nProblem:",)
-    solved = EndlessProblems("solved")  # with `solution` to be learnt from; train's solutions are never shown
+
+    def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
+        super().__init__(data, rewards)
+        self.level = LEVELS[self.data.level]
 
     def load(self, split: str) -> Sequence[Problem]:
-        return distinct_problems(split) if split in SIZES else EndlessProblems(split)
+        return (distinct_problems if split in SIZES else EndlessProblems)(split, self.level)
+
+    @property
+    def solved(self) -> EndlessProblems:
+        """Problems with a `solution` to be learnt from; those of train are never shown."""
+        return EndlessProblems("solved", self.level)
 
     @cached_property
     def exemplars(self) -> tuple[Problem, ...]:
