@@ -107,7 +107,7 @@ def torchrun(folder: Path, run_dir: str, *options: str, cores: int) -> subproces
 def test_torchrun_restarts_a_run_whose_rank_was_killed_and_nothing_is_lost(folder, rows, victim):
     """Before the first checkpoint and after it; the other rank is ended by torchrun."""
     run_dir = f"restarted{rows}"
-    launcher = torchrun(folder, run_dir, "--standalone", "--nproc_per_node=2", "--max-restarts=1", cores=2)
+    launcher = torchrun(folder, run_dir, "--nproc_per_node=2", "--max-restarts=1", cores=2)
     metrics = folder / run_dir / "metrics.jsonl"
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < rows:
         assert launcher.poll() is None, launcher.communicate()[0]
