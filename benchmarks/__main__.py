@@ -9,8 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-# gpu runs the others on a CUDA device; parity_trl and vs_trl need benchmarks/requirements.txt; study takes an hour
-NOT_HERE = {"gpu", "parity_trl", "study", "vs_trl"}
+# gpu runs the others on a CUDA device; parity_trl and vs_trl need benchmarks/requirements.txt; study takes an hour;
+# letters is no benchmark.
+NOT_HERE = {"gpu", "letters", "parity_trl", "study", "vs_trl"}
 
 
 def modules() -> list[str]:

@@ -31,6 +31,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.letters import early_letters
 from benchmarks.train_step import memory_kib
 from grpo.metrics import git_commit, package_versions
 from kernels.measure import hardware
@@ -94,12 +95,6 @@ WORKLOADS["tiny"] = Workload(  # to see that it runs
 LEARNING_RATE, BETA = 1e-6, 0.02
 
 
-def early_letters(completions: list[str], **columns: object) -> list[float]:
-    """The reward of both: share of letters from a to m."""
-    letters = [[letter for letter in text if letter.isalpha()] for text in completions]
-    return [sum(letter <= "m" for letter in row) / max(len(row), 1) for row in letters]
-
-
 def write_model_and_prompts(work: Workload, folder: Path, steps: int) -> None:
     """model/ in Hugging Face layout, with a tokenizer of made-up words; prompts.jsonl, enough for all steps."""
     rng = random.Random(0)
@@ -152,7 +147,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
             "rewards": {
                 "format_weight": 0.0,
                 "correctness_weight": 0.0,
-                "functions": ["benchmarks.vs_trl:early_letters"],
+                "functions": ["benchmarks.letters:early_letters"],
                 "require_finish": False,
             },
             "rollout": {
