@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 
@@ -22,6 +23,7 @@ def run_two_steps_die_and_go_on(name, folder):
     state = first.state_dict()
     first.log({"step": 2, "reward": 9.0})
     first.close()
+    time.sleep(1.01)  # event files are read in the order of their names, which tell the second
     again = RunLogger(folder, is_writer=True, is_terminal=False, track=[name], config={"optim.lr": 0.5})
     again.load_state_dict(state)
     again.log({"step": 2, "reward": 0.75})
