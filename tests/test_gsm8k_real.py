@@ -38,13 +38,13 @@ OWN_TASK = """
 from grpo.rewards import Reward
 from grpo.tasks.gsm8k import Gsm8k
 
+def letters(completions, **columns):
+    return [sum(map(str.isalpha, text)) / max(1, len(text)) for text in completions]
+
 class WithLetters(Gsm8k):
     def __init__(self, data, rewards):
         super().__init__(data, rewards)
-        self.rewards["letters"] = Reward(lambda completions, **columns: [letters(text) for text in completions], 1.0)
-
-def letters(text):
-    return sum(map(str.isalpha, text)) / max(1, len(text))
+        self.rewards["letters"] = Reward(letters, 1.0)
 """
 
 
