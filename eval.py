@@ -28,7 +28,7 @@ from grpo.metrics import PhaseTimer, environment
 from grpo.policy import Policy
 from grpo.rewards.__main__ import report
 from grpo.rewards.files import score_file
-from grpo.rewards.pool import make_pool
+from grpo.rewards.pool import Pool, make_pool
 from grpo.rollout import EVALUATION, Sampler, Sampling
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
@@ -38,6 +38,7 @@ PRINTED_LINES = 20  # of scored completions; the file has them all
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; a mistake exits with status 2."""
     parser = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -129,7 +130,9 @@ def make_prompter(config: Config, task: Task, policy: Policy, shots: int) -> Pro
     return Prompter(task, prompt, policy.tokenizer, context_length=policy.context_length, max_new_tokens=new_tokens)
 
 
-def evaluate_model(path: str, options: argparse.Namespace, config: Config, task: Task, world: World) -> dict[int, dict]:
+def evaluate_model(
+    path: str, options: argparse.Namespace, config: Config, task: Task, world: World, pool: Pool
+) -> dict[int, dict]:
     """Summary by number of shots."""
     timer = PhaseTimer(Progress(world.is_writer and can_show()))
     policy = lora.load(path, precision=options.precision, device=world.device)
@@ -158,7 +161,7 @@ def evaluate_model(path: str, options: argparse.Namespace, config: Config, task:
             impl=options.impl,
             progress=timer.progress,
         )
-        with timer(f"{Path(path).name}, {shots} shots"), make_pool(config.rewards) as pool:
+        with timer(f"{Path(path).name}, {shots} shots"):
             scoring = {"require_finish": config.rewards.require_finish, "score": pool}
             result = evaluate(sampler, questions, task.rewards, **scoring, world=world)
         results[shots] = result.summary()
@@ -193,15 +196,17 @@ def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
 
 
 def run(options: argparse.Namespace, world: World) -> None:
+    """Evaluate every model that was named; rank 0 prints the table and writes the JSON and the chart."""
     paths, config = settings_of(options)
     task = make_task(config.task, config.data, config.rewards)
     task.split(options.split)
     output = Path(options.output or f"runs/eval-{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    results = {
-        name: evaluate_model(path, options, config, task, world)
-        for name, path in zip(options.model, paths, strict=True)
-    }
+    with make_pool(config.rewards) as pool:
+        results = {
+            name: evaluate_model(path, options, config, task, world, pool)
+            for name, path in zip(options.model, paths, strict=True)
+        }
     if not world.is_writer:
         return
     rows = {f"{name}, {shots} shots": entry for name, by_shots in results.items() for shots, entry in by_shots.items()}
@@ -238,6 +243,7 @@ def score_completions(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Score completions or evaluate models; a user's mistake is one line and status 2."""
     options = parse(sys.argv[1:] if argv is None else argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -31,7 +31,7 @@ from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
 from grpo.logprobs import LogprobModel, PolicyModule, check_packing, frozen_logprobs
 from grpo.metrics import RunLogger, completion_records, environment, length_metrics, token_texts
-from grpo.objectives import check_steps, resolve
+from grpo.objectives import Objective, check_steps, resolve
 from grpo.policy import MovingReference, Policy, load_model_config, load_policy, load_reference
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.rewards import refuse_unscored, score_groups
@@ -224,23 +224,7 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
     for problems in splits:
         prompter.check(problems)
     objective = resolve(**asdict(config.objective))
-    options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
-    # Copies come before the module, which may turn gradient checkpointing on: a copy made then would take it along.
-    if world.size > 1 and config.distributed.strategy == "fsdp":
-        policy.sample_from_copy()
-    moving = MovingReference(policy) if objective.ref_refresh_every else None
-    reference = None
-    if objective.beta:
-        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
-        if config.model.reference_offload:
-            reference.keep_on_cpu()
-    module = PolicyModule(
-        policy,
-        **options,
-        entropy_gradient=objective.entropy_bonus > 0,
-        checkpointing=config.model.gradient_checkpointing,
-    )
-    wrapped = distribute(module, [policy, moving] if moving else [policy], world, config.distributed.strategy)
+    module, wrapped, reference, moving = build_models(config, world, policy, objective)
     log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")
     layout, why = choose_layout(config.batch.layout, policy.model)
     log.say(f"layout of micro-batches: {layout} ({why})")
@@ -276,6 +260,30 @@ def build(command: Command, world: World, run_dir: Path) -> Run:
         writer=checkpoint.Writer(run_dir, keep_last=config.keep_last),
         base_folder=base_folder,
     )
+
+
+def build_models(
+    config: Config, world: World, policy: Policy, objective: Objective
+) -> tuple[PolicyModule, torch.nn.Module, LogprobModel | None, MovingReference | None]:
+    """The policy as a module, alone and over all ranks, and its reference, fixed or moving (None where it is not)."""
+    options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
+    # Copies come before the module, which may turn gradient checkpointing on: a copy made then would take it along.
+    if world.size > 1 and config.distributed.strategy == "fsdp":
+        policy.sample_from_copy()
+    moving = MovingReference(policy) if objective.ref_refresh_every else None
+    reference = None
+    if objective.beta:
+        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
+        if config.model.reference_offload:
+            reference.keep_on_cpu()
+    module = PolicyModule(
+        policy,
+        **options,
+        entropy_gradient=objective.entropy_bonus > 0,
+        checkpointing=config.model.gradient_checkpointing,
+    )
+    wrapped = distribute(module, [policy, moving] if moving else [policy], world, config.distributed.strategy)
+    return module, wrapped, reference, moving
 
 
 def make_sampler(

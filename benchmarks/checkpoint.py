@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from grpo import checkpoint
 from grpo.metrics import git_commit, package_versions
 from grpo.policy import Policy, choose_precision
 from grpo.update import make_optimizer
+from kernels.measure import device_name
 
 
 class Trainee:
@@ -103,7 +103,7 @@ def main() -> int:
         found = measure(trainee, Path(folder), arguments.rounds, device)
         files = checkpoint.latest(folder).rglob("*")
         num_bytes = sum(path.stat().st_size for path in files if path.is_file())
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    name = device_name(device)
     facts = {"parameters": sum(p.numel() for p in trainee.policy.masters.parameters()), "device": name}
     facts |= {"threads": torch.get_num_threads(), "commit": git_commit(), "versions": package_versions()}
     report(found, num_bytes, facts)

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from grpo.metrics import git_commit, package_versions
 from grpo.records import Problem
 from grpo.rollout import Sampler, Sampling
+from kernels.measure import device_name
 
 MIB = 2**20
 PAGE = 256  # tokens of a block of continuous batching
@@ -197,11 +198,6 @@ def measure(work: Workload, device: torch.device, repeats: int, options: dict[st
         figures["roofline_tokens_per_second"] = roofline(model, work, bandwidth)
         figures["roofline_share"] = figures["tokens_per_second"] / figures["roofline_tokens_per_second"]
     return {"workload": asdict(work), "parameters": sum(p.numel() for p in model.parameters()), **options, **figures}
-
-
-def device_name(device: torch.device) -> str:
-    """Of the hardware."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def table(result: dict) -> str:

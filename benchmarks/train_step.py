@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from grpo.batch import lay_out, packed_row, padded_rows
 from grpo.logprobs import LogprobModel
 from grpo.metrics import git_commit, package_versions
 from grpo.records import Completion, Group, MicroBatch, Problem
+from kernels.measure import device_name
 
 CPU_SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_hidden_layers": 4}
 CUDA_SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24}
@@ -211,7 +211,7 @@ def report(arguments: argparse.Namespace, device: torch.device, result: dict) ->
         "median_seconds": median,
         "prompt_tokens": arguments.prompt,
         "group_size": arguments.group,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "commit": git_commit(),
         "versions": package_versions(),

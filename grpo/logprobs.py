@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from grpo.attention import NAME as SHARED_PREFIX
 from grpo.attention import attention_mode
-from grpo.batch import packed_row, padded_rows
+from grpo.batch import packed_row, padded_rows, unique_steps
 from grpo.policy import Policy
 from grpo.records import Batch, Group, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
@@ -112,14 +112,8 @@ class LogprobModel(nn.Module):
     @contextmanager
     def training_mode(self, attention: str) -> Iterator[None]:
         """The model attends through `attention`, and its layers are the compiled ones: rollout wants neither."""
-        try:
-            for layer, forward in self._forwards.items():
-                layer.forward = forward
-            with attention_mode(self.model, attention):
-                yield
-        finally:
-            for layer in self._forwards:
-                del layer.forward
+        with using_forwards(self._forwards), attention_mode(self.model, attention):
+            yield
 
 
 class _WorkingCopy(torch.autograd.Function):
@@ -157,6 +151,18 @@ def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None
 
 
 @contextmanager
+def using_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Let modules compute by these functions in place of their class's own."""
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+@contextmanager
 def in_fp32(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` compute in fp32, with the weights of one layer at a time converted."""
     layers = list(model.base_model.layers)
@@ -170,14 +176,8 @@ def in_fp32(model: PreTrainedModel) -> Iterator[None]:
 
         return run
 
-    try:
-        for layer in layers:
-            layer.forward = converted(layer, layer.forward)
-        with using_weights(model, outside):
-            yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    with using_forwards({layer: converted(layer, layer.forward) for layer in layers}), using_weights(model, outside):
+        yield
 
 
 class PolicyModule(nn.Module):
@@ -255,7 +255,7 @@ def frozen_logprobs(
     objective has to know it beforehand (`Objective.needs_frozen_pass`).
     """
     needs_policy = always_policy or len(batch.optimizer_steps) > 1
-    micro_batches = {id(micro_batch): micro_batch for micro_batch in batch.micro_batches}.values()
+    micro_batches = [micro_batch for step in unique_steps(batch) for micro_batch in step]
     if needs_policy:
         for micro_batch in micro_batches:
             micro_batch.tokens.old, micro_batch.tokens.entropy = policy(micro_batch)

@@ -5,6 +5,8 @@ So launch overhead, which a decode step captured as a graph has not either, stay
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import statistics
 import time
@@ -12,6 +14,8 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from kernels import resolve
 
 CALLS = 10  # in a graph
 
@@ -68,6 +72,11 @@ def show(title: str, taken: dict[str, list[float]], num_bytes: int) -> None:
         print(f"{name:<24}{median:>12.4f}{min(values):>12.4f}{max(values):>12.4f}{num_bytes / median / 1e6:>10.0f}")
 
 
+def device_name(device: torch.device) -> str:
+    """Of the hardware."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
 def hardware(device: torch.device) -> dict[str, object]:
     """Where it was measured, for the last line."""
     versions = {}
@@ -76,6 +85,18 @@ def hardware(device: torch.device) -> dict[str, object]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    machine = platform.processor() or platform.machine()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine
-    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+    facts = {"device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version()}
+    return facts | versions
+
+
+def run_bench(description: str, op: str, measure: Callable[[torch.device, int], list[dict]]) -> None:
+    """The command line of a small op's bench: `measure(device, repeats)` shows its tables, the last line is JSON."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        print(f"without triton: {resolve(op, 'auto', device).why}")
+    print(json.dumps({**hardware(device), "results": measure(device, options.repeats)}))

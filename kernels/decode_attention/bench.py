@@ -6,15 +6,13 @@ has a copy of its group's prefix; that one is given its keys already stored and 
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import asdict, dataclass
 
 import torch
 from torch.nn import functional as F
 
 import kernels
-from kernels.measure import alternate, hardware, show
+from kernels.measure import alternate, run_bench, show
 
 
 @dataclass(frozen=True)
@@ -76,18 +74,10 @@ def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, objec
     return {"shape": asdict(shape), "bytes": num_bytes, "milliseconds": taken, "max_difference": errors}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-        print(f"without triton: {kernels.resolve('decode_attention', 'auto', device).why}")
-    results = [measure(shape, device, options.repeats) for shape in SHAPES[device.type]]
-    print(json.dumps({**hardware(device), "results": results}))
+def measure_all(device: torch.device, repeats: int) -> list[dict[str, object]]:
+    """Every shape of the device."""
+    return [measure(shape, device, repeats) for shape in SHAPES[device.type]]
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(__doc__, "decode_attention", measure_all)

@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import importlib
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch import Tensor
 
 import kernels
 from kernels.linear_logprob.reference import linear_logprob as checkpointed
+from kernels.measure import device_name
 
 MATMULS = {"values": 1, "frozen head": 2, "training": 3}  # of 2TDV flops: the least that a job can need
 SUSTAINED_FLOPS = 800e12  # of one H100, dense bf16
@@ -319,9 +319,8 @@ def main() -> None:
             found = measure(job, dict(jobs[job]), tuple(shape), options.repeats, device)
             show(found)
             results += found
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     rows = [asdict(result) | {"median_ms": result.median} for result in results]
-    print(json.dumps({"device": hardware, "versions": versions(), "skipped": skipped, "results": rows}))
+    print(json.dumps({"device": device_name(device), "versions": versions(), "skipped": skipped, "results": rows}))
 
 
 if __name__ == "__main__":

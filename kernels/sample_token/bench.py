@@ -6,14 +6,11 @@ cumulative distribution and does not take a number of one's own.
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import torch
 from torch import Tensor
 
 import kernels
-from kernels.measure import alternate, hardware, show
+from kernels.measure import alternate, run_bench, show
 
 SHAPES = {"cpu": [(32, 8_192), (8, 151_936)], "cuda": [(256, 151_936), (64, 151_936), (8, 151_936)]}  # rows, vocabulary
 
@@ -42,18 +39,10 @@ def measure(rows: int, vocabulary: int, device: torch.device, repeats: int) -> d
     return {"shape": shape, "bytes": logits.nbytes, "milliseconds": taken, "same_tokens": same}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-        print(f"without triton: {kernels.resolve('sample_token', 'auto', device).why}")
-    results = [measure(*shape, device, options.repeats) for shape in SHAPES[device.type]]
-    print(json.dumps({**hardware(device), "results": results}))
+def measure_all(device: torch.device, repeats: int) -> list[dict[str, object]]:
+    """Every shape of the device."""
+    return [measure(*shape, device, repeats) for shape in SHAPES[device.type]]
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(__doc__, "sample_token", measure_all)
