@@ -119,6 +119,7 @@ def test_it_is_one_softmax_over_prefix_and_suffix(impl, heads, kv_heads, terms):
 )
 def test_the_kernel_is_as_exact_as_the_reference(heads, kv_heads, width, prefix_lengths, suffix_lengths, terms, dtype):
     case = make(heads, kv_heads, width, prefix_lengths, suffix_lengths, place=[0, 2, 3, 4, 5], dtype=dtype)
+    case.query *= 0.2  # scores up to 10, so that rounding one, the same in all implementations, shifts little
     expected = truth(case, **terms)
     error = {impl: (attend(case, impl, **terms)[0] - expected).abs().max() for impl in STALE}
     assert error["triton"] <= error["torch"] + {torch.float32: 2e-6, torch.float16: 5e-4}[dtype]
