@@ -21,6 +21,7 @@ from grpo.records import Batch, Group, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
 
 BACKEND = "inductor"  # of torch.compile
+CHECKED = 3  # completions that `check_packing` compares: one after the prompt, one after another, one between two
 
 # (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
 TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
@@ -267,21 +268,25 @@ def frozen_logprobs(
 
 @torch.no_grad()
 def check_packing(policy: PolicyModule, groups: list[Group], device: torch.device) -> tuple[float, float]:
-    """Mean and largest error of the packed log-probs of one group, in nats; ValueError where rounding explains neither.
+    """Mean and largest error of packed log-probs, in nats; ValueError where rounding explains neither.
 
     Error: distance from the padded log-probs of the working copy, computed in fp32. Allowed: four times that of padded
     rows in the policy's own precision, and a little. A completion that saw another, or missed its prompt, is off by far
-    more. The group: the smallest with two different completions, if there is any.
+    more. Compared are up to CHECKED different completions of the smallest group that has two, if there is any.
     """
     differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
     size = lambda group: len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)  # noqa: E731
     group = min(differing or groups, key=size)
-    members = [(0, s) for s in range(len(group.completions))]
+    first_of = {tuple(completion.ids): s for s, completion in reversed(list(enumerate(group.completions)))}
+    members = [(0, s) for s in sorted(first_of.values())[:CHECKED]]
     packed, padded = (build([group], members, device) for build in (packed_row, padded_rows))
-    options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
-    with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
-        truth = LogprobModel(policy.working, **options)(padded)[0]
-    error, rounding = ((policy(rows)[0] - truth).abs().double() for rows in (packed, padded))
+    logprobs = {name: policy(rows)[0] for name, rows in (("packed", packed), ("padded", padded))}
+    truth = logprobs["padded"]
+    if policy.working.dtype.itemsize < 4:
+        options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
+        with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
+            truth = LogprobModel(policy.working, **options)(padded)[0]
+    error, rounding = ((found - truth).abs().double() for found in logprobs.values())
     found = (error.mean().item(), error.max().item())
     allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)
     if not (found[0] <= allowed[0] and found[1] <= allowed[1]):  # also where one is NaN
