@@ -3,74 +3,34 @@
     python train.py                                       the embedded demo, or GSM8K where there is a CUDA device
     torchrun --nproc_per_node=8 train.py --config FILE    the same over 8 ranks
 
-Only this file and eval.py see every room. No maths and no tensor indexing here: read `train_step` first, it names
-the rooms in the order in which data flows through them.
+No maths and no tensor indexing here: read `train_step` first, it names the rooms in the order in which data flows
+through them. What a run is made of, and how it is saved, is in grpo/run.py; what it says at its end in grpo/results.py.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from grpo import base, checkpoint, distributed, lora, trackers
+from grpo import distributed
 from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
-from grpo.attention import choose_layout
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
 from grpo.command_line import Command, parse_command
-from grpo.config import Config, ObjectiveConfig, get, known_keys, load, save
-from grpo.config_check import changes, check
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
-from grpo.evaluation import CORRECTNESS, Evaluation, evaluate, result_table
-from grpo.logprobs import LogprobModel, PolicyModule, check_packing, frozen_logprobs
-from grpo.metrics import RunLogger, completion_records, environment, length_metrics, token_texts
-from grpo.objectives import Objective, check_steps, resolve
-from grpo.policy import MovingReference, Policy, load_model_config, load_policy, load_reference
+from grpo.evaluation import CORRECTNESS
+from grpo.logprobs import check_packing, frozen_logprobs
+from grpo.metrics import completion_records, length_metrics
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
+from grpo.results import before_training, finish
 from grpo.rewards import refuse_unscored, score_groups
-from grpo.rewards.pool import Pool, make_pool
-from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
-from grpo.sharding import distribute
-from grpo.tasks import Task, make_task
-from grpo.tasks.prompts import Prompter
-from grpo.tasks.stream import ProblemStream
-from grpo.update import Updater, learning_rate, make_optimizer, update_policy
-from kernels import dispatch_table
-
-BASE_CACHE = Path(".cache") / "base"
-
-
-@dataclass
-class Run:
-    """Everything that a step needs, built once; the fields from `best` on change as the run goes on."""
-
-    config: Config
-    world: World
-    log: RunLogger
-    task: Task
-    prompter: Prompter
-    stream: ProblemStream
-    policy: Policy
-    module: PolicyModule
-    layout: str  # of micro-batches: packed or padded
-    reference: LogprobModel | None
-    moving: MovingReference | None  # the weights of the reference, where it is refreshed
-    sampler: Sampler
-    pool: Pool  # the worker processes that score
-    token_text: Callable[[int], str]  # for people to read
-    updater: Updater
-    writer: checkpoint.Writer
-    base_folder: Path | None  # of the embedded base model
-    best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
-    before: dict | None = None  # what the untrained model scored
-    steps_done: int = 0
+from grpo.run import Run, build, load_checkpoint, open_run, save_checkpoint, settle, validate
+from grpo.update import learning_rate, update_policy
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
@@ -186,295 +146,18 @@ def train(run: Run, stop: StopRequest) -> int:
     return 0
 
 
-def validate(run: Run, step: int) -> dict[str, float]:
-    """Greedy scores on the validation split; the best step so far is remembered."""
-    result = evaluate_greedily(run, "validation", run.config.eval.validation_problems, step=step)
-    if step and (run.best is None or result.accuracy >= run.best[0]):  # of equals the later: it has seen more
-        run.best = (result.accuracy, step)
-    others = {f"validation/{name}": value for name, value in result.components.items() if name != CORRECTNESS}
-    return {"validation/accuracy": result.accuracy, **others}
-
-
-def evaluate_greedily(
-    run: Run, split: str, limit: int, *, step: int = 0, model: torch.nn.Module | None = None
-) -> Evaluation:
-    """The most likely completion of each of a split's first problems, by the policy or another model."""
-    problems = [run.prompter(replace(problem, index=i)) for i, problem in enumerate(run.task.split(split)[:limit])]
-    sampler = make_sampler(run.config, model or run.policy.model, run.prompter, run.log, greedy=True)
-    options = {"require_finish": run.config.rewards.require_finish, "score": run.pool}
-    with run.policy.at_hand():
-        return evaluate(sampler, problems, run.task.rewards, **options, world=run.world, step=step)
-
-
-def build(command: Command, world: World, run_dir: Path) -> Run:
-    """Every part of the run, in the order in which mistakes are cheapest to find."""
-    config = command.config
-    settings = {key: get(config, key) for key in known_keys()}
-    log = RunLogger(run_dir, is_writer=world.is_writer, track=trackers.chosen(config.track), config=settings)
-    task = make_task(config.task, config.data, config.rewards)
-    splits = [task.split(name) for name in ("train", "validation", "test")]
-    curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
-    stream = ProblemStream(splits[0], seed=config.seed, **curriculum)
-    base_folder = None if config.model.path else prepare_base(config, task, world, log)
-    path = str(base_folder or config.model.path)
-    where = {"precision": config.model.precision, "device": world.device}
-    policy = lora.load(path, config.lora, **where, seed=config.seed)
-    lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
-    prompter = Prompter(task, config.prompt, policy.tokenizer, **lengths)
-    for problems in splits:
-        prompter.check(problems)
-    objective = resolve(**asdict(config.objective))
-    module, wrapped, reference, moving = build_models(config, world, policy, objective)
-    log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")
-    layout, why = choose_layout(config.batch.layout, policy.model)
-    log.say(f"layout of micro-batches: {layout} ({why})")
-    optim = config.optim
-    adamw = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-    optimizer = make_optimizer(policy.trained, optim.lr, **adamw, own=list(policy.own.values()))
-    return Run(
-        config=config,
-        world=world,
-        log=log,
-        task=task,
-        prompter=prompter,
-        stream=stream,
-        policy=policy,
-        module=module,
-        layout=layout,
-        reference=reference,
-        moving=moving,
-        sampler=make_sampler(config, policy.model, prompter, log),
-        pool=make_pool(config.rewards),
-        token_text=token_texts(policy.tokenizer),
-        updater=Updater(
-            wrapped,
-            optimizer,
-            objective,
-            world,
-            optim.max_grad_norm,
-            policy.refresh,
-            config.batch.tokens_per_micro_batch,
-            optim.max_skipped_steps,
-            log.say,
-        ),
-        writer=checkpoint.Writer(run_dir, keep_last=config.keep_last),
-        base_folder=base_folder,
-    )
-
-
-def build_models(
-    config: Config, world: World, policy: Policy, objective: Objective
-) -> tuple[PolicyModule, torch.nn.Module, LogprobModel | None, MovingReference | None]:
-    """The policy as a module, alone and over all ranks, and its reference, fixed or moving (None where it is not)."""
-    options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
-    # Copies come before the module, which may turn gradient checkpointing on: a copy made then would take it along.
-    if world.size > 1 and config.distributed.strategy == "fsdp":
-        policy.sample_from_copy()
-    moving = MovingReference(policy) if objective.ref_refresh_every else None
-    reference = None
-    if objective.beta:
-        reference = LogprobModel(moving.model if moving else load_reference(policy), **options)
-        if config.model.reference_offload:
-            reference.keep_on_cpu()
-    module = PolicyModule(
-        policy,
-        **options,
-        entropy_gradient=objective.entropy_bonus > 0,
-        checkpointing=config.model.gradient_checkpointing,
-    )
-    wrapped = distribute(module, [policy, moving] if moving else [policy], world, config.distributed.strategy)
-    return module, wrapped, reference, moving
-
-
-def make_sampler(
-    config: Config, model: torch.nn.Module, prompter: Prompter, log: RunLogger, *, greedy: bool = False
-) -> Sampler:
-    """The sampler of training; or, greedy, that of evaluation: one completion, the most likely token every time."""
-    rollout = config.rollout
-    sampling = Sampling(
-        group_size=1 if greedy else rollout.group_size,
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=0.0 if greedy else rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=prompter.stop_strings,
-        stream=EVALUATION if greedy else TRAINING,
-    )
-    limits = {name: getattr(rollout, name) for name in ("max_sequences", "prefill_tokens", "kv_gib")}
-    limits |= {"cuda_graph": rollout.cuda_graph, "compile": rollout.compile}
-    options = {"seed": config.seed, "impl": config.impl, "progress": log.progress}
-    return Sampler(model, prompter.tokenizer, sampling, **limits, **options)
-
-
-def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Path:
-    """The embedded base model: trained by rank 0 while the others wait, or found in the cache."""
-
-    def work() -> str:
-        log.say("preparing the embedded base model (supervised; cached after the first time)")
-        where = {"device": str(world.device), "cache_dir": BASE_CACHE}
-        with log.timer("base"):
-            folder = base.prepare_base(config.base, task, seed=config.seed, **where, progress=log.progress)
-        log.say(base.describe(folder))
-        return str(folder)
-
-    return Path(world.after_writer("base", work))
-
-
-def parts(run: Run) -> dict:
-    """What has a state, by its name in a checkpoint."""
-    named = {
-        "policy": run.policy,
-        "optimizer": run.updater.optimizer,
-        "updater": run.updater,
-        "stream": run.stream,
-        "log": run.log,
-    }
-    return named | ({"reference": run.moving} if run.moving else {})
-
-
-def save_checkpoint(run: Run, step: int) -> None:
-    """Everything stateful, copied between two steps and written by rank 0 while training goes on."""
-    state = {name: part.state_dict() for name, part in parts(run).items()}
-    by_rank = run.world.gather({"sampler": run.sampler.state_dict(), "random": checkpoint.random_state()})
-    state |= {"step": step, "best": run.best, "before": run.before, "by_rank": by_rank}
-    if run.world.is_writer:
-        write_model = lambda folder, state: run.policy.save(folder, state["policy"])  # noqa: E731
-        run.writer.save(step, write_model, state, best=run.best)
-
-
-def load_checkpoint(run: Run, folder: Path) -> None:
-    """Go on exactly where `save_checkpoint` left off."""
-    state = checkpoint.load_state(folder)
-    for name, part in parts(run).items():
-        if name not in state:
-            raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that one")
-        part.load_state_dict(state[name])
-    world = run.world
-    mine = state["by_rank"][world.rank % len(state["by_rank"])]
-    run.sampler.load_state_dict(mine["sampler"])
-    checkpoint.set_random_state(mine["random"])
-    recall = lambda: checkpoint.recall_best(run.log.run_dir, state["best"], run.log.say)  # noqa: E731
-    run.best = world.after_writer("best", recall)
-    run.before, run.steps_done = state["before"], state["step"]
-    run.log.say(f"going on from {folder}")
-    if len(state["by_rank"]) != world.size:
-        run.log.say(
-            f"{world.size} ranks where {len(state['by_rank'])} were: the same batches, sums rounded differently"
-        )
-
-
-def before_training(run: Run) -> None:
-    """Test and validation accuracy of the untrained model."""
-    run.before = {"results": {}, "samples": [], "validation": None}
-    with run.log.timer("evaluation"):
-        if run.config.eval.test_problems:
-            result = evaluate_greedily(run, "test", run.config.eval.test_problems)
-            run.before |= {"results": {"before": result.summary()}, "samples": samples_of(result)}
-            run.log.say(f"before training, on the test split: {result}")
-        if run.config.eval.every:
-            run.before["validation"] = validate(run, 0)["validation/accuracy"]
-    run.log.timer.take()
-
-
-def finish(run: Run) -> None:
-    """Test the best checkpoint once, compare, draw, and say where everything is."""
-    log, run_dir, num_problems = run.log, run.log.run_dir, run.config.eval.test_problems
-    results, samples, curve = dict(run.before["results"]), {"before": run.before["samples"]}, []
-    with log.timer("evaluation"):
-        if run.best:
-            run.policy.load_state_dict(checkpoint.load_state(checkpoint.best(run_dir))["policy"])
-        if num_problems:
-            result = evaluate_greedily(run, "test", num_problems)
-            results["after"], samples["after"] = result.summary(), samples_of(result)
-    if num_problems and run.base_folder:
-        results["supervised"], curve = supervised_result(run)
-    summary = {f"accuracy_{name}": entry["accuracy"] for name, entry in results.items()}
-    summary |= {"best_step": run.best[1] if run.best else run.config.num_steps, "seconds": dict(log.timer.totals)}
-    log.write_json("summary.json", summary | {"results": results, "samples": samples, "supervised_curve": curve})
-    log.draw_curves(start_accuracy=run.before["validation"], supervised=curve)
-    if num_problems:
-        log.say("\n" + result_table(results))
-    for name, texts in samples.items():
-        for text in texts:
-            log.say(f"\n{name}: {text['question']} (answer {text['answer']})\n  {text['completion'].strip()!r}")
-    log.say(f"\neverything is in {run_dir}: curves.png, metrics.jsonl, summary.json, completions/, checkpoints/")
-
-
-def samples_of(result: Evaluation, count: int = 2) -> list[dict[str, str]]:
-    """The first completions, to look at."""
-    texts = [(group.problem, group.completions[0].text) for group in result.groups[:count]]
-    return [{"question": problem.question, "answer": problem.answer, "completion": text} for problem, text in texts]
-
-
-def supervised_result(run: Run) -> tuple[dict, list]:
-    """What supervised training alone scores on the same test problems, and its validation curve.
-
-    Where the base was taught a bad habit: the model before it (did GRPO elicit or teach?). Else supervised training
-    continued for the seconds that GRPO took (was that time well spent?).
-    """
-    settings, device, log, curve = run.config.base, run.world.device, run.log, []
-    if settings.habit_steps:
-        model = load_policy(str(run.base_folder / "before_habit"), precision="fp32", device=device).model
-    else:
-        seconds = log.timer.training_seconds()
-        log.say(f"supervised training, continued for the {seconds:.0f} s that GRPO took")
-        options = {"seconds": seconds, "seed": run.config.seed, "device": str(device), "progress": log.progress}
-        with log.timer("supervised"):
-            go_on = lambda: base.continue_supervised(run.base_folder, settings, run.task, **options)  # noqa: E731
-            model, curve = run.world.after_writer("supervised", go_on)
-    with log.timer("evaluation"):
-        return evaluate_greedily(run, "test", run.config.eval.test_problems, model=model).summary(), curve
-
-
-def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
-    """The run folder, chosen once by rank 0, and the checkpoint that a run in it goes on from."""
-
-    def choose() -> tuple[Path, Path | None]:
-        path = Path(command.resume or command.run_dir or checkpoint.default_run_dir(command.config_path.stem))
-        is_restart = checkpoint.restarted_by_launcher()
-        goes_on = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)
-        checkpoint.open_run_dir(path, resume=bool(command.resume) or is_restart)
-        if goes_on:
-            list_changes(load(path / "config.yaml"), command.config)
-        return path, checkpoint.newest_whole(path) if goes_on else None
-
-    return world.after_writer("run_dir", choose)
-
-
-def list_changes(before: Config, now: Config) -> None:
-    """Say what a run that goes on does differently from here on; ValueError where it cannot."""
-    harmless, others = changes(before, now)
-    for line in harmless:
-        print(f"changed: {line}", flush=True)
-    for line in others:
-        print(f"CHANGED, and the lost steps are not repeated as they were: {line}", flush=True)
-
-
 def run_command(command: Command, world: World) -> int:
     """The whole job; the exit status."""
     if world.is_writer:
         print(command.source, flush=True)
-    check(command.config, world.size)
-    objective = resolve(**asdict(command.config.objective))
-    check_steps(objective, command.config.batch.passes * command.config.batch.minibatches)
-    trackers.chosen(command.config.track)  # a missing one is found before a run folder is made
-    resolved = ObjectiveConfig(preset=command.config.objective.preset, **asdict(objective))
-    config = replace(command.config, objective=resolved)
+    command = replace(command, config=settle(command.config, world.size))
+    config = command.config
     if command.dry_run:
         if world.is_writer:
             print(dry_run_report(config, world.size, model_facts(config, world.device)))
         return 0
-    if config.model.path:
-        load_model_config(config.model.path)  # a wrong path is found before a run folder is made
-    run_dir, goes_on_from = open_run(replace(command, config=config), world)
-    run = build(replace(command, config=config), world, run_dir)
-    dispatch = {op: choice._asdict() for op, choice in dispatch_table(config.impl, world.device).items()}
-    if world.is_writer:
-        save(config, run_dir / "config.yaml")
-        facts = environment(seed=config.seed, world_size=world.size, dispatch=dispatch)
-        run.log.write_json("env.json", facts)
-    kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
-    run.log.say(f"run folder {run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
+    run_dir, goes_on_from = open_run(command, world)
+    run = build(config, world, run_dir)
     with run.pool, closing(run.log):
         if goes_on_from:
             load_checkpoint(run, goes_on_from)

@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -133,9 +132,9 @@ def peak_mib(device: torch.device) -> float:
 
 def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> None:
     """train.py's own parts and step."""
-    from grpo.command_line import Command
     from grpo.config import Config, from_dict
     from grpo.distributed import start
+    from grpo.run import build
 
     config: Config = from_dict(
         {
@@ -161,17 +160,16 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
             "eval": {"every": 0, "test_problems": 0},
         }
     )
-    train = SimpleNamespace(**runpy.run_path(str(ROOT / "train.py"), run_name="train"))
-    command = Command(config, Path("vs_trl"), "", None, None, False)
+    train_step = runpy.run_path(str(ROOT / "train.py"))["train_step"]
     with redirect_stdout(sys.stderr):
         (folder / "run").mkdir()
-        run = train.build(command, start(), folder / "run")
+        run = build(config, start(), folder / "run")
         with run.pool:
             answer(ready=True)
             for step in range(1, steps + 1):
                 sys.stdin.readline()
                 started = time.perf_counter()
-                row = train.train_step(run, step)
+                row = train_step(run, step)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 total, rollout = time.perf_counter() - started, run.log.timer.take()["seconds/rollout"]

@@ -1,6 +1,6 @@
 """The embedded base model: a small tokenizer and causal LM, trained on worked solutions on the spot and cached.
 
-`prepare_base` is called by train.py where model.path is empty and returns an ordinary Hugging Face folder,
+`prepare_base` is called by grpo.run where model.path is empty and returns an ordinary Hugging Face folder,
 so that nothing after it knows that the model was made here. `continue_supervised` is the rival of the
 long demo: the same training on the same solutions, for as many seconds as GRPO took.
 """

@@ -1,4 +1,4 @@
-"""What each rank keeps of masters, gradients and Adam moments: all, or a share. train.py calls `distribute` once.
+"""What each rank keeps of masters, gradients and Adam moments: all, or a share. grpo.run calls `distribute` once.
 
     ddp     all three whole on every rank
     zero1   shares of masters and moments; gradients whole, averaged by DistributedDataParallel (ZeRO stage 1,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
+from grpo import run
 from grpo.metrics import read_metrics, undocumented
 from tests.tiny import save_tiny_model, write_gsm8k_files
 from tests.trainee import rows_without_clock
@@ -114,9 +115,9 @@ def test_a_run_whose_last_checkpoint_is_damaged_repeats_the_lost_steps_bit_for_b
 
 
 def test_a_checkpoint_saved_without_a_part_is_refused_by_its_name(finished, monkeypatch):
-    monkeypatch.setattr(train, "parts", lambda run: {"moon": None})
+    monkeypatch.setattr(run, "parts", lambda run: {"moon": None})
     with pytest.raises(ValueError, match="step_4 has no state of the moon: it was saved under another config"):
-        train.load_checkpoint(None, finished / "checkpoints" / "step_4")
+        run.load_checkpoint(None, finished / "checkpoints" / "step_4")
 
 
 def test_two_ranks_train_like_one(finished, workplace):

@@ -1,0 +1,72 @@
+"""What came of a run: test accuracy before and after it, what supervised training would have made of the same base,
+and summary.json, curves.png and the closing words. Called by train.py before the first step and after the last."""
+
+from __future__ import annotations
+
+from grpo import base, checkpoint
+from grpo.evaluation import Evaluation, result_table
+from grpo.policy import load_policy
+from grpo.run import Run, evaluate_greedily, validate
+
+
+def before_training(run: Run) -> None:
+    """Test and validation accuracy of the untrained model."""
+    run.before = {"results": {}, "samples": [], "validation": None}
+    with run.log.timer("evaluation"):
+        if run.config.eval.test_problems:
+            result = evaluate_greedily(run, "test", run.config.eval.test_problems)
+            run.before |= {"results": {"before": result.summary()}, "samples": samples_of(result)}
+            run.log.say(f"before training, on the test split: {result}")
+        if run.config.eval.every:
+            run.before["validation"] = validate(run, 0)["validation/accuracy"]
+    run.log.timer.take()
+
+
+def finish(run: Run) -> None:
+    """Test the best checkpoint once, compare, draw, and say where everything is."""
+    log, run_dir, num_problems = run.log, run.log.run_dir, run.config.eval.test_problems
+    results, samples, curve = dict(run.before["results"]), {"before": run.before["samples"]}, []
+    with log.timer("evaluation"):
+        if run.best:
+            run.policy.load_state_dict(checkpoint.load_state(checkpoint.best(run_dir))["policy"])
+        if num_problems:
+            result = evaluate_greedily(run, "test", num_problems)
+            results["after"], samples["after"] = result.summary(), samples_of(result)
+    if num_problems and run.base_folder:
+        results["supervised"], curve = supervised_result(run)
+    summary = {f"accuracy_{name}": entry["accuracy"] for name, entry in results.items()}
+    summary |= {"best_step": run.best[1] if run.best else run.config.num_steps, "seconds": dict(log.timer.totals)}
+    log.write_json("summary.json", summary | {"results": results, "samples": samples, "supervised_curve": curve})
+    log.draw_curves(start_accuracy=run.before["validation"], supervised=curve)
+    if num_problems:
+        log.say("\n" + result_table(results))
+    for name, texts in samples.items():
+        for text in texts:
+            log.say(f"\n{name}: {text['question']} (answer {text['answer']})\n  {text['completion'].strip()!r}")
+    log.say(f"\neverything is in {run_dir}: curves.png, metrics.jsonl, summary.json, completions/, checkpoints/")
+
+
+def samples_of(result: Evaluation, count: int = 2) -> list[dict[str, str]]:
+    """The first completions, to look at."""
+    texts = [(group.problem, group.completions[0].text) for group in result.groups[:count]]
+    return [{"question": problem.question, "answer": problem.answer, "completion": text} for problem, text in texts]
+
+
+def supervised_result(run: Run) -> tuple[dict, list]:
+    """What supervised training alone scores on the same test problems, and its validation curve.
+
+    Where the base was taught a bad habit: the model before it (did GRPO elicit or teach?). Else supervised training
+    continued for the seconds that GRPO took (was that time well spent?).
+    """
+    settings, device, log, curve = run.config.base, run.world.device, run.log, []
+    if settings.habit_steps:
+        model = load_policy(str(run.base_folder / "before_habit"), precision="fp32", device=device).model
+    else:
+        seconds = log.timer.training_seconds()
+        log.say(f"supervised training, continued for the {seconds:.0f} s that GRPO took")
+        options = {"seconds": seconds, "seed": run.config.seed, "device": str(device), "progress": log.progress}
+        with log.timer("supervised"):
+            go_on = lambda: base.continue_supervised(run.base_folder, settings, run.task, **options)  # noqa: E731
+            model, curve = run.world.after_writer("supervised", go_on)
+    with log.timer("evaluation"):
+        return evaluate_greedily(run, "test", run.config.eval.test_problems, model=model).summary(), curve
