@@ -222,9 +222,9 @@ def seen(folders, shots, tmp_path):
         pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the path")
     page = tmp_path / "page.html"
     page.write_text(report.page(collect(folders, [shots])).replace("</body>", PROBE), encoding="utf-8")
-    quiet = ["no-first-run", "disable-background-networking", "disable-component-update", "disable-sync", "disable-quic"]
-    options = [f"--{option}" for option in ("headless", "no-sandbox", "disable-gpu", *quiet, "dump-dom")]
-    options.append(f"--user-data-dir={tmp_path / 'browser'}")
+    offline = [f"disable-{what}" for what in ("background-networking", "component-update", "sync", "quic")]
+    options = ["headless", "no-sandbox", "disable-gpu", "no-first-run", *offline, f"user-data-dir={tmp_path}/browser"]
+    options = [f"--{option}" for option in [*options, "dump-dom"]]
     printed = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
     found = re.search(r'<pre id="seen">(.*?)</pre>', printed, re.DOTALL)
     assert found, "a script on the page failed"
