@@ -251,6 +251,7 @@ def refusal(capsys, arguments):
         (["--optim.lrr", "1"], "unknown option --optim.lrr; the nearest is --optim.lr"),
         (["--config", "nowhere.yaml"], "cannot read config nowhere.yaml"),
         (["--task", "gsm9k"], "unknown task 'gsm9k'; did you mean 'gsm8k'"),
+        (["--task", "code"], "task code without model.path: the embedded model knows word_problems only"),
         (["--preset", "grop"], "unknown preset 'grop'; nearest is 'grpo'"),
         (["--rollout.group-size", "1"], "rollout.group_size=1"),
         (["--batch.minibatches", "3"], "not divisible by batch.minibatches=3"),
