@@ -172,9 +172,8 @@ def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
     """Accuracy by number of shots, a bar for each model, with 95 % intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(1.5 + 1.6 * max(map(len, results.values())) * len(results) ** 0.5, 4), layout="constrained"
-    )
+    inches = max(1.5 + 1.6 * max(map(len, results.values())) * len(results) ** 0.5, 1 + 0.09 * max(map(len, results)))
+    figure = Figure(figsize=(inches, 4 + 0.2 * len(results)), layout="constrained")  # the names stand above the bars
     axes = figure.subplots()
     width = 0.8 / len(results)
     for i, (model, by_shots) in enumerate(results.items()):
@@ -188,10 +187,10 @@ def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
         bars = axes.bar(places, heights, width, yerr=errors, capsize=3, label=model)
         axes.bar_label(bars, [f"{height:.0%}" for height in heights], padding=3)
     first = next(iter(results.values()))
-    axes.set(
-        xticks=range(len(first)), xticklabels=[f"{shots} shots" for shots in first], ylabel="accuracy", ylim=(0, 1)
-    )
-    axes.legend()
+    axes.set(xticks=range(len(first)), xticklabels=[f"{shots} shots" for shots in first], ylabel="accuracy")
+    axes.set(yticks=[0, 0.25, 0.5, 0.75, 1], ylim=(0, 1.1))
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    figure.legend(loc="outside upper left", frameon=False)
     figure.savefig(path, dpi=120)
 
 

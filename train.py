@@ -125,7 +125,7 @@ def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor,
 
 def train(run: Run, stop: StopRequest) -> int:
     """Every step that is left; validation and checkpoints when they are due. The exit status: not 0 after a signal."""
-    config, log = run.config, run.log
+    config, log, status = run.config, run.log, 0
     for step in range(run.steps_done + 1, config.num_steps + 1):
         row = {"step": step, **train_step(run, step)}
         is_last = step == config.num_steps
@@ -139,11 +139,11 @@ def train(run: Run, stop: StopRequest) -> int:
             with log.timer("checkpoint"):
                 save_checkpoint(run, step)
         if status:
-            run.writer.wait()
-            log.say(f"\nstopped after step {step}; go on with: python train.py --resume {log.run_dir}")
-            return status
-    run.writer.wait()
-    return 0
+            break
+    run.world.after_writer("written", run.writer.wait)  # the best checkpoint is read by every rank
+    if status:
+        log.say(f"\nstopped after step {step}; go on with: python train.py --resume {log.run_dir}")
+    return status
 
 
 def run_command(command: Command, world: World) -> int:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from grpo import checkpoint
 from grpo.config import LoraConfig
@@ -226,6 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("run", help="run folder (its best checkpoint, else its last) or a folder in PEFT's format")
     command.add_argument("out", help="folder to write, in Hugging Face layout")
     options = parser.parse_args(argv)
+    transformers_logging.disable_progress_bar()
     try:
         write_merged(options.run, options.out)
     except (ValueError, OSError) as error:

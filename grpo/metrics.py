@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -92,9 +93,11 @@ class PhaseTimer:
 
 
 class Console:
-    """A table with one aligned row a step; the heading comes again every 20 rows."""
+    """A table with one aligned row a step; the heading comes again every 20 rows. width: the last columns beyond it
+    are left out, so that no row of a terminal is two."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: float = math.inf) -> None:
+        self.width = width
         self.num_rows = 0
         self.columns: dict[str, tuple[str, str]] = {}
 
@@ -103,13 +106,14 @@ class Console:
         if not self.columns:
             components = {key: (key.removeprefix("reward/"), ".3f") for key in row if key.startswith("reward/")}
             first = ("step", "reward")
-            self.columns = {key: COLUMNS[key] for key in first} | components | COLUMNS
-        values = [self._cell(row.get(key), form) for key, (_, form) in self.columns.items()]
-        widths = [max(8, len(heading)) for heading, _ in self.columns.values()]
-        lines = [" ".join(value.rjust(width) for value, width in zip(values, widths, strict=True))]
+            chosen = {key: COLUMNS[key] for key in first} | components | COLUMNS
+            columns = {key: (heading.rjust(8), form) for key, (heading, form) in chosen.items()}
+            ends = accumulate(1 + len(heading) for heading, _ in columns.values())
+            self.columns = {key: columns[key] for key, end in zip(columns, ends, strict=True) if end - 1 <= self.width}
+        cells = [self._cell(row.get(key), form).rjust(len(heading)) for key, (heading, form) in self.columns.items()]
+        lines = [" ".join(cells)]
         if self.num_rows % 20 == 0:
-            headings = [heading for heading, _ in self.columns.values()]
-            lines.insert(0, " ".join(text.rjust(width) for text, width in zip(headings, widths, strict=True)))
+            lines.insert(0, " ".join(heading for heading, _ in self.columns.values()))
         self.num_rows += 1
         return lines
 
@@ -141,7 +145,7 @@ class RunLogger:
         is_terminal = can_show() if is_terminal is None else is_terminal
         self.progress = Progress(is_writer and is_terminal, self._config.get("num_steps", 0))
         self.timer = PhaseTimer(self.progress)
-        self._console = Console()
+        self._console = Console(shutil.get_terminal_size().columns if is_terminal else math.inf)
         self._trackers: dict[str, Tracker] = {}
         self._tracker_ids: dict[str, str] = {}
         self._last_step = 0

@@ -12,6 +12,7 @@ so a run may go on under another strategy or with another number of ranks.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -132,7 +133,8 @@ def distribute(module: nn.Module, policies: list[Policy], world: World, strategy
         shard_fully(module, policies[0], mesh)
         policies = policies[1:]
     else:
-        module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renames broadcast_buffers
+            module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
     if strategy != "ddp":
         for policy in policies:
             policy.keep_shares(lambda master: share_of(master, mesh))

@@ -122,6 +122,14 @@ def test_eval_writes_table_json_and_chart_by_model_and_shots(model_and_data, cap
     assert capsys.readouterr().out.count("shots") >= 4
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("models", "shots"), [(1, 1), (2, 4), (5, 2)])
+def test_the_chart_has_room_for_the_names_of_its_models(models, shots, tmp_path):
+    entry = {"accuracy": 1.0, "interval": (0.9, 1.0)}
+    names = [f"/somewhere/far/away/runs/gsm8k_instruct-20261125-051500/checkpoints/step_{i}" for i in range(models)]
+    eval_command.draw_chart({name: dict.fromkeys(range(shots), entry) for name in names}, tmp_path / "chart.png")
+
+
 def test_eval_with_samples_repeats_itself_and_depends_on_the_seed(model_and_data):
     results = []
     for seed in ("1", "1", "2"):

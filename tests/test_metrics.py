@@ -98,6 +98,12 @@ def test_the_table_is_aligned_and_its_heading_comes_again_every_20_rows():
     assert lines[0].index("kl") + 2 == lines[1].index("0.0100") + 6, "a value ends where its heading ends"
 
 
+def test_a_terminal_gets_the_columns_that_fit():
+    whole, some = (Console(*width).lines(row(1))[0] for width in ((), (40,)))
+    assert len(some) <= 40 < len(whole) and whole.startswith(some)
+    assert Console(len(whole)).lines(row(1))[0] == whole != Console(len(whole) - 1).lines(row(1))[0]
+
+
 def test_phase_seconds_are_measured_taken_once_and_summed_over_the_run(monkeypatch):
     now = iter([0.0, 2.0, 10.0, 10.5, 20.0, 23.0, 30.0, 37.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))

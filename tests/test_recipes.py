@@ -141,11 +141,28 @@ def test_your_own_data_and_reward_run_as_the_page_says(model, workplace):
     assert 0 <= read_metrics(workplace / "runs" / "pens")[0]["reward"] <= 1
 
 
-def test_the_hyperparameters_for_sagemaker_are_options_of_train_py(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_sagemaker_job_gives_train_py_its_hyperparameters_and_started_again_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("import sys; open('said', 'w').write('\\n'.join(sys.argv[1:]))")
     given = ast.literal_eval(re.search(r"hyperparameters=(\{.*?\})", PAGE, re.DOTALL)[1])
-    command = parse_command([part for name, value in given.items() for part in (f"--{name}", value)])
-    assert command.run_dir == given["run-dir"] and command.config.data.path == given["data.path"]
+    given = [part for name in sorted(given) for part in (f"--{name}", str(given[name]))]  # as SageMaker's toolkit does
+    run, script = tmp_path / "checkpoints" / "run", (ROOT / "docs" / "train_sagemaker.py").read_text()
+    (tmp_path / "script.py").write_text(script.replace("/opt/ml/checkpoints/run", str(run)))
+
+    def said(rank="0"):
+        environment = {**os.environ, "RANK": rank}
+        subprocess.run([sys.executable, "script.py", *given], cwd=tmp_path, env=environment, check=True)
+        return (tmp_path / "said").read_text().splitlines()
+
+    options = said()
+    monkeypatch.chdir(ROOT)
+    command = parse_command(options)
+    assert command.run_dir == str(run) and command.config.num_steps == 200
+    assert command.config.data.path == "/opt/ml/input/data/gsm8k"
+    run.mkdir(parents=True)
+    assert said(rank="1") == options and run.is_dir(), "only rank 0 clears a folder"
+    assert said() == options and not run.exists(), "interrupted before its first checkpoint: it begins again"
+    (run / "checkpoints" / "step_20").mkdir(parents=True)
+    assert said() == ["--resume", str(run)]
 
 
 STAND_INS = {

@@ -193,7 +193,9 @@ const pick = (id, value, type) => { at(id).value = value; at(id).dispatchEvent(n
 const texts = query => [...document.querySelectorAll(query)].map(found => found.textContent);
 const curve = () => document.querySelector("#curves [data-keys=reward] path[stroke-width]").getAttribute("d");
 const seen = {panels: texts("#curves h3"), more: texts("#more h3"), config: texts("#config td"),
-  bars: texts("#results .value"), line: curve(), all: texts(".sample pre"),
+  bars: texts("#results .value"), accuracy: texts("#results td").slice(0, 5),
+  spans: [...document.querySelectorAll("#results td svg path")].map(path => path.getAttribute("d")),
+  line: curve(), all: texts(".sample pre"),
   bands: document.querySelectorAll("#curves [data-keys=reward] path[opacity='0.2']").length,
   grounds: [...document.querySelectorAll(".sample pre span")].slice(0, 2).map(span => span.style.background)};
 pick("smoothing", 0, "input");
@@ -220,7 +222,9 @@ def seen(folders, shots, tmp_path):
         pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the path")
     page = tmp_path / "page.html"
     page.write_text(report.page(collect(folders, [shots])).replace("</body>", PROBE), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
+    offline = [f"disable-{what}" for what in ("background-networking", "component-update", "sync", "quic")]
+    options = ["headless", "no-sandbox", "disable-gpu", "no-first-run", *offline, f"user-data-dir={tmp_path}/browser"]
+    options = [f"--{option}" for option in [*options, "dump-dom"]]
     printed = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
     found = re.search(r'<pre id="seen">(.*?)</pre>', printed, re.DOTALL)
     assert found, "a script on the page failed"
@@ -234,7 +238,9 @@ def test_a_browser_draws_filters_and_keeps_text_as_text(seen):
     assert seen["line"] != seen["unsmoothed"]
     assert seen["tip"] == "step 1\na0, a1: 0.6 (0.5 to 0.7)\nb: 0.5"
     assert seen["config"] == ["optim.lr", "0.1", "0.1", "0.2", "seed", "0", "1", "0"]
-    assert seen["bars"] == ["75", "75", "75", "0", "40"]
+    assert seen["accuracy"] == ["a0, after", "", "75.0%", "50.0% to 90.0%", "8"] and len(seen["spans"]) == 3
+    assert seen["spans"][0].startswith("M120 ") and "H214.4" in seen["spans"][0], "0.5 to 0.9 of 236 from 2"
+    assert seen["bars"] == ["0", "40"]
     assert len(seen["all"]) == 4, "the last step is shown first"
     assert seen["all"][0] == "unlikely" + ATTACK and seen["all"][2].startswith("2 p/1 0 </script>")
     assert "0%" in seen["grounds"][0] and "75%" in seen["grounds"][1]

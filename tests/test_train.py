@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import train
 from grpo import run
 from grpo.metrics import read_metrics, undocumented
+from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model, write_gsm8k_files
 from tests.trainee import rows_without_clock
 
@@ -138,6 +141,23 @@ def test_two_ranks_train_like_one(finished, workplace):
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
 
 
+def is_written(world, folder):
+    """A run at its end, whose last checkpoint takes half a second to be written."""
+
+    def wait():
+        if world.is_writer:
+            time.sleep(0.5)
+            (folder / "written").touch()
+
+    parts = {"config": SimpleNamespace(num_steps=4), "steps_done": 4, "log": None, "writer": SimpleNamespace(wait=wait)}
+    assert train.train(SimpleNamespace(**parts, world=world), None) == 0
+    return (folder / "written").exists()
+
+
+def test_no_rank_goes_on_to_the_result_before_the_last_checkpoint_is_on_disk(tmp_path):
+    assert run_ranks(2, is_written, tmp_path) == [True, True]
+
+
 ODD = """
 from grpo.records import Problem
 from grpo.rewards import Reward
@@ -232,6 +252,7 @@ def refusal(capsys, arguments):
         (["--optim.lrr", "1"], "unknown option --optim.lrr; the nearest is --optim.lr"),
         (["--config", "nowhere.yaml"], "cannot read config nowhere.yaml"),
         (["--task", "gsm9k"], "unknown task 'gsm9k'; did you mean 'gsm8k'"),
+        (["--task", "code"], "task code without model.path: the embedded model knows word_problems only"),
         (["--preset", "grop"], "unknown preset 'grop'; nearest is 'grpo'"),
         (["--rollout.group-size", "1"], "rollout.group_size=1"),
         (["--batch.minibatches", "3"], "not divisible by batch.minibatches=3"),
