@@ -206,8 +206,7 @@ def _peft_name(name: str) -> str:
 
 def write_merged(run: str, out: str) -> None:
     """The best or else last checkpoint of a run folder, or one folder in PEFT's format, as a plain model in `out`."""
-    folder, out = Path(run).expanduser(), Path(out).expanduser()
-    folder = checkpoint.best(folder) or checkpoint.latest(folder) or folder
+    (folder, _), out = checkpoint.model_folder(run), Path(out).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder} has no {ADAPTER_CONFIG}: nothing to merge; name a run or checkpoint with adapters")
     if out.is_dir() and any(out.iterdir()):
