@@ -466,6 +466,8 @@ def run_command(command: Command, world: World) -> int:
         return 0
     if config.model.path:
         load_model_config(config.model.path)  # a wrong path is found before a run folder is made
+    if config.lora.quantize != "none":
+        lora.bitsandbytes()  # and a missing library
     run_dir, goes_on_from = open_run(replace(command, config=config), world)
     run = build(replace(command, config=config), world, run_dir)
     dispatch = {op: choice._asdict() for op, choice in dispatch_table(config.impl, world.device).items()}
