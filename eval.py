@@ -94,14 +94,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def resolve_model(name: str) -> tuple[str, Config | None]:
     """The folder or hub id to load, and the config of the run it belongs to, if it belongs to one."""
-    folder = Path(name).expanduser()
-    if (folder / "config.yaml").is_file():
-        chosen = checkpoint.best(folder) or checkpoint.latest(folder)
-        if chosen is None:
-            raise ValueError(f"run folder {name} has no checkpoint yet; wait for one or name a model folder")
-        return str(chosen), load(folder / "config.yaml")
-    run = folder.parent.parent / "config.yaml"
-    return name, load(run) if folder.parent.name == "checkpoints" and run.is_file() else None
+    folder, run = checkpoint.model_folder(name)
+    return (str(folder), load(run / "config.yaml")) if run else (name, None)
 
 
 def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
@@ -196,7 +190,7 @@ def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
 
 def run(options: argparse.Namespace, world: World) -> None:
     """Evaluate every model that was named; rank 0 prints the table and writes the JSON and the chart."""
-    paths, config = settings_of(options)
+    paths, config = world.after_writer("settings", lambda: settings_of(options))
     task = make_task(config.task, config.data, config.rewards)
     task.split(options.split)
     output = Path(options.output or f"runs/eval-{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}.json")

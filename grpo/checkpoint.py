@@ -168,8 +168,11 @@ def _own_hash(files: dict[str, list]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def verify(folder: Path) -> None:
-    """Damaged, unless every file is there with the size and the SHA-256 that it was written with."""
+def verify(folder: Path, *, state: bool = True) -> None:
+    """Damaged, unless every file is there with the size and the SHA-256 that it was written with.
+
+    state: also those that only a run that goes on reads.
+    """
     manifest = folder / MANIFEST
     try:
         record = json.loads(manifest.read_bytes())
@@ -181,6 +184,8 @@ def verify(folder: Path) -> None:
     if own_hash != _own_hash(files):
         raise Damaged(f"{manifest} is not what was written: its own hash does not fit")
     for name, (size, sha256) in files.items():
+        if name.startswith("state/") and not state:
+            continue
         path = folder / name
         try:
             if path.stat().st_size != size:
@@ -271,6 +276,29 @@ def best(run_dir: Path | str) -> Path | None:
         return None
     folder = marker.with_name(f"step_{json.loads(marker.read_text(encoding='utf-8'))['step']}")
     return folder if folder.is_dir() else None
+
+
+def model_folder(path: Path | str) -> tuple[Path, Path | None]:
+    """The folder to load for a path, and the run folder that it belongs to, if to any.
+
+    A run folder stands for its best checkpoint, else its last: ValueError where it has none. Damaged where the model in
+    a checkpoint is not what was written. Any other path, a hub id too, is given back as it is, looked at by nobody.
+    """
+    folder = Path(path).expanduser()
+    run = folder if (folder / "config.yaml").is_file() else None
+    if run:
+        folder = best(run) or latest(run)
+        if folder is None:
+            raise ValueError(f"run folder {path} has no checkpoint yet; wait for one or name a model folder")
+    elif folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").is_file():
+        run = folder.parent.parent
+    if run or (folder / MANIFEST).is_file():
+        try:
+            verify(folder, state=False)
+        except Damaged as error:
+            remedy = "name another step, or a copy without state/ if you changed the file yourself"
+            raise Damaged(f"{error}; {remedy}") from error
+    return folder, run
 
 
 def recall_best(run_dir: Path, best: Best, say: Callable[[str], None] = print) -> Best:

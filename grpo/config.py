@@ -47,6 +47,8 @@ class LoraConfig:
     """Linear layers that get adapters, by the end of their dotted name."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained and saved whole, by the end of their name: norm is every norm layer."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Frozen weights of the layers with adapters. nf4: 4.5 bits each (QLoRA, arXiv:2305.14314), by bitsandbytes (extra `quant`); embeddings, norms and head stay as they are."""
 
 
 @dataclass(frozen=True)

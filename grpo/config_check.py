@@ -135,6 +135,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if config.model.compile and config.model.gradient_checkpointing:
         yield "model.compile with model.gradient_checkpointing: a compiled layer cannot be recomputed; choose one"
+    if lora.quantize != "none" and not lora.rank:
+        yield f"lora.quantize={lora.quantize} with lora.rank=0: weights of 4 bits cannot be trained; set lora.rank=16"
     if lora.rank and config.distributed.strategy == "fsdp":
         yield "distributed.strategy=fsdp with adapters: they are small, and their frozen base stays whole; use ddp"
     if lora.rank and config.model.reference_offload:

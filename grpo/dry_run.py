@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo.base import model_config
 from grpo.config import Config, to_dict
-from grpo.lora import add_adapters
+from grpo.lora import LoraLinear, Nf4, add_adapters
 from grpo.policy import choose_precision, load_model_config
 from grpo.tasks.word_problems import LEVELS
 from kernels.linear_logprob.modes import rows_per_chunk
@@ -26,6 +26,7 @@ class ModelFacts:
 
     num_parameters: int
     num_trained: int  # fewer under LoRA
+    num_in_4_bits: int  # of the frozen ones
     num_in_layers: int  # the rest: embeddings, last norm and head
     num_layers: int
     num_kv_heads: int
@@ -46,8 +47,9 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(model)
     if config.lora.rank:
-        add_adapters(whole, config.lora)
+        add_adapters(whole, replace(config.lora, quantize="none"))
     parameters = list(whole.parameters())
+    adapted = [layer.weight for layer in whole.modules() if isinstance(layer, LoraLinear)]
     heads = model.num_attention_heads
     prompt_tokens = QUESTION_TOKENS + EXEMPLAR_TOKENS * config.prompt.shots
     if config.task == "word_problems":
@@ -56,6 +58,7 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
     return ModelFacts(
         num_parameters=sum(parameter.numel() for parameter in parameters),
         num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        num_in_4_bits=sum(weight.numel() for weight in adapted if config.lora.quantize == "nf4"),
         num_in_layers=sum(parameter.numel() for parameter in whole.base_model.layers.parameters()),
         num_layers=model.num_hidden_layers,
         num_kv_heads=getattr(model, "num_key_value_heads", None) or heads,
@@ -164,7 +167,8 @@ def weights_estimate(config: Config, world_size: int, model: ModelFacts) -> tupl
     stays["gradients, fp32"] = 4 * share(trained, "fsdp")
     stays["Adam moments, fp32"] = 8 * share(trained, "zero1", "fsdp")
     if trained < model.num_parameters:
-        stays["frozen base"] = size * (model.num_parameters - trained)
+        as_it_was = model.num_parameters - trained - model.num_in_4_bits
+        stays["frozen base"] = size * as_it_was + int(Nf4.BYTES_PER_WEIGHT * model.num_in_4_bits)
     if is_copied:
         (passing if strategy == "fsdp" else stays)["working copy" + ", bf16" * (size < 4)] = size * trained
     if strategy == "fsdp":  # what is outside the layers and two layers, with their gradients

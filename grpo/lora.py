@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) in place of full fine-tuning, in memory and in PEFT's files.
 
-`load` gives train.py and eval.py their Policy. The base is frozen, in the precision of the forward pass, and there
-once: masters, working copy and reference share its tensors. The reference is the base: its own adapters stay at 0.
+`load` gives train.py and eval.py their Policy. The base is frozen, in the precision of the forward pass or in 4 bits,
+and there once: masters, working copy and reference share its tensors. The reference is the base: its own adapters stay
+at 0.
 
     python -m grpo.lora merge RUN OUT    write W + scale B A as a plain Hugging Face model
 """
@@ -11,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,14 +66,66 @@ class LoraLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         # Without a gradient (sampler, old, reference) there is no dropout: those are the policy's own log-probs.
         kept = F.dropout(x, self.dropout) if self.dropout and torch.is_grad_enabled() else x
-        return torch.add(super().forward(x), F.linear(F.linear(kept, self.lora_A), self.lora_B), alpha=self.scale)
+        return torch.add(self.frozen(x), F.linear(F.linear(kept, self.lora_A), self.lora_B), alpha=self.scale)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """W x + bias."""
+        return F.linear(x, self.weight, self.bias)
 
 
-def add_adapters(model: PreTrainedModel, settings: LoraConfig, *, seed: int = 0) -> None:
+class Nf4LoraLinear(LoraLinear):
+    """The same over a W in 4 bits, which is no parameter: no cast and no optimizer reaches it."""
+
+    def __init__(self, base: nn.Linear, settings: LoraConfig, generator: torch.Generator):
+        super().__init__(base, settings, generator)
+        del self.weight
+        self.weight = Nf4(base.weight.detach())
+
+    def frozen(self, x: Tensor) -> Tensor:
+        return self.weight.product(x, self.bias)
+
+
+class Nf4:
+    """A frozen matrix in 4 bits (NormalFloat, arXiv:2305.14314 section 3, without its double quantization).
+
+    64 weights in a row have one fp32 scale, their largest magnitude. Every copy of a model shares it.
+    """
+
+    BYTES_PER_WEIGHT = 1 / 2 + 4 / 64
+
+    def __init__(self, weight: Tensor):
+        self._library = bitsandbytes()
+        self.packed, self.state = self._library.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+
+    def __deepcopy__(self, memo: dict) -> Nf4:
+        return self
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """W x + bias in the precision of x. The backward pass makes W anew from its 4 bits: no W is kept for it."""
+        return self._library.matmul_4bit(x, self.packed.t(), self.state, bias=bias)
+
+
+LAYERS = {"none": LoraLinear, "nf4": Nf4LoraLinear}  # by lora.quantize
+
+
+def bitsandbytes() -> object:
+    """The library that computes with 4 bits. ValueError where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(
+            "lora.quantize=nf4, but bitsandbytes is not installed; pip install 'bitsandbytes>=0.46', or -e '.[quant]'"
+        ) from error
+    return bitsandbytes
+
+
+def add_adapters(
+    model: PreTrainedModel, settings: LoraConfig, *, seed: int = 0, device: torch.device | None = None
+) -> None:
     """Freeze `model` in place but for fresh adapters on `target_modules` and, whole and fp32, `modules_to_save`.
 
     As in PEFT a target stands for every linear layer whose dotted name ends in it, a module to save for every module
-    whose name ends so, dot or not. ValueError for a name that fits none.
+    whose name ends so, dot or not. ValueError for a name that fits none. device: where adapted layers are moved to.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +135,7 @@ def add_adapters(model: PreTrainedModel, settings: LoraConfig, *, seed: int = 0)
     for name, module in targets.items():
         if module in ends:
             raise ValueError(f"lora.target_modules names the head {name}; train it whole: lora.modules_to_save")
-        model.set_submodule(name, LoraLinear(module, settings, generator))
+        model.set_submodule(name, LAYERS[settings.quantize](module.to(device), settings, generator))
     for name, module in saved.items():
         if module in ends and model.config.tie_word_embeddings:
             raise ValueError(f"lora.modules_to_save names {name}, which this model ties to another; leave it out")
@@ -137,7 +192,9 @@ class AdaptedPolicy(Policy):
         state: a copy of an earlier `state_dict`, to be written instead of what the policy is now.
         """
         tensors = {_peft_name(name): tensor for name, tensor in (state or self.state_dict())["masters"].items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        # safetensors writes several entries in any order; with one alone equal adapters are equal files.
+        metadata = {"format": "pt"} | ({"quantize": "nf4"} if self.settings.quantize == "nf4" else {})
+        save_file(tensors, folder / WEIGHTS, metadata=metadata)
         settings = {theirs: getattr(self.settings, ours) for theirs, ours in OURS.items()}
         facts = {"task_type": "CAUSAL_LM", "base_model_name_or_path": self.base, "inference_mode": True}
         (folder / ADAPTER_CONFIG).write_text(json.dumps(ALLOWED | facts | settings, indent=2) + "\n", encoding="utf-8")
@@ -145,16 +202,24 @@ class AdaptedPolicy(Policy):
 
 
 def load(
-    path: str, settings: LoraConfig | None = None, *, precision: str, device: torch.device, seed: int = 0
+    path: str,
+    settings: LoraConfig | None = None,
+    *,
+    precision: str,
+    device: torch.device,
+    seed: int = 0,
+    unquantized: bool = False,
 ) -> Policy:
     """A hub id or local folder -> Policy on `device`: with fresh adapters where settings.rank > 0.
 
-    A folder in PEFT's format gives its base with the adapters found there.
+    A folder in PEFT's format gives its base with the adapters found there, in 4 bits if they were trained over such a
+    base, unless it is to be `unquantized`.
     """
     folder = Path(path).expanduser()
     has_adapters = (folder / ADAPTER_CONFIG).is_file()
     if has_adapters:
         settings, base = read_config(folder)
+        settings = replace(settings, quantize="none") if unquantized else settings
     elif settings and settings.rank:
         base = str(folder.resolve()) if folder.is_dir() else path
     else:
@@ -162,7 +227,7 @@ def load(
     precision = choose_precision(precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = from_hub(AutoModelForCausalLM, base, dtype=dtype, attn_implementation="sdpa")
-    add_adapters(model, settings, seed=seed)
+    add_adapters(model, settings, seed=seed, device=device)
     if has_adapters:
         read_weights(model, folder)
     tokenizer = load_tokenizer(path if (folder / "tokenizer_config.json").is_file() else base)
@@ -184,7 +249,9 @@ def read_config(folder: Path) -> tuple[LoraConfig, str]:
         raise ValueError(f"{path}: base_model_name_or_path={base!r} is no model; correct it there")
     settings = {ours: found.get(theirs) for theirs, ours in OURS.items()}
     names = {name: tuple(settings.pop(name) or ()) for name in ("target_modules", "modules_to_save")}
-    return LoraConfig(**settings, **names), base
+    with safe_open(folder / WEIGHTS, "pt") as file:  # PEFT's config has no place for it
+        quantize = (file.metadata() or {}).get("quantize", "none")
+    return LoraConfig(**settings, **names, quantize=quantize), base
 
 
 @torch.no_grad()
@@ -207,18 +274,19 @@ def _peft_name(name: str) -> str:
 
 def write_merged(run: str, out: str) -> None:
     """The best or else last checkpoint of a run folder, or one folder in PEFT's format, as a plain model in `out`."""
-    folder, out = Path(run).expanduser(), Path(out).expanduser()
-    folder = checkpoint.best(folder) or checkpoint.latest(folder) or folder
+    (folder, _), out = checkpoint.model_folder(run), Path(out).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder} has no {ADAPTER_CONFIG}: nothing to merge; name a run or checkpoint with adapters")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; name another folder")
-    policy = load(str(folder), precision="fp32", device=torch.device("cpu"))
+    policy = load(str(folder), precision="fp32", device=torch.device("cpu"), unquantized=True)
     merge(policy.masters)
     dtype = load_model_config(policy.base).dtype or torch.float32
     policy.masters.to(dtype).save_pretrained(out)  # rounded once
     policy.tokenizer.save_pretrained(out)
     print(f"{folder} merged into {policy.base}: {out}")
+    if read_config(folder)[0].quantize != "none":
+        print("trained over a base in 4 bits, merged into the unrounded one: eval.py tells what that changes")
 
 
 def main(argv: list[str] | None = None) -> int:

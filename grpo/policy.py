@@ -184,7 +184,10 @@ def load_model_config(path: str) -> object:
     """The transformers config of a hub id or local folder, without its weights."""
     if (Path(path).expanduser() / ADAPTER_CONFIG).is_file():
         raise ValueError(f"model.path={path!r} holds an adapter; first: python -m grpo.lora merge {path} OUT")
-    return from_hub(AutoConfig, path)
+    config = from_hub(AutoConfig, path)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"model.path={path!r} is quantized; name what it was made from, with lora.quantize=nf4")
+    return config
 
 
 def from_hub(auto_class: type, path: str, **kwargs: object) -> object:

@@ -223,6 +223,8 @@ def evaluate_greedily(
 
 def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
     """The run folder, chosen once by rank 0, and the checkpoint that a run in it goes on from."""
+    if command.config.lora.quantize != "none":
+        lora.bitsandbytes()  # a missing library is found before a run folder is made
 
     def choose() -> tuple[Path, Path | None]:
         path = Path(command.resume or command.run_dir or checkpoint.default_run_dir(command.config_path.stem))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo import checkpoint
+import eval as evaluation
+from grpo import checkpoint, lora
 
 STATE = {"step": 0, "moments": torch.arange(500.0)}
 FILES = ["config.json", "model.safetensors", "tokenizer/vocabulary.txt", "state/state.pt", "state/manifest.json"]
@@ -82,6 +83,41 @@ def test_messages_say_what_was_found_and_what_was_written(two_checkpoints, tmp_p
     bit_flipped(folder / "state" / "state.pt")
     with pytest.raises(checkpoint.Damaged, match="state.pt is not what was written: its .* another SHA-256"):
         checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize("named", ["run", "run/checkpoints/step_2"])
+@pytest.mark.parametrize("command", ["eval", "merge"])
+def test_a_damaged_model_is_neither_evaluated_nor_merged(two_checkpoints, tmp_path, capsys, command, named):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("task: word_problems\n")
+    bit_flipped(tmp_path / "run" / "checkpoints" / "step_2" / "model.safetensors")
+    path = str(tmp_path / named)
+    arguments = {"eval": ["--model", path], "merge": ["merge", path, str(tmp_path / "out")]}[command]
+    assert {"eval": evaluation.main, "merge": lora.main}[command](arguments) == 2
+    said = capsys.readouterr().err
+    assert "step_2/model.safetensors is not what was written" in said and "name another step" in said
+
+
+def test_of_a_checkpoint_only_the_model_has_to_be_whole_to_be_loaded_and_of_another_folder_nothing(
+    two_checkpoints, tmp_path
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    (run_dir / "config.yaml").touch()
+    folder, plain = run_dir / "checkpoints" / "step_2", tmp_path / "checkpoints" / "plain"
+    torn(folder / "state" / "state.pt")
+    assert checkpoint.model_folder(run_dir) == checkpoint.model_folder(folder) == (folder, run_dir)
+    emptied(folder / "config.json")
+    shutil.copytree(folder, plain)
+    for path in (run_dir, folder, plain):
+        with pytest.raises(checkpoint.Damaged, match="config.json has 0 bytes.*or a copy without state/"):
+            checkpoint.model_folder(path)
+    assert checkpoint.model_folder(run_dir / "checkpoints" / "step_1") == (run_dir / "checkpoints" / "step_1", run_dir)
+    shutil.rmtree(plain / "state")
+    assert checkpoint.model_folder(plain) == (plain, None)
+    missing(folder / "state" / "manifest.json")
+    with pytest.raises(checkpoint.Damaged, match="manifest.json cannot be read"):
+        checkpoint.model_folder(folder)
 
 
 def test_where_every_checkpoint_is_damaged_all_are_named_and_none_is_touched(two_checkpoints, tmp_path):

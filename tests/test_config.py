@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 FACTS = dry_run.ModelFacts(
     num_parameters=1000,
     num_trained=1000,
+    num_in_4_bits=0,
     num_in_layers=600,
     num_layers=2,
     num_kv_heads=2,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import eval as eval_command
+from grpo import checkpoint
 from grpo.distributed import World
 from grpo.evaluation import (
     CORRECTNESS,
@@ -177,7 +178,7 @@ def test_eval_says_what_is_wrong(arguments, message, capsys):
 def test_a_run_folder_stands_for_its_best_checkpoint_and_brings_its_task(tmp_path):
     run = tmp_path / "run"
     for step in (2, 4):
-        (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+        checkpoint.save(run, step, lambda folder, state: None, {}, keep_last=2, best=None)
     (run / "config.yaml").write_text("task: word_problems\nprompt: {shots: 0}\n")
     assert eval_command.resolve_model(str(run))[0] == str(run / "checkpoints" / "step_4")
     (run / "checkpoints" / "best.json").write_text('{"step": 2, "accuracy": 0.5}')

@@ -28,13 +28,18 @@ OBJECTIVE = resolve("grpo", beta=0.02)
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "initializer_range": 0.05}
 
 
-def train_three_steps(precision: str, groups_of, *, lora: bool = False) -> tuple[float, list[dict[str, float]]]:
-    """How far the masters moved in three steps, and the metrics of each. groups_of(sampler, step) -> groups."""
+def train_three_steps(precision: str, groups_of, *, base: str | None) -> tuple[float, list[dict[str, float]]]:
+    """How far the masters moved in three steps, and the metrics of each. groups_of(sampler, step) -> groups.
+
+    base: lora.quantize of a model with adapters; None: a model without.
+    """
     world = World(rank=0, size=1, device=torch.device("cuda"))
-    model = tiny_qwen2(**SHAPE)
-    if lora:
-        model = adapted(model if precision == "fp32" else bf16_copy(model))
-    policy = Policy(model.to("cuda"), word_tokenizer(), precision)
+    model = tiny_qwen2(**SHAPE).to("cuda")
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e '.[quant]'")
+    if base:
+        model = adapted(model if precision == "fp32" else bf16_copy(model), quantize=base)
+    policy = Policy(model, word_tokenizer(), precision)
     module = PolicyModule(policy, temperature=1.0, impl="auto")
     reference = LogprobModel(load_reference(policy), temperature=1.0, impl="auto")
     sampling = Sampling(group_size=8, max_new_tokens=24, temperature=1.0, top_p=1.0, top_k=0, stop=())
@@ -70,20 +75,20 @@ def train_three_steps(precision: str, groups_of, *, lora: bool = False) -> tuple
     return (end - start).norm().item(), rows
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_three_steps_in_bf16_have_finite_losses_and_move_the_masters_as_far_as_in_fp32(lora):
+@pytest.mark.parametrize("base", [None, "none", "nf4"])
+def test_three_steps_in_bf16_have_finite_losses_and_move_the_masters_as_far_as_in_fp32(base):
     fixed = lambda sampler, step: made_up_groups(8, 8, seed=step)  # noqa: E731
-    distance_fp32, _ = train_three_steps("fp32", fixed, lora=lora)
-    distance_bf16, rows = train_three_steps("bf16", fixed, lora=lora)
+    distance_fp32, _ = train_three_steps("fp32", fixed, base=base)
+    distance_bf16, rows = train_three_steps("bf16", fixed, base=base)
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
     assert distance_bf16 == pytest.approx(distance_fp32, rel=0.1)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_sampled_log_probs_agree_with_the_training_forward(lora):
+@pytest.mark.parametrize("base", [None, "none", "nf4"])
+def test_sampled_log_probs_agree_with_the_training_forward(base):
     problems = [Problem(id=str(i), question="", answer="", index=i, prompt_ids=(2 + i, 3, 4)) for i in range(8)]
     sample = lambda sampler, step: sampler.generate(problems, step)  # noqa: E731
-    _, fp32 = train_three_steps("fp32", sample, lora=lora)
-    _, bf16 = train_three_steps("bf16", sample, lora=lora)
+    _, fp32 = train_three_steps("fp32", sample, base=base)
+    _, bf16 = train_three_steps("bf16", sample, base=base)
     assert max(row["mismatch_max"] for row in fp32) < 1e-3
     assert max(row["mismatch"] for row in bf16) < 0.1  # an untrained model; reported every step as `mismatch`

@@ -48,6 +48,7 @@ USE_KERNELS = {"attention", "dry_run", "logprobs", "rollout", "run"}
 WITHOUT_A_MODEL = {"tasks", "rewards"}
 ONLY_TORCH = {"advantages", "objectives"}
 IMPORTED_WHERE_USED = (
+    "bitsandbytes",
     "datasets",
     "math_verify",
     "matplotlib",

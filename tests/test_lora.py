@@ -221,9 +221,9 @@ def test_packed_and_padded_rows_give_adapters_one_gradient(monkeypatch):
     assert distance(*updates) < 1e-10
 
 
-def bf16_gradients(wrap, *seeds):
+def bf16_gradients(wrap, *seeds, adapt=adapted):
     """Of the adapters of a bf16 model, summed over micro-batches."""
-    policy = Policy(adapted(bf16_copy(tiny_qwen2())), word_tokenizer(), "bf16")
+    policy = Policy(adapt(bf16_copy(tiny_qwen2())), word_tokenizer(), "bf16")
     module = wrap(PolicyModule(policy, temperature=1.0, impl="torch"))
     for seed in seeds:
         module(micro_batch(made_up_groups(2, seed=seed)))[0].sum().backward()

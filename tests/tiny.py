@@ -44,7 +44,7 @@ def adapted(model: PreTrainedModel, **changes: object) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(9)
     for module in model.modules():
         if isinstance(module, LoraLinear):
-            module.lora_B.data.normal_(0, 0.1, generator=generator)
+            module.lora_B.data.copy_(torch.empty(module.lora_B.shape).normal_(0, 0.1, generator=generator))
     return model
 
 
