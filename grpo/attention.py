@@ -155,12 +155,9 @@ def gathered(
     """
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     key, value = key[layout.key_rows], value[layout.key_rows]
-    repeats = query.shape[1] // key.shape[1]
     options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in VARLEN_OPTIONS:
-        options["enable_gqa"] = repeats > 1
-    else:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.11 need not be told: its kernels always could
+        options["enable_gqa"] = query.shape[1] > key.shape[1]
     starts = (layout.query_starts, layout.key_starts, layout.longest_query, layout.longest_key)
     return varlen.varlen_attn(query, key, value, *starts, **options).transpose(0, 1)[None]
 

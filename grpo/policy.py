@@ -209,7 +209,7 @@ def from_hub(auto_class: type, path: str, **kwargs: object) -> object:
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Dropout makes old and new log-probs differ; scaled logits are not applied by our head. Refuse both."""
+    """Refuse dropout, by which old and new log-probs differ, and what our head or SDPA would leave out."""
     named = model.config.to_dict().items()
     dropouts = {key: value for key, value in named if "dropout" in key and isinstance(value, int | float) and value > 0}
     dropouts |= {name: part.p for name, part in model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0}
@@ -221,3 +221,5 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     scales = {name: getattr(model.config, name, None) for name in ("logit_scale", "logits_scaling")}
     if any(scale not in (None, 1) for scale in scales.values()):
         raise ValueError(f"the model scales its logits ({scales}), which the log-prob head does not apply; use another")
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        raise ValueError("the model caps its attention scores, which SDPA leaves out; use another")

@@ -38,6 +38,7 @@ FAMILIES = {
             "sliding_window": 8,
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 8.0,
+            "attn_implementation": "eager",  # what else some versions of transformers take leaves out the cap
             "tie_word_embeddings": False,  # tied, a random Gemma repeats its last token for ever
         },
     ),

@@ -77,7 +77,7 @@ def test_two_part_attention_passes_gradcheck(window):
     assert torch.autograd.gradcheck(lambda *qkv: two_part(*qkv, layout, 0.3, window), heads(layout, size=2))
 
 
-@pytest.mark.parametrize("has_gqa", [True, False], ids=["gqa", "expanded"])
+@pytest.mark.parametrize("has_gqa", [True, False], ids=["told", "untold"])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_gathered_keys_equal_the_dense_mask(window, has_gqa, monkeypatch):
     """The plan of the CUDA path; its kernel is played by a loop with flash attention's own conventions."""

@@ -1,4 +1,4 @@
-"""On one CUDA device (`make gpu`): the whole chain of rooms in bf16, and how far it is from fp32."""
+"""On one CUDA device (`make gpu`): the whole chain of rooms in bf16, how far it is from fp32, and its memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from benchmarks.train_step import make_group
 from grpo.advantages import normalise
-from grpo.batch import pack, weigh
+from grpo.batch import LAYOUTS, pack, weigh
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
@@ -25,6 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
 OBJECTIVE = resolve("grpo", beta=0.02)
+CUDA, MIB = torch.device("cuda"), 2**20
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "initializer_range": 0.05}
 
 
@@ -92,3 +94,75 @@ def test_sampled_log_probs_agree_with_the_training_forward(base):
     _, bf16 = train_three_steps("bf16", sample, base=base)
     assert max(row["mismatch_max"] for row in fp32) < 1e-3
     assert max(row["mismatch"] for row in bf16) < 0.1  # an untrained model; reported every step as `mismatch`
+
+
+def gradient(precision: str, layout: str) -> torch.Tensor:
+    """Of a weighted sum of log-probs by every master, for weights that are bf16 numbers in either precision."""
+    model = tiny_qwen2(**SHAPE).to(CUDA)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    module = PolicyModule(Policy(model, word_tokenizer(), precision), temperature=1.0, impl="auto")
+    groups = made_up_groups(8, 8)
+    members = [(g, s) for g in range(8) for s in range(8)]
+    logprobs, _ = module(LAYOUTS[layout][1](groups, members, CUDA))
+    (torch.linspace(-1, 1, len(logprobs), device=CUDA) * logprobs).sum().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in module.parameters()]).double()
+
+
+def test_a_shared_prefix_gives_the_gradient_of_padded_rows():
+    exact = gradient("fp32", "padded")
+    distance = lambda found: ((found - exact).norm() / exact.norm()).item()  # noqa: E731
+    assert distance(gradient("fp32", "packed")) < 1e-4
+    assert distance(gradient("bf16", "packed")) < 1.5 * distance(gradient("bf16", "padded")) < 0.15
+
+
+def test_a_reference_on_the_cpu_gives_the_same_bits_and_its_memory_back():
+    policy = Policy(tiny_qwen2(**SHAPE, vocab_size=4096).to(CUDA), word_tokenizer(), "bf16")
+    reference = LogprobModel(load_reference(policy), temperature=1.0, impl="auto")
+    rows = LAYOUTS["packed"][1](made_up_groups(2, 2), [(0, 0), (0, 1), (1, 0)], CUDA)
+    weights = sum(parameter.nbytes for parameter in reference.parameters())
+    with torch.no_grad():
+        expected = reference(rows)[0]
+        before = torch.cuda.memory_allocated()
+        reference.keep_on_cpu()
+        assert before - torch.cuda.memory_allocated() > weights - MIB > 0
+        for _ in range(2):
+            with reference.at_hand(CUDA):
+                assert torch.equal(reference(rows)[0], expected)
+            assert torch.cuda.memory_allocated() < before - weights + MIB
+
+
+def one_step(memory: int | None = None) -> tuple[dict[str, float], Updater, int]:
+    """The metrics of an optimizer step of one large micro-batch, and the most memory that it held; `memory`: a limit in
+    bytes beyond what is held before."""
+    world = World(rank=0, size=1, device=CUDA)
+    policy = Policy(tiny_qwen2(**SHAPE).to(CUDA), word_tokenizer(), "bf16")
+    module = PolicyModule(policy, temperature=1.0, impl="auto")
+    optimizer = make_optimizer(list(module.parameters()), 1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    updater = Updater(module, optimizer, resolve("dr_grpo"), world, 1.0, policy.refresh, tokens_per_micro_batch=40_000)
+    groups = [make_group(200, 8, 61, 100, 300, seed=seed) for seed in range(20)]
+    limits = {"minibatches": 1, "passes": 1, "tokens_per_micro_batch": updater.token_budget}
+    batch = pack(groups, **limits, max_over_ranks=world.max, device=CUDA)
+    assert len(batch.micro_batches) == 1
+    advantages, counted = torch.tensor([1.0, -0.5] * 4).expand(20, 8), torch.ones(20, 8, dtype=torch.bool)
+    weigh(batch, advantages, counted, aggregation="token_mean", max_new_tokens=300, sum_over_ranks=world.sum)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before, total = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(CUDA).total_memory
+    if memory is not None:
+        torch.cuda.set_per_process_memory_fraction((before + memory) / total)
+    try:
+        metrics = update_policy(updater, batch, step=1, lr=1e-3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return metrics, updater, torch.cuda.max_memory_allocated() - before
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_with_the_same_gradient():
+    one_step()  # libraries take what they keep
+    expected, updater, needed = one_step()
+    assert updater.too_large is None and needed > 256 * MIB
+    metrics, updater, _ = one_step(memory=int(0.8 * needed))
+    assert (updater.too_large, updater.token_budget) == (40_000, 20_000)
+    for name in ("loss", "grad_norm", "entropy"):
+        assert metrics[name] == pytest.approx(expected[name], rel=2e-2, abs=1e-5)

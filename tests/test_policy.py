@@ -220,3 +220,12 @@ def test_a_reference_on_the_cpu_gives_the_same_log_probs_and_waits_where_it_was(
         assert not set(waiting) & {parameter.data_ptr() for parameter in reference.parameters()}
     assert torch.equal(logprobs(), expected)
     assert waiting == [parameter.data_ptr() for parameter in reference.parameters()]
+
+
+def test_capped_attention_scores_are_refused_where_the_attention_leaves_the_cap_out():
+    model = tiny_qwen2()
+    model.config.attn_logit_softcapping = 50.0
+    with pytest.raises(ValueError, match="caps its attention scores, which SDPA leaves out"):
+        Policy(model, None, "fp32")
+    model.set_attn_implementation("eager")
+    Policy(model, None, "fp32")

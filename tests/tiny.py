@@ -100,8 +100,8 @@ def write_gsm8k_files(folder: Path, num_train: int = 20, num_test: int = 4) -> N
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def save_tiny_model(folder: Path, *, context: int) -> None:
-    """A random Qwen2 with a byte-level tokenizer, in Hugging Face layout."""
+def save_tiny_model(folder: Path, *, context: int, **changes: object) -> None:
+    """A random Qwen2 with a byte-level tokenizer, in Hugging Face layout. changes: to its config."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -110,4 +110,4 @@ def save_tiny_model(folder: Path, *, context: int) -> None:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     settings = {"vocab_size": len(vocabulary), "max_position_embeddings": context, "eos_token_id": 0, "pad_token_id": 0}
-    tiny_qwen2(**settings).save_pretrained(folder)
+    tiny_qwen2(**settings | changes).save_pretrained(folder)
