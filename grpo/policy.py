@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.sharding import fill, for_writer, whole_of
+from grpo.sharding import fill, fill_all, for_writer
 
 ADAPTER_CONFIG = "adapter_config.json"  # the file that tells a folder in PEFT's format
 
@@ -46,10 +46,9 @@ class Policy:
     def refresh(self) -> None:
         """Bring the working copy up to the masters, in place: its addresses never change."""
         working = dict(self.model.named_parameters())
-        for name, own in self.own.items():
-            has_memory = working[name].untyped_storage().nbytes()  # else it gets its weights in `at_hand`
-            if own is not working[name] and has_memory:
-                working[name].copy_(whole_of(own, working[name].dtype))
+        pairs = ((working[name], own) for name, own in self.own.items())
+        has_memory = lambda whole: whole.untyped_storage().nbytes()  # noqa: E731 else it gets its weights in `at_hand`
+        fill_all((whole, own) for whole, own in pairs if own is not whole and has_memory(whole))
 
     @torch.no_grad()
     def keep_shares(self, share_of: Callable[[Tensor], Tensor]) -> None:

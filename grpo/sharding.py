@@ -13,6 +13,8 @@ so a run may go on under another strategy or with another number of ranks.
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +29,8 @@ from grpo.distributed import World
 if TYPE_CHECKING:
     from grpo.policy import Policy
 
+BUCKET_BYTES = 2**25  # of whole tensors that are gathered together
+
 
 def rows_of(whole: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's rows, a view; none where there are fewer rows than ranks."""
@@ -36,13 +40,18 @@ def rows_of(whole: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def share_of(whole: Tensor, mesh: DeviceMesh) -> DTensor:
     """This rank's share: a view of a tensor that is whole and the same on every rank."""
+    return as_share(rows_of(whole, mesh), whole, mesh)
+
+
+def as_share(rows: Tensor, whole: Tensor, mesh: DeviceMesh) -> DTensor:
+    """This rank's rows of something with the shape of `whole`."""
     layout = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
-    return DTensor.from_local(rows_of(whole, mesh), mesh, [Shard(0)], **layout)
+    return DTensor.from_local(rows, mesh, [Shard(0)], **layout)
 
 
-def whole_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The shares of all ranks joined, converted before they travel; what is no share is whole already."""
-    return tensor.to(dtype or tensor.dtype).full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole_of(tensor: Tensor) -> Tensor:
+    """The shares of all ranks joined; what is no share is whole already."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def for_writer(tensor: Tensor) -> Tensor:
@@ -60,14 +69,44 @@ def fill(tensor: Tensor, whole: Tensor) -> None:
     tensor.copy_(whole)
 
 
+def fill_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write into each whole tensor another whole one, or the shares of all ranks, joined; many travel together."""
+    buckets, end = defaultdict(list), 0
+    for whole, own in pairs:
+        if isinstance(own, DTensor):
+            end += whole.nbytes
+            buckets[whole.dtype, end // BUCKET_BYTES].append((whole, own))
+        else:
+            whole.copy_(own)
+    for bucket in buckets.values():
+        _gather(*zip(*bucket, strict=True))
+
+
+def _gather(wholes: tuple[Tensor, ...], shares: tuple[DTensor, ...]) -> None:
+    """From each rank one message in the dtype of the whole tensors: its rows of each, in as much room as most have."""
+    mesh = shares[0].device_mesh
+    sizes = [whole.chunk(mesh.size())[0].numel() for whole in wholes]
+    fitting = lambda slot, rows: slot[: rows.numel()].view_as(rows)  # noqa: E731
+    mine = [share.to_local() for share in shares]
+    sent = wholes[0].new_empty(sum(sizes))
+    torch._foreach_copy_(list(map(fitting, sent.split(sizes), mine)), mine)
+    received = [torch.empty_like(sent) for _ in range(mesh.size())]
+    torch.distributed.all_gather(received, sent, group=mesh.get_group())
+    slots = zip(*(of_rank.split(sizes) for of_rank in received), strict=True)  # of each tensor, one from each rank
+    pairs = zip(wholes, slots, strict=True)
+    parts = [part for whole, slots in pairs for part in zip(whole.chunk(mesh.size()), slots, strict=False)]
+    torch._foreach_copy_([rows for rows, _ in parts], [fitting(slot, rows) for rows, slot in parts])
+
+
 class SharedAdamW(torch.optim.AdamW):
-    """AdamW on this rank's shares of the masters; its state in a checkpoint is that of AdamW on whole ones.
+    """AdamW on this rank's rows of the masters; its state in a checkpoint is that of AdamW on whole ones.
 
     masters: the parameters that get the gradients, in the order of `shares`; under fsdp they are the shares.
     """
 
-    def __init__(self, shares: list[Tensor], masters: list[nn.Parameter], **options: object):
-        super().__init__(shares, **options)
+    def __init__(self, shares: list[DTensor], masters: list[nn.Parameter], **options: object):
+        self.rows = [share.detach().to_local() for share in shares]
+        super().__init__(self.rows, **options)
         self.pairs = list(zip(shares, masters, strict=True))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -78,25 +117,30 @@ class SharedAdamW(torch.optim.AdamW):
                 master.grad.zero_()
 
     def step(self) -> None:
-        lent = [(share, master) for share, master in self.pairs if share is not master]
-        for share, master in lent:
-            share.grad = share_of(master.grad, share.device_mesh)
+        for rows, (share, master) in zip(self.rows, self.pairs, strict=True):
+            gradient = master.grad
+            rows.grad = gradient.to_local() if share is master else rows_of(gradient, share.device_mesh)
         super().step()
-        for share, _ in lent:
-            share.grad = None
+        for rows in self.rows:
+            rows.grad = None
 
     def state_dict(self) -> dict:
         """On rank 0 as of AdamW on whole masters, on the CPU. Every rank must call it."""
         state = super().state_dict()
         moments = {
-            index: {name: for_writer(value) for name, value in entry.items()} for index, entry in state["state"].items()
+            index: {
+                name: for_writer(as_share(value, share, share.device_mesh) if value.dim() else value)
+                for name, value in state["state"][index].items()
+            }
+            for index, (share, _) in enumerate(self.pairs)
+            if index in state["state"]
         }
         return state | {"state": moments}
 
     def load_state_dict(self, state: dict) -> None:
         shares = {
             index: {
-                name: share_of(value, share.device_mesh).clone() if value.shape == share.shape else value
+                name: rows_of(value, share.device_mesh).clone() if value.shape == share.shape else value
                 for name, value in state["state"][index].items()
             }
             for index, (share, _) in enumerate(self.pairs)

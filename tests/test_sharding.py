@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grpo import sharding
 from grpo.config import Config, DistributedConfig
 from grpo.dry_run import weights_estimate
-from grpo.sharding import whole_of
+from grpo.sharding import fill_all, share_of, whole_of
 from tests.ranks import run_ranks
 from tests.test_config import FACTS
 from tests.test_update import ALONE, distance, one_update
@@ -94,6 +95,28 @@ def on_a_rank(world):
 def as_arrays(world, case, strategy):
     gradients, weights, metrics = one_update(world, *case, strategy=strategy)
     return *({name: tensor.numpy() for name, tensor in tensors.items()} for tensors in (gradients, weights)), metrics
+
+
+def are_joined(world, bucket_bytes):
+    """Whether tensors cut evenly, unevenly, and into fewer rows than ranks come back to the bit, by dtype."""
+    sharding.BUCKET_BYTES = bucket_bytes
+    mesh = sharding.init_device_mesh("cpu", (world.size,))
+    generator = torch.Generator().manual_seed(0)
+    masters = [torch.randn(shape, generator=generator) for shape in ((8, 3), (5, 2, 3), (1, 7), (3,), (9,), (64, 4))]
+    shares = [share_of(master, mesh).clone() for master in masters]
+    joined = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        wholes = [torch.full_like(master, torch.nan, dtype=dtype) for master in masters]
+        fill_all(zip(wholes, shares, strict=True))
+        joined[dtype] = all(torch.equal(whole, m.to(dtype)) for whole, m in zip(wholes, masters, strict=True))
+    return joined
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("bucket_bytes", [1, 100, 2**25])
+def test_shares_that_travel_together_are_joined_to_the_bit_however_uneven_they_are(world_size, bucket_bytes):
+    for joined in run_ranks(world_size, are_joined, bucket_bytes):
+        assert joined == {torch.float32: True, torch.bfloat16: True}
 
 
 @pytest.mark.timeout(240)
