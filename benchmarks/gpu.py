@@ -1,86 +1,159 @@
 """Everything that only a CUDA device can tell, in under nine minutes: python -m benchmarks.gpu (make gpu).
 
-Correctness first: the tests marked `gpu`. Then every benchmark that is here. Each stage is a process of its own with
-a time limit; what a benchmark prints last, one JSON line, is kept in benchmarks/results/ with hardware and commit.
-Exit status 0 only if every stage passed.
+Correctness first: the tests marked `gpu`. Then every benchmark that is here. Each stage is a process of its own with a
+time limit, so that one which fails or hangs costs nothing but its share. What a stage printed last, one JSON line, is
+in gpu.json at once, with hardware and commit; the table at the end holds the figures that were asked for beside their
+goals. Exit status 0 only if every stage passed; a missed goal is no failure.
+
+    python -m benchmarks.gpu --rehearse                     the same without a GPU: small, for what can go wrong before
+    python -m benchmarks.gpu --only tests linear_logprob --results DIR
+
+A machine without a network needs torch, triton, transformers and pytest; TRL and Liger are compared with where they can
+be imported, from a folder of wheels too: pip install --no-index --no-deps --target DIR *.whl, then PYTHONPATH=DIR.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from grpo.metrics import git_commit, package_versions
+from kernels.measure import device_name
 
 RESULTS = Path(__file__).parent / "results"
-STAGES = {  # name: (arguments of python, seconds allowed)
-    "tests": (["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], 110),
-    "rollout": (["-m", "benchmarks.rollout"], 110),
-    "training_pass": (["-m", "benchmarks.training_pass"], 80),
-    "train_step": (["-m", "benchmarks.train_step"], 50),
-    "linear_logprob": (["-m", "kernels.linear_logprob.bench"], 70),
-    "decode_attention": (["-m", "kernels.decode_attention.bench"], 25),
-    "sample_token": (["-m", "kernels.sample_token.bench"], 15),
-    "vs_trl": (["-m", "benchmarks.vs_trl"], 80),  # where TRL is installed
+SHOWN = 2500  # characters of a stage's output: the whole must fit where only the end of an output is kept
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Arguments of python, the seconds allowed, and what is added to rehearse it on a CPU."""
+
+    arguments: str
+    limit_s: int
+    rehearsal: str = "--repeats 1"
+
+
+STAGES = {
+    "tests": Stage("-m pytest -q -m gpu -p no:cacheprovider tests", 130, ""),
+    "vs_trl": Stage("-m benchmarks.vs_trl --steps 3", 80, "--workload tiny"),
+    "linear_logprob": Stage("-m kernels.linear_logprob.bench", 70, "--repeats 1 --shape 64 32 500"),
+    "training_pass": Stage("-m benchmarks.training_pass", 80),
+    "rollout": Stage("-m benchmarks.rollout", 90),
+    "decode_attention": Stage("-m kernels.decode_attention.bench", 25),
+    "sample_token": Stage("-m kernels.sample_token.bench", 15),
+    "train_step": Stage("-m benchmarks.train_step", 45, "--rounds 1 --prompt 40 --group 4"),
 }
 
 
-def hardware() -> dict[str, object]:
+def best_share(job: str, letter: str, width: int) -> Callable[[dict], float | None]:
+    """Of the log-prob bench: the share of the matmul limit that the best of our contenders of a mode reaches."""
+
+    def read(result: dict) -> float | None:
+        rows = [row for row in result["results"] if row["job"] == job and row["width"] == width]
+        shares = [row["limit_fraction"] for row in rows if row["contender"].startswith(f"{letter} ")]
+        return max((share for share in shares if share), default=None)
+
+    return read
+
+
+GOALS: list[tuple[str, str, Callable[[dict], float | None], str, float]] = [  # stage, figure, where it is, goal
+    ("vs_trl", "whole step of 64 x 16, s", lambda result: result.get("seconds_ours"), "<=", 3.0),
+    ("vs_trl", "times as fast as TRL", lambda result: result.get("speedup_step"), ">=", 10.0),
+    ("linear_logprob", "mode C, D 896, of 6NDV", best_share("training", "C", 896), ">=", 0.62),
+    ("linear_logprob", "mode C, D 4096, of 6NDV", best_share("training", "C", 4096), ">=", 0.80),
+    ("training_pass", "training pass, plain, s", lambda result: result["step, layers plain"]["median"], "<=", 2.0),
+    (
+        "training_pass",
+        "training pass, compiled, s",
+        lambda result: result["step, layers compiled"]["median"],
+        "<=",
+        2.0,
+    ),
+    ("rollout", "tokens/s", lambda result: result["tokens_per_second"], ">=", 150_000.0),
+    ("train_step", "times as fast as padded rows", lambda result: result["speedup_vs_padded"], ">=", 3.3),
+    ("train_step", "peak, of that of padded rows", lambda result: result["peak_vs_padded"], "<=", 0.4),
+]
+
+
+def hardware(device: torch.device) -> dict[str, object]:
     """What the numbers were measured on."""
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "cuda": torch.version.cuda,
-        "commit": git_commit(),
-        "versions": package_versions(),
-    }
+    facts: dict[str, object] = {"device": device_name(device), "commit": git_commit(), "versions": package_versions()}
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+        facts |= {"memory_gib": round(memory / 2**30, 1), "cuda": torch.version.cuda}
+    return facts
 
 
-def run_stage(name: str, arguments: list[str], limit_s: int) -> dict[str, object]:
-    """Run one stage with its output shown; its outcome, seconds, and the JSON of its last line if it ended in one."""
-    print(f"\n== {name}", flush=True)
+def run_stage(name: str, command: list[str], limit_s: float) -> dict[str, object]:
+    """Run one stage; its outcome, seconds, the end of its output, and the JSON of its last line if it ended in one."""
+    print(f"\n== {name}: {' '.join(command)}", flush=True)
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        output, _ = process.communicate(timeout=limit_s)
-        outcome = "passed" if process.returncode == 0 else f"failed with status {process.returncode}"
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-        outcome = f"not done within {limit_s} s"
-    print(output, end="", flush=True)
-    record = {"stage": name, "outcome": outcome, "seconds": round(time.perf_counter() - started, 1)}
-    last = output.strip().splitlines()[-1] if output.strip() else ""
-    return record | ({"result": json.loads(last)} if last.startswith("{") else {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, *command], start_new_session=True, **pipes) as process:
+        try:
+            output, _ = process.communicate(timeout=limit_s)
+            outcome = "passed" if process.returncode == 0 else f"failed with status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)  # its workers too
+            process.kill()
+            output, _ = process.communicate()
+            outcome = f"not done within {limit_s:g} s"
+    lines = output.strip().splitlines() or [""]
+    has_result = lines[-1].startswith("{")
+    shown = "\n".join(lines[:-1] if has_result else lines)
+    print(f"{'...' if len(shown) > SHOWN else ''}{shown[-SHOWN:]}", flush=True)
+    record = {"outcome": outcome, "seconds": round(time.perf_counter() - started, 1), "output": shown[-20_000:]}
+    return record | ({"result": json.loads(lines[-1])} if has_result else {})
 
 
-def main() -> int:
-    if not torch.cuda.is_available():
-        print("error: no CUDA device here; `make test` runs what a CPU can show", file=sys.stderr)
-        return 2
-    facts = hardware()
-    print(json.dumps(facts))
-    RESULTS.mkdir(exist_ok=True)
-    records = []
-    for name, (arguments, limit_s) in STAGES.items():
-        if name == "vs_trl" and find_spec("trl") is None:
-            print("\n== vs_trl: left out, TRL is not installed (benchmarks/requirements.txt)")
-            continue
-        records.append(run_stage(name, arguments, limit_s))
-        (RESULTS / f"gpu_{name}.json").write_text(json.dumps(facts | records[-1], indent=2) + "\n")
+def goals(records: dict[str, dict]) -> Iterator[tuple[str, float, str, float, bool]]:
+    """Figure, value, comparison, goal, whether it is reached: of the stages that gave a result."""
+    for stage, figure, read, comparison, goal in GOALS:
+        value = read(records[stage]["result"]) if "result" in records.get(stage, {}) else None
+        if value is not None:
+            yield f"{stage}: {figure}", value, comparison, goal, value <= goal if comparison == "<=" else value >= goal
+
+
+def show(records: dict[str, dict]) -> None:
+    """The two tables."""
     print(f"\n{'stage':<18}{'seconds':>8}  outcome")
-    for record in records:
-        print(f"{record['stage']:<18}{record['seconds']:>8.1f}  {record['outcome']}")
-    return 0 if all(record["outcome"] == "passed" for record in records) else 1
+    for name, record in records.items():
+        print(f"{name:<18}{record['seconds']:>8.1f}  {record['outcome']}")
+    print(f"\n{'figure':<48}{'found':>12}{'goal':>14}")
+    for figure, value, comparison, goal, is_reached in goals(records):
+        print(f"{figure:<48}{value:>12,.3g}{comparison:>4}{goal:>10,.3g}  {'reached' if is_reached else 'MISSED'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), help="these stages (default: all)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of gpu.json")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, small: gpu_rehearsal.json")
+    chosen = parser.parse_args(argv)
+    if not chosen.rehearse and not torch.cuda.is_available():
+        print("error: no CUDA device here; --rehearse, or `make test`, runs what a CPU can show", file=sys.stderr)
+        return 2
+    facts = hardware(torch.device("cpu" if chosen.rehearse else "cuda"))
+    print(json.dumps(facts))
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    path = chosen.results / ("gpu_rehearsal.json" if chosen.rehearse else "gpu.json")
+    records: dict[str, dict] = {}
+    for name in chosen.only:
+        stage = STAGES[name]
+        command = stage.arguments.split() + (stage.rehearsal.split() if chosen.rehearse else [])
+        records[name] = run_stage(name, command, stage.limit_s)
+        path.write_text(json.dumps(facts | {"stages": records}, indent=2) + "\n", encoding="utf-8")
+    show(records)
+    print(f"written: {path}")
+    return 0 if all(record["outcome"] == "passed" for record in records.values()) else 1
 
 
 if __name__ == "__main__":
