@@ -73,7 +73,7 @@ def test_an_error_in_the_notebook_shows_the_line_of_the_page(tmp_path):
 def test_the_troubleshooting_page_names_metrics_settings_and_presets_that_exist():
     text = WALKTHROUGH.with_name("troubleshooting.md").read_text(encoding="utf-8")
     sections = {key.split(".")[0] for key in known_keys() if "." in key}
-    settings = re.findall(rf"`((?:{'|'.join(sections)})\.\w+)", text)
+    settings = re.findall(rf"`((?:{'|'.join(sections)})\.(?!py`)\w+)", text)
     assert len(settings) > 20 and not set(settings) - set(known_keys())
     named = set(re.findall(r"`([a-z_/]+)`", text)) - {"clip_low", "top_k", "sequence_mean", "token_mean", "constant"}
     others = {"completions/", "correctness"}
