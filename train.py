@@ -24,13 +24,13 @@ from grpo.command_line import Command, parse_command
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS
-from grpo.logprobs import check_packing, frozen_logprobs
+from grpo.logprobs import check_packing
 from grpo.metrics import completion_records, length_metrics
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
 from grpo.rewards import refuse_unscored, score_groups
 from grpo.run import Run, build, load_checkpoint, open_run, save_checkpoint, settle, validate
-from grpo.update import learning_rate, update_policy
+from grpo.update import fill_frozen, learning_rate, update_policy
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
@@ -51,7 +51,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
         silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
         batch = pack(groups, **layout, silent=silent, max_over_ranks=world.max, device=world.device)
-        frozen_logprobs(batch, run.module, run.reference, always_policy=objective.needs_frozen_pass)
+        fill_frozen(run.updater, batch, run.module, run.reference)
         if objective.kl_in_reward:
             advantages = normalise(objective.advantages, rewards - kl_penalty(run, batch), scores.scored)
         set_weights(run, batch, groups, advantages, scores.scored)

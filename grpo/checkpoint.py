@@ -47,12 +47,14 @@ def restarted_by_launcher() -> bool:
 
 
 def _launch_id() -> str | None:
-    """torchrun's --rdzv-id; without one, the process id and start time of torchrun itself: the same after a restart."""
+    """torchrun's --rdzv-id; without one, the process id and (on Linux) start time of torchrun itself: the same after a
+    restart. Without the time a later torchrun may have the same id: its run folder is then refused, as it is used."""
     given = os.environ.get("TORCHELASTIC_RUN_ID")
     if given != "none":
         return given
     parent = os.getppid()
-    started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # ticks since boot: man 5 proc
+    status = Path(f"/proc/{parent}/stat")
+    started = status.read_text().rpartition(")")[2].split()[19] if status.is_file() else "0"  # ticks: man 5 proc
     return f"torchrun-{parent}-{started}"
 
 

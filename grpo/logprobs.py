@@ -181,6 +181,13 @@ def in_fp32(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+def checkpoint_layers(model: PreTrainedModel, **options: object) -> None:
+    """Compute each layer again in the backward pass. options: of torch.utils.checkpoint."""
+    # transformers 5.17 has only the second name; 6 will have only the first
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **options})
+
+
 class PolicyModule(nn.Module):
     """The policy as DistributedDataParallel or FSDP sees it: its parameters are the fp32 masters."""
 
@@ -204,8 +211,7 @@ class PolicyModule(nn.Module):
         self._shares_weights = model is policy.masters
         self._weights: dict[str, Tensor] = {}
         if checkpointing:
-            options = {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            checkpoint_layers(model, context_fn=self._checkpoint_contexts)
 
     @property
     def compute(self) -> LogprobModel:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from grpo.batch import dummy_like, halve
+from grpo.batch import halve
 from grpo.distributed import World
-from grpo.logprobs import TokenLoss
+from grpo.logprobs import LogprobModel, PolicyModule, TokenLoss, frozen_logprobs
 from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, kl_k3, token_loss
 from grpo.records import Batch, Group, MicroBatch
 from grpo.sharding import SharedAdamW, whole_of
 
 LESS_MEMORY = "use a smaller batch.tokens_per_micro_batch, or model.gradient_checkpointing=true"
+T = TypeVar("T")
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -114,12 +117,8 @@ def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) 
     a row were skipped before it. All ranks alike.
     """
     try:
-        sums = accumulate_gradients(updater, batch.optimizer_steps[position], step=step)
-        if sums is None:
-            halve_micro_batches(updater, batch, position)
-            sums = accumulate_gradients(updater, batch.optimizer_steps[position], step=step)
-        if sums is None:
-            raise ValueError(f"still out of memory with {updater.token_budget} tokens; {LESS_MEMORY}")
+        attempt = lambda: accumulate_gradients(updater, batch.optimizer_steps[position], step=step)  # noqa: E731
+        sums = in_halves_if_short(updater, batch, position, attempt)
         norm = take_step(updater, sums, step=step)
     except NonFiniteLoss as error:
         if updater.skipped == updater.max_skipped_steps:
@@ -129,6 +128,44 @@ def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) 
         return {"skipped_steps": 1.0}
     updater.skipped = 0
     return {**sums, "grad_norm": norm, "optimizer_steps": 1.0, "skipped_steps": 0.0}
+
+
+def fill_frozen(updater: Updater, batch: Batch, policy: PolicyModule, reference: LogprobModel | None) -> None:
+    """`frozen_logprobs` of what the objective asks for, in smaller micro-batches if a rank runs out of memory."""
+    work = partial(frozen_logprobs, batch, policy, reference, always_policy=updater.objective.needs_frozen_pass)
+    in_halves_if_short(updater, batch, 0, lambda: fits(updater, work) or None)
+
+
+def in_halves_if_short(updater: Updater, batch: Batch, position: int, attempt: Callable[[], T | None]) -> T:
+    """What `attempt` returns; where a rank was short of memory (None), what it returns in micro-batches of half."""
+    result = attempt()
+    if result is None:
+        halve_micro_batches(updater, batch, position)
+        result = attempt()
+    if result is None:
+        raise ValueError(f"still out of memory with {updater.token_budget} tokens; {LESS_MEMORY}")
+    return result
+
+
+def fits(updater: Updater, work: Callable[[], None]) -> bool:
+    """Do work that needs no other rank; whether no rank ran out of memory. Under FSDP all work is done together."""
+    is_short = False
+    try:
+        with together(updater.world) if isinstance(updater.module, FSDPModule) else contextlib.nullcontext():
+            work()
+    except torch.OutOfMemoryError:
+        is_short = True
+    return not updater.world.max(torch.tensor(float(is_short)))
+
+
+@contextlib.contextmanager
+def together(world: World) -> Iterator[None]:
+    """What ranks do together one cannot give up while the others wait: out of memory, it ends the run."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = f"rank {world.rank} is out of memory in a pass that all ranks make together"
+        raise ValueError(f"{what}, and cannot go on with smaller ones; {LESS_MEMORY}") from error
 
 
 def halve_micro_batches(updater: Updater, batch: Batch, position: int) -> None:
@@ -142,14 +179,16 @@ def halve_micro_batches(updater: Updater, batch: Batch, position: int) -> None:
         f"out of memory in a micro-batch of {updater.too_large} tokens: from here on {updater.token_budget}, with the "
         "same gradient; to start so, set batch.tokens_per_micro_batch"
     )
-    later = [halve(micro_batches, batch.made_of) for micro_batches in batch.optimizer_steps[position:]]
-    batch.optimizer_steps[position:] = later
+    later = batch.optimizer_steps[position:]
+    halves = {id(step): halve(step, batch.made_of) for step in later}  # one step again and again stays one
+    batch.optimizer_steps[position:] = [halves[id(step)] for step in later]
 
 
 def smallest_last(micro_batches: list[MicroBatch], groups: list[Group]) -> list[MicroBatch]:
-    """Largest first, at least two: in the last pass ranks wait for each other, so none may run out of memory there."""
+    """Largest first, at least two: in the last pass ranks wait for each other, and what was enough for the others, just
+    before, is enough for it."""
     if len(micro_batches) == 1:
-        return [*micro_batches, dummy_like(micro_batches[0], groups)]
+        micro_batches = halve(micro_batches, groups)
     return sorted(micro_batches, key=lambda micro_batch: -micro_batch.input_ids.numel())
 
 
@@ -170,24 +209,20 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
         passes.append((micro_batch, logprobs))
         return loss * world.size  # DDP and FSDP take the mean over ranks; the weights already hold the global mean
 
-    *others, last = micro_batches
-    is_short = False
-    try:
+    *alone, last = micro_batches if world.size > 1 else [*micro_batches, None]
+
+    def passes_alone() -> None:
         with updater.module.no_sync() if has_buckets else contextlib.nullcontext():
-            for micro_batch in others:
+            for micro_batch in alone:
                 loss_of(micro_batch).backward()
-        if world.size == 1:
-            loss_of(last).backward()
-    except torch.OutOfMemoryError:
-        if isinstance(updater.module, FSDPModule):
-            raise  # every pass is made together: the others would wait
-        is_short = True
+
     # Asked before the one pass that ranks make together: until here each may give up by itself. Its forward belongs to
     # it: DDP would reduce in the next backward pass, whichever that is.
-    if world.max(torch.tensor(float(is_short))):
+    if not fits(updater, passes_alone):
         return None
-    if world.size > 1:
-        loss_of(last).backward()
+    if last is not None:
+        with together(world):
+            loss_of(last).backward()
     reduced = reduce_statistics(world, statistics)
     if not math.isfinite(reduced["loss"]):
         culprits = [name for name in world.gather(first_bad_sequence(passes)) if name]

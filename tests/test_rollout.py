@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo.logprobs import checkpoint_layers
 from grpo.rollout import draw, engine
 from grpo.rollout.schedule import prefill_chunks
 from tests.rollout_helpers import EOS, PAD, byte_tokenizer, ids_of, problems, sampler, syllable_tokenizer, tiny_model
@@ -100,7 +101,7 @@ def test_modes_attention_and_random_state_come_back_also_after_an_exception(mode
     training = tiny_model("qwen2")
     training.generation_config.eos_token_id = model.generation_config.eos_token_id
     training.train()
-    training.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(training)
     training.model.layers[1].eval()  # modes need not be the same everywhere
     before, made = snapshot(training), problems(*LENGTHS)
     if fails:

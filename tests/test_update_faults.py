@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from grpo.batch import LAYOUTS, halve, pack, weigh
 from grpo.distributed import World
-from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
+from grpo.logprobs import LogprobModel, PolicyModule
 from grpo.objectives import resolve
 from grpo.policy import Policy
-from grpo.records import Batch
-from grpo.update import NonFiniteLoss, Updater, make_optimizer, update_policy
+from grpo.records import Batch, MicroBatch
+from grpo.sharding import distribute
+from grpo.update import NonFiniteLoss, Updater, fill_frozen, make_optimizer, update_policy
 from tests.ranks import run_ranks
 from tests.tiny import made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
 
@@ -26,14 +27,16 @@ BUDGET = 60
 class Trainee:
     """A tiny policy, a batch of two minibatches twice, and an updater that collects what it says."""
 
-    def __init__(self, world=ALONE, layout="packed", budget=BUDGET, scored=None, **options):
+    def __init__(self, world=ALONE, layout="packed", budget=BUDGET, strategy="ddp", **options):
         use_fp64_rms_norm()
         self.policy = Policy(tiny_qwen2().double(), word_tokenizer(), "fp32")
+        if strategy == "fsdp":
+            self.policy.sample_from_copy()
         self.module = PolicyModule(self.policy, temperature=1.0, impl="torch")
         self.reference = LogprobModel(tiny_qwen2(seed=1).double(), temperature=1.0, impl="torch")
         self.world, self.layout, self.budget, self.said = world, layout, budget, []
-        wrapped = DistributedDataParallel(self.module, broadcast_buffers=False) if world.size > 1 else self.module
-        optimizer = make_optimizer(list(self.module.parameters()), 0.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+        wrapped = distribute(self.module, [self.policy], world, strategy)
+        optimizer = make_optimizer(self.policy.trained, 0.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
         objective = resolve("grpo", beta=0.3)
         rest = (math.inf, self.policy.refresh, budget)
         self.updater = Updater(wrapped, optimizer, objective, world, *rest, say=self.said.append, **options)
@@ -48,7 +51,7 @@ class Trainee:
         groups = self.world.mine(made_up_groups(8, 4))
         where = {"max_over_ranks": self.world.max, "device": self.world.device}
         batch = pack(groups, **sizes, layout=self.layout, **where)
-        frozen_logprobs(batch, self.module, self.reference)
+        fill_frozen(self.updater, batch, self.module, self.reference)
         options = {"aggregation": "sequence_mean", "max_new_tokens": 12, "sum_over_ranks": self.world.sum}
         weigh(batch, self.world.mine(advantages), self.world.mine(scored), **options)
         return batch
@@ -60,22 +63,29 @@ class Trainee:
         return torch.cat([parameter.detach().flatten().clone() for parameter in self.module.parameters()])
 
 
-def short_of_memory(module: PolicyModule, largest: int, when_in_backward: bool = False) -> None:
-    """Let training passes over more than `largest` tokens, as laid out, fail like CUDA does."""
+def short_of_memory(
+    module: torch.nn.Module, fails: Callable[[MicroBatch], bool], *, in_backward: bool = False, is_frozen: bool = False
+) -> None:
+    """Let passes over some micro-batches, those of training or the frozen ones, fail like CUDA does."""
     forward = module.forward
 
     def limited(micro_batch, token_loss=None):
         result = forward(micro_batch, token_loss)
-        if token_loss is not None and micro_batch.input_ids.numel() > largest:
-            if not when_in_backward:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if (token_loss is None) == is_frozen and fails(micro_batch):
+            if not in_backward:
+                raise_out_of_memory()
             result[0].register_hook(raise_out_of_memory)
         return result
 
     module.forward = limited
 
 
-def raise_out_of_memory(gradient: torch.Tensor) -> None:
+def over(largest: int) -> Callable[[MicroBatch], bool]:
+    """Whether a micro-batch has more tokens, as laid out."""
+    return lambda micro_batch: micro_batch.input_ids.numel() > largest
+
+
+def raise_out_of_memory(gradient: torch.Tensor | None = None) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
@@ -114,7 +124,7 @@ def test_out_of_memory_halves_the_budget_once_says_so_and_gives_the_same_update(
     whole, short = Trainee(layout=layout), Trainee(layout=layout)
     sizes = [micro_batch.input_ids.numel() for micro_batch in short.batch().micro_batches]
     assert BUDGET / 2 < max(sizes) <= BUDGET
-    short_of_memory(short.module, max(sizes) - 1, in_backward)
+    short_of_memory(short.module, over(max(sizes) - 1), in_backward=in_backward)
     expected, metrics = whole.update(), short.update()
     assert torch.allclose(short.weights(), whole.weights(), rtol=0, atol=1e-12)
     assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-9)
@@ -128,9 +138,24 @@ def test_out_of_memory_halves_the_budget_once_says_so_and_gives_the_same_update(
     assert lowered.updater.token_budget == 40, "whoever lowers the budget by hand is not halved again"
 
 
-def test_a_second_lack_of_memory_ends_the_run_with_the_remedy():
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("who", ["module", "reference"])
+def test_out_of_memory_in_a_frozen_pass_halves_the_budget_too_and_gives_the_same_update(who, layout):
+    whole, short = Trainee(layout=layout), Trainee(layout=layout)
+    largest = max(micro_batch.input_ids.numel() for micro_batch in whole.batch().micro_batches)
+    short_of_memory(getattr(short, who), over(largest - 1), is_frozen=True)
+    expected, metrics = whole.update(), short.update()
+    assert torch.allclose(short.weights(), whole.weights(), rtol=0, atol=1e-12)
+    assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert len(short.said) == 1 and "60 tokens: from here on 30, with the same gradient" in short.said[0]
+    short.update()
+    assert len(short.said) == 1 and short.updater.token_budget == 30
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_second_lack_of_memory_ends_the_run_with_the_remedy(is_frozen):
     trainee = Trainee()
-    short_of_memory(trainee.module, 5)
+    short_of_memory(trainee.module, over(5), is_frozen=is_frozen)
     with pytest.raises(ValueError, match="still out of memory with 30 tokens; use a smaller batch.tokens_per_micro"):
         trainee.update()
     with pytest.raises(ValueError, match="out of memory with 30 tokens, half of the first budget; use a smaller"):
@@ -151,21 +176,48 @@ def test_halves_hold_the_same_tokens_with_the_same_columns_and_equally_many_ever
     assert heads and all(torch.equal(tokens.head_rows, tokens.counted.nonzero()[:, 0]) for tokens in heads)
 
 
-def update_on_ranks(world, short_rank: int | None, budget: int, largest: int):
+def update_on_ranks(world, short_rank: int | None, budget: int, largest: int, is_frozen: bool):
     """Two updates, of which the second must use the smaller budget from the start."""
     trainee = Trainee(world, budget=budget)
     if world.rank == short_rank:
-        short_of_memory(trainee.module, largest)
+        short_of_memory(trainee.module, over(largest), is_frozen=is_frozen)
     metrics = [trainee.update(), trainee.update()]
     return trainee.weights().numpy(), metrics, trainee.said
 
 
-@pytest.mark.parametrize(("short_rank", "budget", "largest"), [(0, 40, 30), (1, 40, 25), (1, 100, 50)])
-def test_one_rank_without_memory_takes_the_others_along_to_the_same_gradient(short_rank, budget, largest):
-    """With a budget of 100 each rank has a single micro-batch."""
-    expected, metrics, _ = update_on_ranks(ALONE, None, budget, largest)
-    for weights, rank_metrics, said in run_ranks(2, update_on_ranks, short_rank, budget, largest, timeout_s=60):
+SHORT = [(0, 40, 30, False), (1, 40, 25, False), (0, 100, 40, False), (0, 40, 30, True), (1, 100, 50, True)]
+
+
+@pytest.mark.parametrize(("short_rank", "budget", "largest", "is_frozen"), SHORT)
+def test_one_rank_without_memory_takes_the_others_along_to_the_same_gradient(short_rank, budget, largest, is_frozen):
+    """With a budget of 100 each rank has a single micro-batch, which is halved at any rate."""
+    expected, metrics, _ = update_on_ranks(ALONE, None, budget, largest, is_frozen)
+    arguments = (short_rank, budget, largest, is_frozen)
+    for weights, rank_metrics, said in run_ranks(2, update_on_ranks, *arguments, timeout_s=60):
         assert abs(weights - expected).max() < 1e-10
         for ours, theirs in zip(rank_metrics, metrics, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
         assert len(said) == 1 and f"from here on {budget // 2}, with the same gradient" in said[0]
+
+
+def out_of_memory_together(world, strategy: str, in_backward: bool, is_frozen: bool):
+    """Rank 1 has no memory for a pass that ranks make together: under ddp the last, under fsdp any. What ends each."""
+    trainee = Trainee(world, strategy=strategy)
+    if world.rank == 1:
+        fails = lambda _: getattr(trainee.updater.module, "require_backward_grad_sync", True)  # noqa: E731
+        short_of_memory(trainee.module, fails, in_backward=in_backward, is_frozen=is_frozen)
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        trainee.update()
+    return type(raised.value).__name__, str(raised.value), trainee.said
+
+
+@pytest.mark.parametrize(
+    ("strategy", "in_backward", "is_frozen"),
+    [("ddp", False, False), ("ddp", True, False), ("fsdp", True, False), ("fsdp", False, True)],
+)
+def test_a_rank_without_memory_in_a_common_pass_is_named_and_no_rank_hangs(strategy, in_backward, is_frozen):
+    arguments = (strategy, in_backward, is_frozen)
+    other, short = run_ranks(2, out_of_memory_together, *arguments, timeout_s=60)
+    assert short[0] == "ValueError" and "rank 1 is out of memory in a pass that all ranks make together" in short[1]
+    assert "use a smaller batch.tokens_per_micro_batch" in short[1]
+    assert other[0] != "ValueError" and not other[2] and not short[2]  # its peer is gone; nobody halved anything
