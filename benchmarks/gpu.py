@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in chosen.only:
         stage = STAGES[name]
         command = stage.arguments.split() + (stage.rehearsal.split() if chosen.rehearse else [])
-        records[name] = run_stage(name, command, stage.limit_s)
+        records[name] = run_stage(name, command, stage.limit_s * (3 if chosen.rehearse else 1))
         path.write_text(json.dumps(facts | {"stages": records}, indent=2) + "\n", encoding="utf-8")
     show(records)
     print(f"written: {path}")
