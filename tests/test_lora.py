@@ -51,15 +51,6 @@ def micro_batch(groups=None, layout="packed"):
     return only
 
 
-@pytest.fixture
-def base(tmp_path):
-    """A tiny base model in a folder."""
-    folder = tmp_path / "base"
-    tiny_qwen2().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
 # --- the layer ---
 
 

@@ -41,15 +41,6 @@ def library():
     return pytest.importorskip("bitsandbytes", minversion="0.46", reason=reason)
 
 
-@pytest.fixture
-def base(tmp_path):
-    """A tiny base model in a folder."""
-    folder = tmp_path / "base"
-    tiny_qwen2().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def in_4_bits(model, **settings):
     return adapted(model, quantize="nf4", **settings)
 
