@@ -290,6 +290,7 @@ def write_merged(run: str, out: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """python -m grpo.lora merge RUN OUT; a user's mistake is one line and status 2."""
     parser = argparse.ArgumentParser(prog="python -m grpo.lora", description=__doc__.partition("\n")[0])
     command = parser.add_subparsers(required=True).add_parser("merge", help="write base and adapters as one model")
     command.add_argument("run", help="run folder (its best checkpoint, else its last) or a folder in PEFT's format")

@@ -301,6 +301,7 @@ def versions() -> dict[str, str | None]:
 
 
 def main() -> None:
+    """Measure every job and shape that is asked for; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)

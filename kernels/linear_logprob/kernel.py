@@ -74,6 +74,7 @@ def forward_spans(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
+    """Program (row block, span): running sums over the span's tiles of logits, which never leave the registers."""
     # Programs that run together differ in their rows first: they read the same part of the weight from L2.
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     span = tl.program_id(1)
@@ -119,6 +120,7 @@ def forward_spans(
 def merge_spans(
     partial, target, logprobs, entropy, num_rows, V: tl.constexpr, SPANS: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Program row block: the spans of its rows, in order, into log-prob and entropy."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = row < num_rows
     top = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -195,6 +197,7 @@ def row_gradients(
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One program a row: its logits become their gradients in place, as rows.py has it."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     wanted, g = tl.load(target + row), tl.load(by_logprob + row)

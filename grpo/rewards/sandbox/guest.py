@@ -92,6 +92,7 @@ def answer(names, call):
 
 
 def serve():
+    """Run the program that the judge sends, then answer its calls until it hangs up."""
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open("/dev/null", os.O_RDWR)
     for descriptor in (0, 1, 2):  # what the program prints goes nowhere, however much it is

@@ -170,6 +170,7 @@ def end_all(children: TextIOBase) -> None:
 
 
 def main() -> None:
+    """Start the box as the settings in the first argument say, and end with all that it started."""
     settings = json.loads(sys.argv[1])
     system("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # a judge that was killed takes all this with it
     system("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
