@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
+from grpo.distributed import make_deterministic
 from grpo.metrics import git_commit, package_versions
 from grpo.records import Problem
 from grpo.rollout import Sampler, Sampling
@@ -54,12 +55,12 @@ class Workload:
 
 
 WORKLOADS = {
-    "cpu": [Workload("27M", 512, 1408, 8, 8, 2, 8192, True, prompts=4, group_size=8, new_tokens=128)],
-    "cuda": [
-        Workload("Qwen2.5-0.5B shape", 896, 4864, 24, 14, 2, 151_936, True, prompts=32, group_size=8),
-        Workload("Qwen2.5-7B shape", 3584, 18944, 28, 28, 4, 152_064, False, prompts=32, group_size=8, has_peers=False),
-    ],
+    "tiny": Workload("tiny", 64, 128, 2, 4, 2, 512, True, prompts=2, group_size=2, prompt_tokens=9, new_tokens=6),
+    "27M": Workload("27M", 512, 1408, 8, 8, 2, 8192, True, prompts=4, group_size=8, new_tokens=128),
+    "0.5B": Workload("Qwen2.5-0.5B shape", 896, 4864, 24, 14, 2, 151_936, True, prompts=32, group_size=8),
+    "7B": Workload("Qwen2.5-7B shape", 3584, 18944, 28, 28, 4, 152_064, False, 32, 8, has_peers=False),
 }
+DEFAULT = {"cpu": ["27M"], "cuda": ["0.5B", "7B"]}
 
 
 class NoText:
@@ -94,7 +95,9 @@ def build_model(work: Workload, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def contenders(model: PreTrainedModel, work: Workload, sampler: Sampler) -> dict[str, Callable[[int], int]]:
+def contenders(
+    model: PreTrainedModel, work: Workload, sampler: Sampler, *, has_peers: bool
+) -> dict[str, Callable[[int], int]]:
     """Name -> one rollout, told its number: how many tokens it sampled."""
     prompts = torch.randint(work.vocab_size, (work.prompts, work.prompt_tokens), generator=torch.Generator()).tolist()
     problems = [Problem(str(i), "", "", index=i, prompt_ids=tuple(ids)) for i, ids in enumerate(prompts)]
@@ -124,9 +127,10 @@ def contenders(model: PreTrainedModel, work: Workload, sampler: Sampler) -> dict
 
     def continuous_batching(number: int) -> int:
         results = model.generate_batch(prompts, generation_config=settings, continuous_batching_config=sizes)
-        return sum(len(result.generated_tokens) for result in results.values())
+        count = sum(len(result.generated_tokens) for result in results.values())
+        return count * (rows // len(results))  # transformers 5.17 waits for all and returns the first of each prompt
 
-    peers = {"generate": generate, "continuous_batching": continuous_batching} if work.has_peers else {}
+    peers = {"generate": generate, "continuous_batching": continuous_batching} if has_peers else {}
     return {"rollout": rollout, **peers}
 
 
@@ -171,17 +175,23 @@ def roofline(model: PreTrainedModel, work: Workload, bandwidth: float) -> float:
     return rows / (matmuls + (stored * kv_bytes + 3 * rows * work.vocab_size * size) / bandwidth)
 
 
-def measure(work: Workload, device: torch.device, repeats: int, options: dict[str, bool]) -> dict[str, object]:
+def measure(
+    work: Workload, device: torch.device, repeats: int, options: dict[str, bool], *, is_alone: bool
+) -> dict[str, object]:
     """Every figure of one workload."""
     model = build_model(work, device)
     sampling = Sampling(work.group_size, work.new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop=())
     rows, total = work.prompts * work.group_size, work.prompts * work.group_size * work.new_tokens
     sampler = Sampler(model, NoText(), sampling, seed=0, max_sequences=rows, prefill_tokens=16384, **options)
-    runs = contenders(model, work, sampler)
+    runs = contenders(model, work, sampler, has_peers=work.has_peers and not is_alone)
     peak = peak_mib(lambda: runs["rollout"](0), device)  # also its warm-up
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for name in list(runs)[1:] if device.type == "cuda" else ():
-        seconds_of(runs[name], 0, device, total)
+    for name in list(runs)[1:]:
+        try:
+            seconds_of(runs[name], 0, device, total)  # warms up
+        except Exception as error:  # a peer that does not run here must not cost our own numbers
+            print(f"without {name}: {type(error).__name__}: {error}", flush=True)
+            del runs[name], times[name]
     for number in range(1, repeats + 1):
         for name, run in runs.items():
             times[name].append(seconds_of(run, number, device, total))
@@ -229,19 +239,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="alternations (default: 5)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the decode forward")
     parser.add_argument("--no-cuda-graph", action="store_true", help="decode eagerly on CUDA too")
+    parser.add_argument("--deterministic", action="store_true", help="as with `deterministic: true` in a config")
+    parser.add_argument("--alone", action="store_true", help="without transformers' own")
+    parser.add_argument("--workload", choices=WORKLOADS, nargs="+", help="default: those of the device")
     chosen = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
+    if chosen.deterministic:
+        make_deterministic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     options = {"cuda_graph": not chosen.no_cuda_graph, "compile": chosen.compile}
     results = []
-    for work in WORKLOADS[device.type]:
-        results.append(measure(work, device, chosen.repeats, options))
+    for name in chosen.workload or DEFAULT[device.type]:
+        results.append(measure(WORKLOADS[name], device, chosen.repeats, options, is_alone=chosen.alone))
         print(table(results[-1]), flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     keys = ("tokens_per_second", "speedup_vs_generate", "speedup_vs_continuous_batching", "peak_mib", "planned_mib")
-    record = {key: results[0][key] for key in keys} | {"workloads": results, "repeats": chosen.repeats}
+    record = {key: results[0][key] for key in keys if key in results[0]}
+    record |= {"workloads": results, "repeats": chosen.repeats, "deterministic": chosen.deterministic}
     facts = {"device": device_name(device), "threads": torch.get_num_threads(), "commit": git_commit()}
     print(json.dumps(record | facts | {"platform": platform.platform(), "versions": package_versions()}))
     return 0

@@ -1,8 +1,8 @@
 """Forward and backward of the training pass, layout against layout: python -m benchmarks.train_step
 
 One group of one optimizer step, a random Qwen2, the policy-gradient loss. Times are medians over alternating rounds in
-one process; peak memory is the rise over the idle model, each layout in a process of its own. The last line is one
-JSON object.
+one process; peak memory is the rise over the idle model, on CPU each layout in a process of its own. The last line is
+one JSON object.
 
     padded        a row per completion, 2-D attention mask, logits of all completion positions: transformers' own way
     padded+head   our padded layout with our log-prob head: what is left is padding and the repeated prompt
@@ -138,7 +138,7 @@ def seconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def measure_peak(name: str, arguments: argparse.Namespace, device: torch.device) -> float:
-    """MiB by which one forward and backward pass rises over the idle model, in this fresh process."""
+    """MiB by which one forward and backward pass rises over the idle model; on CPU in this fresh process."""
     model = make_model(device)
     vocabulary = model.config.vocab_size
     small = make_variants(model, make_group(8, 2, vocabulary, 4, 8), device)
@@ -161,7 +161,7 @@ def memory_kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def peak_in_a_fresh_process(name: str, arguments: argparse.Namespace) -> float:
+def peak_in_a_fresh_process(name: str, arguments: argparse.Namespace, device: torch.device) -> float:
     command = [sys.executable, "-m", "benchmarks.train_step", "--peak-of", name]
     command += ["--prompt", str(arguments.prompt), "--group", str(arguments.group)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -170,6 +170,7 @@ def peak_in_a_fresh_process(name: str, arguments: argparse.Namespace) -> float:
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, object]:
     """Times, peaks and differences of every layout."""
+    peak_of = measure_peak if device.type == "cuda" else peak_in_a_fresh_process
     model = make_model(device)
     group = make_group(arguments.prompt, arguments.group, model.config.vocab_size)
     variants = make_variants(model, group, device)
@@ -182,7 +183,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, ob
     logprobs, grad = found["shared"]
     return {
         "seconds": times,
-        "peak_mib": {name: round(peak_in_a_fresh_process(name, arguments), 1) for name in variants},
+        "peak_mib": {name: round(peak_of(name, arguments, device), 1) for name in variants},
         "logprob_max_diff": (logprobs - expected_logprobs).abs().max().item(),
         "grad_rel_diff": ((grad - expected_gradient).norm() / expected_gradient.norm()).item(),
         "completion_tokens": len(logprobs),

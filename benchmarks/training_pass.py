@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.train_step import make_group, make_model, seconds
 from grpo.batch import pack, weigh
-from grpo.distributed import World
+from grpo.distributed import World, make_deterministic
 from grpo.logprobs import PolicyModule
 from grpo.metrics import git_commit, package_versions
 from grpo.objectives import resolve
@@ -32,15 +32,16 @@ from kernels.measure import hardware
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, SXM
 WORKLOADS = {  # prompts, group size, prompt tokens, shortest and longest completion, tokens of a micro-batch
+    "tiny": (2, 4, 12, 4, 9, 64),
     "cpu": (4, 8, 200, 20, 60, 2048),
     "cuda": (64, 16, 700, 100, 200, 16_384),
 }
 ARRANGEMENTS = {"plain": False, "compiled": True}
 
 
-def make_batch(device: torch.device, vocabulary: int) -> Batch:
+def make_batch(device: torch.device, vocabulary: int, workload: str) -> Batch:
     """Random groups, packed and weighed; advantages alternate in sign."""
-    prompts, size, prompt, shortest, longest, budget = WORKLOADS[device.type]
+    prompts, size, prompt, shortest, longest, budget = WORKLOADS[workload]
     groups = [make_group(prompt, size, vocabulary, shortest, longest, seed=seed) for seed in range(prompts)]
     alone = {"max_over_ranks": lambda values: values, "device": device}
     batch = pack(groups, minibatches=1, passes=1, tokens_per_micro_batch=budget, **alone)
@@ -91,17 +92,17 @@ def head_only(module: PolicyModule, micro_batch: MicroBatch, hidden: Tensor) -> 
     return run
 
 
-def measure(device: torch.device, repeats: int) -> tuple[dict[str, list[float]], dict[str, object]]:
+def measure(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, object]]:
     """Seconds of every contender by repeat, and what else there is to say."""
     precision = "bf16" if device.type == "cuda" else "fp32"
     policy = Policy(make_model(device, torch.float32), None, precision)
     policy.model.train()
-    batch = make_batch(device, policy.model.config.vocab_size)
+    batch = make_batch(device, policy.model.config.vocab_size, arguments.workload or device.type)
     optimizer = make_optimizer(list(policy.masters.parameters()), 1e-6, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     world, objective = World(0, 1, device), resolve("dr_grpo")
     work: dict[str, Callable[[], object]] = {}
-    for name, is_compiled in ARRANGEMENTS.items():
-        module = PolicyModule(policy, temperature=1.0, impl="auto", compile=is_compiled)
+    for name in arguments.arrangement:
+        module = PolicyModule(policy, temperature=1.0, impl="auto", compile=ARRANGEMENTS[name])
         updater = Updater(module, optimizer, objective, world, 1.0, policy.refresh)
         work[f"step, layers {name}"] = lambda updater=updater: update_policy(updater, batch, step=1, lr=1e-6)
         parts = [layers_only(module, micro_batch) for micro_batch in batch.micro_batches]
@@ -117,10 +118,11 @@ def measure(device: torch.device, repeats: int) -> tuple[dict[str, list[float]],
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     taken: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
+    for _ in range(arguments.repeats):
         for name, run in work.items():
             taken[name].append(seconds(device, run))
-    facts = {"flops": flops(policy.model, batch), "micro_batches": len(batch.micro_batches), "graphs": graphs}
+    facts = {"deterministic": arguments.deterministic, "workload": arguments.workload or device.type}
+    facts |= {"flops": flops(policy.model, batch), "micro_batches": len(batch.micro_batches), "graphs": graphs}
     facts["recompiled_while_timed"] = counters["stats"]["unique_graphs"] - graphs
     facts["completion_tokens"] = sum(len(micro_batch.source) for micro_batch in batch.micro_batches)
     facts["rows"] = sum(micro_batch.input_ids.numel() for micro_batch in batch.micro_batches)
@@ -151,9 +153,14 @@ def report(device: torch.device, taken: dict[str, list[float]], facts: dict[str,
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="alternations; medians are over these")
+    parser.add_argument("--arrangement", choices=ARRANGEMENTS, nargs="+", default=list(ARRANGEMENTS))
+    parser.add_argument("--deterministic", action="store_true", help="as with `deterministic: true` in a config")
+    parser.add_argument("--workload", choices=WORKLOADS, help="default: that of the device")
     arguments = parser.parse_args()
+    if arguments.deterministic:
+        make_deterministic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report(device, *measure(device, arguments.repeats))
+    report(device, *measure(device, arguments))
     return 0
 
 

@@ -178,12 +178,12 @@ def contenders(device: torch.device) -> tuple[dict[str, dict[str, Callable]], di
 
 
 def make_inputs(rows: int, width: int, vocabulary: int, job: str, device: torch.device) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    here = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    hidden = torch.randn(rows, width, generator=generator).to(device, dtype)
-    weight = (torch.randn(vocabulary, width, generator=generator) * 3 / width**0.5).to(device, dtype)
-    target = torch.randint(0, vocabulary, (rows,), generator=generator).to(device)
-    coefficient = torch.randn(rows, generator=generator).to(device) / rows
+    hidden = torch.randn(rows, width, **here).to(dtype)
+    weight = (torch.randn(vocabulary, width, **here) * 3 / width**0.5).to(dtype)
+    target = torch.randint(0, vocabulary, (rows,), **here)
+    coefficient = torch.randn(rows, **here) / rows
     return Inputs(hidden.requires_grad_(job != "values"), weight.requires_grad_(job == "training"), target, coefficient)
 
 

@@ -1,0 +1,183 @@
+"""Which tile sizes are fastest on this device: python -m benchmarks.tune
+
+The constants at the head of each kernel.py and of modes.py, one after the other, each over some values with the others
+at their best so far. A value whose result differs from the first one's, or that does not compile or fit, is told and
+not taken. The constants to write down come last, and then JSON. Nothing is changed on disk. On CPU: chunks of the head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from benchmarks.train_step import seconds
+from grpo.metrics import git_commit
+from kernels.linear_logprob import bench as head_bench
+from kernels.linear_logprob import modes
+from kernels.linear_logprob.rows import Temper
+from kernels.measure import _eager, _graph, hardware
+
+REPEATS = 7
+
+
+@dataclass
+class Trial:
+    """One value of one constant."""
+
+    job: str
+    constant: str
+    value: object
+    milliseconds: float | None
+    trouble: str = ""
+
+
+def outputs(call: Callable[[], object]) -> list[Tensor]:
+    found = call()
+    return [tensor.clone() for tensor in (found if isinstance(found, tuple) else (found,))]
+
+
+def sweep(
+    job: str,
+    call: Callable[[], object],
+    owner: ModuleType,
+    constant: str,
+    values: list,
+    device: torch.device,
+    *,
+    in_graph: bool = True,
+) -> Iterator[Trial]:
+    """Every value; afterwards the constant has the fastest. The value that it has now comes first and is the measure
+    of what is right. in_graph: on CUDA timed as a graph, without the launches."""
+    now = getattr(owner, constant)
+    expected, best = None, (float("inf"), now)
+    for value in [now, *(value for value in values if value != now)]:
+        setattr(owner, constant, value)
+        try:
+            found = outputs(call)
+            expected = expected or found
+            same = [torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in zip(found, expected, strict=True)]
+            trouble = "" if all(same) else "another result"
+            if device.type == "cuda":
+                run = _graph(call) if in_graph else lambda: 1e3 * seconds(device, call)
+            else:
+                run = _eager(call)
+            taken = statistics.median(run() for _ in range(REPEATS))
+        except Exception as error:  # of many kinds: does not compile, does not fit
+            trouble, taken = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}", None
+        if not trouble and taken < best[0]:
+            best = taken, value
+        yield Trial(job, constant, value, taken, trouble)
+    setattr(owner, constant, best[1])
+
+
+def tiles() -> list[dict[str, int]]:
+    """(rows, columns, width, warps, stages) that compile for sm_90 without a spill or are close to it."""
+    sizes = [
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 4, 3),
+        (128, 128, 64, 8, 4),
+        (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+    ]
+    sizes += [(256, 128, 64, 8, 3), (64, 256, 64, 4, 4), (128, 128, 128, 8, 2)]
+    names = ("BLOCK_ROWS", "BLOCK_COLUMNS", "BLOCK_WIDTH", "num_warps", "num_stages")
+    return [dict(zip(names, size, strict=True)) for size in sizes]
+
+
+def of_the_head(device: torch.device, shape: tuple[int, int, int]) -> Iterator[Iterator[Trial]]:
+    """Chunks of mode C; with Triton also the tiles of mode A and the rows' kernels."""
+    impl, width = "triton" if device.type == "cuda" else "torch", f"D={shape[1]}"
+    if device.type == "cuda":
+        from kernels.linear_logprob import kernel
+
+        inputs = head_bench.make_inputs(*shape, "values", device)
+        forward = lambda: kernel.forward(inputs.hidden, inputs.weight, None, inputs.target, Temper(1.0))  # noqa: E731
+        yield sweep(f"mode A, {width}", forward, kernel, "TILE", tiles(), device)
+        yield sweep(f"mode A, {width}", forward, kernel, "SPAN", [1024, 2048, 4096, 8192, 16384], device)
+        rows = min(shape[0], modes.rows_per_chunk(shape[2], "cuda"))
+        logits, target = torch.randn(rows, shape[2], device=device), inputs.target[:rows]
+        blocks = [{"BLOCK": block, "num_warps": warps} for block in (2048, 4096, 8192) for warps in (4, 8, 16)]
+        measure_rows = lambda: kernel.statistics(logits, target, Temper(1.0))[:2]  # noqa: E731
+        yield sweep("statistics of rows", measure_rows, kernel, "ROW_BLOCK", blocks, device)
+    inputs = head_bench.make_inputs(*shape, "training", device)
+
+    def train() -> Tensor:
+        return head_bench.run_once(head_bench.folded(impl), inputs)
+
+    chunks = [{device.type: 2**power} for power in ((26, 27, 28, 29, 30) if device.type == "cuda" else (12, 25))]
+    yield sweep(f"mode C, {width}", train, modes, "CHUNK_ELEMENTS", chunks, device, in_graph=False)
+
+
+def of_decoding(device: torch.device) -> Iterator[Iterator[Trial]]:
+    """The kernels of a decode step, at the shapes of their benches."""
+    from kernels.decode_attention import bench, kernel
+    from kernels.sample_token import kernel as sampling
+
+    shape = bench.SHAPES["cuda"][0]
+    normal = lambda *size: torch.randn(*size, device=device).bfloat16()  # noqa: E731
+    rows, kv = shape.groups * shape.seats, (shape.kv_heads, shape.width)
+    query, key, value = normal(rows, shape.heads, shape.width), normal(rows, *kv), normal(rows, *kv)
+    prefix = [normal(shape.groups, kv[0], shape.prefix, kv[1]) for _ in range(2)]
+    suffix = [normal(rows, kv[0], shape.suffix, kv[1]) for _ in range(2)]
+    place = torch.arange(rows, device=device)
+    layout = {"seats": shape.seats, "place": place, "scale": shape.width**-0.5}
+    layout |= {"prefix_lengths": torch.full_like(place, shape.prefix)}
+    layout |= {"suffix_lengths": torch.full_like(place, shape.suffix - 1)}
+    attend = lambda: kernel.decode_attention(query, key, value, prefix, suffix, **layout)  # noqa: E731
+    values = {
+        "TILE_ROWS": [{2: rows, 4: 16} for rows in (16, 32, 64, 128)],
+        "BLOCK_BYTES": [4096, 8192, 16384],
+        "CHUNK": [64, 128, 256, 512],
+        "PROGRAMS": [132, 264, 528, 1056],
+    }
+    for constant, candidates in values.items():
+        yield sweep(f"decode attention, {shape.name}", attend, kernel, constant, candidates, device)
+    logits = torch.randn(rows, 151_936, device=device).bfloat16()
+    uniforms = torch.rand(rows, dtype=torch.float64, device=device)
+    sample = lambda: sampling.sample_token(logits, uniforms, temperature=1.0)[1]  # noqa: E731
+    yield sweep(f"sampling, {rows} rows", sample, sampling, "TILE", [1024, 2048, 4096, 8192, 16384], device)
+
+
+def show(trials: list[Trial]) -> None:
+    print(f"\n{trials[0].job}: {trials[0].constant}, the first as it is")
+    for trial in trials:
+        taken = "" if trial.milliseconds is None else f"{trial.milliseconds:.4f} ms"
+        print(f"{taken:>14}  {trial.value}  {trial.trouble}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("T", "D", "V"), help="of the head")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = tuple(arguments.shape or head_bench.SHAPES[device.type][0])
+    sweeps, every = [of_the_head(device, shape)], []
+    if device.type == "cuda":
+        sweeps.append(of_decoding(device))
+    for sweep_of in (one for several in sweeps for one in several):
+        trials = list(sweep_of)
+        show(trials)
+        every += trials
+    best = {}
+    for trial in every:
+        if trial.milliseconds is not None and not trial.trouble:
+            key = f"{trial.job}: {trial.constant}"
+            best[key] = min(best.get(key, trial), trial, key=lambda one: one.milliseconds)
+    print("\nfastest")
+    for key, trial in best.items():
+        first = next(one for one in every if f"{one.job}: {one.constant}" == key)
+        print(f"  {key} = {trial.value}   {trial.milliseconds:.4f} ms, now {first.milliseconds or float('nan'):.4f}")
+    print(json.dumps({"trials": [asdict(one) for one in every], "commit": git_commit()} | hardware(device)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
