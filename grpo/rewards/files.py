@@ -34,7 +34,7 @@ def score_file(
     status of the components. Returns the summary: count, mean reward, mean of each component, count by status.
     Errors name the file and the line.
     """
-    rows = [_checked(row, f"{completions_path} line {number}") for number, row in read_jsonl(Path(completions_path))]
+    rows = [_checked(row, where) for where, row in read_jsonl(Path(completions_path))]
     if not rows:
         raise ValueError(f"{completions_path} holds no completions; write one JSON object a line")
     is_paid = [not (require_finish and row.get("finish_reason") == "length") for row in rows]

@@ -101,7 +101,7 @@ def _task_class(name: str) -> type[Task]:
     elif name == "gsm8k":
         from grpo.tasks.gsm8k import Gsm8k as chosen
     elif name == "jsonl":
-        from grpo.tasks.jsonl import Jsonl as chosen
+        from grpo.tasks.gsm8k import Jsonl as chosen
     elif name == "word_problems":
         from grpo.tasks.word_problems import WordProblems as chosen
     else:
