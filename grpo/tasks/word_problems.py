@@ -118,10 +118,11 @@ class EndlessProblems:
 
 def distinct_problems(split: str, level: Level) -> list[Problem]:
     """The fixed list of a finite split: its first SIZES[split] problems with texts that differ."""
-    endless, by_question, i = EndlessProblems(split, level), {}, 0
-    while len(by_question) < SIZES[split]:
-        by_question.setdefault(endless[i].question, endless[i])
-        i += 1
+    by_question: dict[str, Problem] = {}
+    for problem in EndlessProblems(split, level):
+        by_question.setdefault(problem.question, problem)
+        if len(by_question) == SIZES[split]:
+            break
     return list(by_question.values())
 
 
