@@ -6,15 +6,16 @@ Without a file: on reference answers and on deliberately wrong ones of the task'
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
-from statistics import fmean
+from dataclasses import replace
+from itertools import islice
 
 from grpo.config import DataConfig, RewardsConfig
-from grpo.records import OK, Problem
+from grpo.records import OK, Completion, Group, Problem
 from grpo.rewards.files import score_file
 from grpo.rewards.pool import Pool, make_pool
-from grpo.rewards.runner import score_paid, weighted_total
+from grpo.rewards.runner import score_groups
 from grpo.tasks import Task, make_task
 
 PROBLEMS = 20  # of the validation split, tried where no file is given
@@ -50,24 +51,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def trial_table(task: Task, pool: Pool) -> str:
     """A row for each kind of trial completion: the mean of every component and of the reward, and what failed."""
-    split = task.split("validation")
-    problems = [split[i] for i in range(PROBLEMS if getattr(split, "endless", False) else min(PROBLEMS, len(split)))]
+    problems = list(islice(task.split("validation"), PROBLEMS))
     trials = [task.trial_completions(p, other) for p, other in zip(problems, problems[1:] + problems[:1], strict=True)]
+    groups = [_group(problem, list(trial.values())) for problem, trial in zip(problems, trials, strict=True)]
+    scores = score_groups(groups, task.rewards, require_finish=False, score=pool)
     rows = [["", *task.rewards, "reward", "not ok"]]
-    for name in trials[0]:
-        rows.append([name, *_means(task, pool, problems, [trial[name] for trial in trials])])
+    for i, name in enumerate(trials[0]):
+        means = [*scores.components[:, i].nanmean(0).tolist(), scores.total[:, i].mean().item()]
+        failed = sum(status != OK for group in scores.status for status in group[i])
+        rows.append([name, *("-" if math.isnan(mean) else f"{mean:.3f}" for mean in means), str(failed)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([f"mean over {len(problems)} problems of the validation split of {task.name}:", *lines])
 
 
-def _means(task: Task, pool: Pool, problems: Sequence[Problem], texts: list[str]) -> list[str]:
-    columns = [{**p.columns, "answer": p.answer, "question": p.question, "prompt": p.question} for p in problems]
-    table = score_paid(texts, columns, [True] * len(texts), task.rewards, pool)
-    known = [[outcome.value for outcome in column if outcome.status == OK] for column in zip(*table, strict=True)]
-    reward = fmean(weighted_total(row, task.rewards) for row in table)
-    failed = sum(outcome.status != OK for row in table for outcome in row)
-    return [*(f"{fmean(values):.3f}" if values else "-" for values in known), f"{reward:.3f}", str(failed)]
+def _group(problem: Problem, texts: list[str]) -> Group:
+    completions = [Completion([], [], text, "stop", i) for i, text in enumerate(texts)]
+    return Group(replace(problem, prompt=problem.question), completions, step=0)
 
 
 def report(summary: dict, output_path: str) -> str:
@@ -75,9 +75,8 @@ def report(summary: dict, output_path: str) -> str:
     means = {"reward": summary["reward"], **summary["rewards"]}
     lines = [f"{name:<20} {'-' if mean is None else f'{mean:.4f}'}" for name, mean in means.items()]
     counts = ", ".join(f"{count} {status}" for status, count in summary["status"].items())
-    return "\n".join(
-        [f"{summary['completions']} completions ({counts}), mean of:", *lines, f"written to {output_path}"]
-    )
+    head = f"{summary['completions']} completions ({counts}), mean of:"
+    return "\n".join([head, *lines, f"written to {output_path}"])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT
 from grpo.rewards.runner import Outcome, Reward, Scorer, score_paid, score_texts, weighted_total
 from grpo.tasks.rows import read_jsonl
 
+_KINDS = {"completion": str, "answer": str | int | float, "finish_reason": str | None}
 _WORST_FIRST = (ERROR, TIMEOUT, ABSTAIN, OK)
 
 
@@ -47,19 +48,13 @@ def score_file(
 
 def _checked(row: dict, where: str) -> dict:
     """The row, or an error that says what is wrong with the line."""
-    completion, answer, finish = row.get("completion"), row.get("answer"), row.get("finish_reason")
-    if not isinstance(completion, str):
-        raise ValueError(
-            f"{where}: completion={completion!r} is not a text; every line needs `completion` and `answer`"
-        )
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise ValueError(
-            f"{where}: answer={answer!r} is neither text nor number; every line needs `completion` and `answer`"
-        )
-    if finish is not None and not isinstance(finish, str):
-        raise ValueError(
-            f'{where}: finish_reason={finish!r} is not a text; use "stop", "eos" or "length", or leave it out'
-        )
+    for name, kinds in _KINDS.items():
+        value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(
+                f"{where}: {name}={value!r}; every line needs `completion`, a text, and `answer`, a text or number; "
+                '`finish_reason` is "stop", "eos" or "length", or left out'
+            )
     return row
 
 
