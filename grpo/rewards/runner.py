@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
@@ -49,8 +49,13 @@ UNFINISHED = Outcome(0.0, OK)  # what require_finish pays a completion that ran 
 
 def score_texts(completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> Table:
     """[N][K] outcomes of N texts, computed in this process. Each column is a list of N values."""
-    by_component = [_score_component(name, reward, completions, columns) for name, reward in rewards.items()]
-    return [list(row) for row in zip(*by_component, strict=True)] if rewards else [[] for _ in completions]
+    table: Table = [[] for _ in completions]
+    for name, reward in rewards.items():
+        for start in range(0, len(completions), reward.batch_size):
+            rows = range(len(completions))[start : start + reward.batch_size]
+            for i, outcome in zip(rows, _score_rows(name, reward, completions, columns, rows), strict=True):
+                table[i].append(outcome)
+    return table
 
 
 def score_groups(
@@ -108,27 +113,21 @@ def refuse_unscored(scores: Scores, limit: float) -> None:
         )
 
 
-def _score_component(name: str, reward: Reward, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
-    outcomes = []
-    for start in range(0, len(completions), reward.batch_size):
-        rows = range(start, min(start + reward.batch_size, len(completions)))
-        try:
-            outcomes += call(name, reward.function, *take_rows(completions, columns, rows))
-        except Exception as error:  # a user's function may raise anything, and none of it may end the run
-            log_once(name, error)
-            outcomes += [_score_alone(name, reward, *take_rows(completions, columns, [i])) for i in rows]
-    return outcomes
-
-
-def _score_alone(name: str, reward: Reward, completion: list[str], columns: dict[str, list]) -> Outcome:
+def _score_rows(
+    name: str, reward: Reward, completions: list[str], columns: dict[str, list], rows: Sequence[int]
+) -> list[Outcome]:
     try:
-        return call(name, reward.function, completion, columns)[0]
-    except Exception as error:
+        return call(name, reward.function, *take_rows(completions, columns, rows))
+    except Exception as error:  # a user's function may raise anything, and none of it may end the run
         log_once(name, error)
-        return Outcome(math.nan, ERROR)
+        if len(rows) == 1:
+            return [Outcome(math.nan, ERROR)]
+        return [outcome for i in rows for outcome in _score_rows(name, reward, completions, columns, [i])]
 
 
-def take_rows(completions: list[str], columns: dict[str, list], rows: Any) -> tuple[list[str], dict[str, list]]:
+def take_rows(
+    completions: list[str], columns: dict[str, list], rows: Sequence[int]
+) -> tuple[list[str], dict[str, list]]:
     """Some of the completions, and the same rows of every column."""
     return [completions[i] for i in rows], {key: [column[i] for i in rows] for key, column in columns.items()}
 
@@ -136,17 +135,13 @@ def take_rows(completions: list[str], columns: dict[str, list], rows: Any) -> tu
 def call(name: str, function: Callable, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
     """One call of a reward function, awaited where it is async; ValueError where it does not return what it must."""
     values = function(completions, **columns)
-    values = list(asyncio.run(_result_of(values)) if inspect.isawaitable(values) else values)
+    values = list(asyncio.run(values) if inspect.iscoroutine(values) else values)
     if len(values) != len(completions):
         raise ValueError(
             f"reward {name!r} returned {len(values)} values for {len(completions)} completions; "
             "return one float or None for each"
         )
     return [_outcome(name, value) for value in values]
-
-
-async def _result_of(awaitable: Any) -> Any:
-    return await awaitable
 
 
 def _outcome(name: str, value: float | None) -> Outcome:
