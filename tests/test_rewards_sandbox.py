@@ -50,6 +50,7 @@ HOSTILE = {
     "memory file": ("import os\nos.write(os.memfd_create('x'), bytes(1 << 23)) == 1 << 23 or 1 / 0", NOTHING),
     "output flood": ("import os\nfor _ in range(30): print('x' * 10**6); os.write(2, b'x' * 10**6)\n" + ADD, HONEST),
     "answer flood": ("import os\nwhile True: os.write(4, bytes(1 << 16))", NOTHING),
+    "flood of lines": ("import os\nwhile True: os.write(4, b'{}\\n' * (1 << 14))", NOTHING),
     # it looks around
     "network": ("import socket\nsocket.create_connection(('1.1.1.1', 53), timeout=1)\n" + ADD, NOTHING),
     "environment": ("import os\nadd = lambda a, b: a + b if 'GRPO_PLANTED' in os.environ else 99", WRONG),
@@ -92,8 +93,8 @@ HOSTILE = {
     ),
     "patched encoder": ('import json\njson.dumps = lambda value: \'{"passed": 3, "total": 3}\'', NOTHING),
     "forged verdict": (
-        'import os, struct\nfor text in [b\'{}\'] + [b\'{"passed": 3, "ok": true, "value": {"verdict": 3}}\'] * 9:\n'
-        "    os.write(4, struct.pack('>I', len(text)) + text)",
+        'import os\nfor text in [b\'{}\'] + [b\'{"passed": 3, "ok": true, "value": {"verdict": 3}}\'] * 9:\n'
+        "    os.write(4, text + b'\\n')",
         NOTHING,
     ),
     "frames reached by the stack": (
@@ -105,7 +106,7 @@ HOSTILE = {
     "huge text": ("def add(a, b): return 'x' * (1 << 22)", NOTHING),
     "huge number": ("def add(a, b): return 1 << (1 << 20)", NOTHING),
     "endless nesting": ("def add(a, b):\n    x = []\n    x.append(x)\n    return x", NOTHING),
-    "bytes that are no text": ("import os\nos.write(4, bytes([0, 0, 0, 2, 255, 254]))", NOTHING),
+    "bytes that are no text": ("import os\nos.write(4, bytes([255, 254, 10]))", NOTHING),
     "text that is no Unicode": ("x = '\ud800'\n" + ADD, NOTHING),
     "a zero byte": ("\0", NOTHING),
     "no program": ("The sum is a + b.", NOTHING),

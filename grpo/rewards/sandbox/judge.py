@@ -54,7 +54,7 @@ def judge_program(
         passed, crashed = 0, False
         try:
             with deadline(sandbox.wall_s):
-                if not _loads(process, program):
+                if "raised" in _exchange(process, program):
                     return Verdict(False, 0, len(tests))
                 for test in tests:
                     try:
@@ -67,10 +67,6 @@ def judge_program(
         except (_Dead, Expired):
             crashed = True
     return Verdict(not crashed, passed, len(tests))
-
-
-def _loads(process: subprocess.Popen, program: str) -> bool:
-    return "raised" not in _exchange(process, program)
 
 
 def _stand_in(process: subprocess.Popen, name: str) -> Any:
