@@ -26,8 +26,7 @@ from grpo.evaluation import evaluate, result_table
 from grpo.live import Progress, can_show
 from grpo.metrics import PhaseTimer, environment
 from grpo.policy import Policy
-from grpo.rewards.__main__ import report
-from grpo.rewards.files import score_file
+from grpo.rewards.__main__ import report, score_file
 from grpo.rewards.pool import Pool, make_pool
 from grpo.rollout import EVALUATION, Sampler, Sampling
 from grpo.tasks import Task, make_task

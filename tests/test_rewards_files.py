@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from grpo.rewards import Reward, correctness_reward, format_reward
-from grpo.rewards.__main__ import main
-from grpo.rewards.files import score_file
+from grpo.rewards.__main__ import main, score_file
 
 REWARDS = {"format": Reward(format_reward, 0.5), "correctness": Reward(correctness_reward, 1.0)}
 LINE = "#### The final answer is "
