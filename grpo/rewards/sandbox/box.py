@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -62,14 +62,9 @@ class Sandbox:
     @contextmanager
     def start(self) -> Iterator[subprocess.Popen]:
         """A guest that has said hello, behind the walls; SandboxError without. At the end nothing of it is left."""
-        process = subprocess.Popen(
-            [sys.executable, *ISOLATED, str(HERE / "launcher.py"), json.dumps(self._settings())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={},
-            cwd="/",
-        )
+        command = [sys.executable, *ISOLATED, str(HERE / "launcher.py"), json.dumps(self._settings())]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen(command, **pipes, env={}, cwd="/")
         try:
             _wait_for_hello(process)
             yield process
@@ -140,9 +135,8 @@ def _wait_for_hello(process: subprocess.Popen) -> None:
             if guest.receive(process.stdout, limit=100) != {"hello": 1}:
                 raise SandboxError("the sandbox said something else than hello")
     except EOFError:
-        raise SandboxError(
-            process.stderr.read().decode(errors="replace").strip()[-500:] or "it ended at once"
-        ) from None
+        said = process.stderr.read().decode(errors="replace").strip()[-500:]
+        raise SandboxError(said or "it ended at once") from None
     except Expired:
         raise SandboxError(f"nothing started within {START_TIMEOUT_S} s") from None
 
@@ -156,10 +150,8 @@ def _stop(process: subprocess.Popen) -> None:
         process.kill()  # everything inside dies with it
         process.wait()
     for pipe in (process.stdin, process.stdout, process.stderr):
-        try:
+        with suppress(BrokenPipeError):  # a message that nobody reads any more
             pipe.close()
-        except BrokenPipeError:  # a message that nobody reads any more
-            continue
 
 
 ATTACKS = """
@@ -244,18 +236,13 @@ def self_test(sandbox: Sandbox) -> list[str]:
 
 def _attack(sandbox: Sandbox, function: str, *arguments: object) -> object:
     """What one of ATTACKS answers, or None where it was stopped."""
-    with sandbox.start() as process:
-        try:
-            with deadline(START_TIMEOUT_S):
-                guest.send(process.stdin, ATTACKS)
-                guest.receive(process.stdout)
-                guest.send(
-                    process.stdin,
-                    {"function": function, "arguments": guest.encode(list(arguments)), "keywords": {"dict": []}},
-                )
-                return guest.receive(process.stdout).get("value")
-        except (EOFError, OSError, Expired):
-            return None
+    call = {"function": function, "arguments": list(arguments), "keywords": guest.encode({})}
+    with sandbox.start() as process, suppress(EOFError, OSError, Expired), deadline(START_TIMEOUT_S):
+        guest.send(process.stdin, ATTACKS)
+        guest.receive(process.stdout)
+        guest.send(process.stdin, call)
+        return guest.receive(process.stdout).get("value")
+    return None
 
 
 @lru_cache
@@ -264,21 +251,18 @@ def find_sandbox(setting: str, wall_s: float) -> Sandbox:
     if setting == "unsafe_subprocess":
         logger.warning("rewards.sandbox=unsafe_subprocess: code of the model can reach your files and the network")
         return Sandbox(setting, wall_s)
-    bubblewrap, failures = shutil.which("bwrap"), []
-    backends = {"bubblewrap": bubblewrap, "namespaces": "namespaces"}
-    for name in backends if setting == "auto" else [setting]:
-        if backends[name] is None:
-            failures.append(f"{name}: bwrap is not installed")
-            continue
-        sandbox = Sandbox(backends[name], wall_s)
+    failures = []
+    for name in ("bubblewrap", "namespaces") if setting == "auto" else (setting,):
+        backend = shutil.which("bwrap") if name == "bubblewrap" else name
         try:
-            let_through = self_test(sandbox)
+            if backend is None:
+                raise SandboxError("bwrap is not installed")
+            let_through = self_test(sandbox := Sandbox(backend, wall_s))
+            if not let_through:
+                return sandbox
+            raise SandboxError(f"lets through {', '.join(let_through)}")
         except SandboxError as error:
             failures.append(f"{name}: {error}")
-            continue
-        if not let_through:
-            return sandbox
-        failures.append(f"{name}: lets through {', '.join(let_through)}")
     raise ValueError(
         f"code of the model would run unprotected here ({'; '.join(failures)}); install bubblewrap, allow user "
         "namespaces or run as root; --rewards.sandbox unsafe_subprocess does without, on a machine that you can lose"
