@@ -251,7 +251,6 @@ def latest(run_dir: Path | str) -> Path | None:
 def mark_best(run_dir: Path, accuracy: float, step: int) -> None:
     """Note in checkpoints/best.json that step_N has the best validation accuracy so far."""
     path = run_dir / "checkpoints" / "best.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps({"step": step, "accuracy": accuracy}) + "\n", encoding="utf-8")
     unfinished.replace(path)
@@ -317,11 +316,9 @@ def set_random_state(state: dict[str, torch.Tensor]) -> None:
 def load_state(checkpoint: Path | str) -> dict[str, Any]:
     """The `state` that `save` was given, tensors on the CPU. ValueError where it is missing or damaged."""
     path = Path(checkpoint) / "state" / "state.pt"
-    if not path.is_file():
-        raise ValueError(f"{checkpoint} is no complete checkpoint: state/state.pt is missing; name another one")
     try:
         # Mapped: a rank reads the rows that it keeps, not the whole file.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         first_line = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged ({first_line}); resume from another checkpoint") from error
+        raise ValueError(f"{path} is missing or damaged ({first_line}); resume from another checkpoint") from error

@@ -89,12 +89,6 @@ def weighted_total(row: list[Outcome], rewards: dict[str, Reward]) -> float:
     return sum(reward.weight * outcome.value for outcome, reward in pairs if outcome.status == OK)
 
 
-def is_scored(row: list[Outcome], rewards: dict[str, Reward]) -> bool:
-    """False where a component with a weight timed out or failed: the completion's total would be a guess."""
-    pairs = zip(row, rewards.values(), strict=True)
-    return not any(outcome.status in (TIMEOUT, ERROR) and reward.weight != 0 for outcome, reward in pairs)
-
-
 def _as_columns(rows: list[dict[str, Any]]) -> dict[str, list]:
     """Rows to columns over the union of their keys; None where a row lacks one."""
     names = dict.fromkeys(name for row in rows for name in row)
@@ -172,12 +166,13 @@ def _as_scores(table: Table, rewards: dict[str, Reward], *, num_groups: int) -> 
     values = [[outcome.value for outcome in row] for row in table]
     status = [[outcome.status for outcome in row] for row in table]
     totals = [weighted_total(row, rewards) for row in table]
-    scored = [is_scored(row, rewards) for row in table]
+    weights = tuple(reward.weight for reward in rewards.values())
+    failed = [any(o.status in (TIMEOUT, ERROR) and w != 0 for o, w in zip(row, weights, strict=True)) for row in table]
     return Scores(
         names=tuple(rewards),
-        weights=tuple(reward.weight for reward in rewards.values()),
+        weights=weights,
         components=torch.tensor(values, dtype=torch.float32).reshape(*shape, len(rewards)),
         status=[status[i * group_size : (i + 1) * group_size] for i in range(num_groups)],
         total=torch.tensor(totals, dtype=torch.float32).reshape(shape),
-        scored=torch.tensor(scored, dtype=torch.bool).reshape(shape),
+        scored=~torch.tensor(failed, dtype=torch.bool).reshape(shape),  # else the total would be a guess
     )

@@ -28,7 +28,7 @@ from grpo.rewards.sandbox import guest
 
 logger = logging.getLogger(__name__)
 
-HERE = Path(__file__).parent
+LAUNCHER = Path(__file__).with_name("launcher.py")
 ISOLATED = ("-I", "-S", "-B")  # no environment, no user site, no site-packages, no files written
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
@@ -62,7 +62,7 @@ class Sandbox:
     @contextmanager
     def start(self) -> Iterator[subprocess.Popen]:
         """A guest that has said hello, behind the walls; SandboxError without. At the end nothing of it is left."""
-        command = [sys.executable, *ISOLATED, str(HERE / "launcher.py"), json.dumps(self._settings())]
+        command = [sys.executable, *ISOLATED, str(LAUNCHER), json.dumps(self._settings())]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         process = subprocess.Popen(command, **pipes, env={}, cwd="/")
         try:
