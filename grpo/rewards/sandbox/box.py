@@ -1,32 +1,20 @@
-"""Which walls there are on this machine, whether they hold, and a process behind them. Used by the judge.
-
-The self-test attacks: it forks past the limit, fills memory and disk, opens the network, reads a planted secret, and
-makes itself root of a new namespace. Walls that let one through are no sandbox here.
-"""
+"""Walls on this machine, and a process behind them. Used by the judge."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from grpo.rewards.sandbox import guest
-
-logger = logging.getLogger(__name__)
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 ISOLATED = ("-I", "-S", "-B")  # no environment, no user site, no site-packages, no files written
@@ -152,118 +140,3 @@ def _stop(process: subprocess.Popen) -> None:
     for pipe in (process.stdin, process.stdout, process.stderr):
         with suppress(BrokenPipeError):  # a message that nobody reads any more
             pipe.close()
-
-
-ATTACKS = """
-def answers():
-    return 42
-
-def fork_past(limit):
-    import os, time
-    for count in range(limit):
-        try:
-            if os.fork() == 0:
-                time.sleep(2)
-                os._exit(0)
-        except OSError:
-            return False
-    return True
-
-def allocate(mib):
-    return len(bytearray(mib << 20)) > 0
-
-def write_past(mib):
-    import os
-    made, written = [], 0
-    for folder in ("/tmp", "/dev", "/dev/shm", "/var/tmp", "/"):
-        for i in range(mib):
-            try:
-                with open(f"{folder}/grpo_self_test_{i}", "xb", buffering=0) as file:
-                    made.append(file.name)
-                    written += file.write(bytes(1 << 20))
-            except OSError:
-                break
-    for name in made:
-        os.remove(name)
-    return written > mib << 20
-
-def connect(port):
-    import socket
-    socket.create_connection(("127.0.0.1", port), timeout=1)
-    return True
-
-def find(path, secret):
-    import os, pathlib
-    places = [path, *pathlib.Path("/proc").glob("*/environ")]
-    seen = [str(dict(os.environ))]
-    for place in places:
-        try:
-            seen.append(pathlib.Path(place).read_text(errors="replace"))
-        except OSError:
-            pass
-    return any(secret in text for text in seen)
-
-def become_root():
-    import ctypes
-    return ctypes.CDLL(None).unshare(0x10000000) == 0
-"""
-
-
-def self_test(sandbox: Sandbox) -> list[str]:
-    """What the walls let through; nothing is what a sandbox must answer. SandboxError where they cannot be put up."""
-    secret = secrets.token_hex(16)
-    with (
-        tempfile.NamedTemporaryFile("w", prefix="grpo_secret_") as file,
-        socket.create_server(("127.0.0.1", 0)) as host,
-    ):
-        file.write(secret)
-        file.flush()
-        os.chmod(file.name, 0o644)
-        attacks = {
-            "more processes than its limit": ("fork_past", 3 * sandbox.processes + 10),
-            "more memory than its limit": ("allocate", 2 * sandbox.memory_mib),
-            "more on disk than its quota": ("write_past", 2 * sandbox.quota_mib),
-            "the network": ("connect", host.getsockname()[1]),
-            "a file of the user": ("find", file.name, secret),
-            "root rights in a new namespace": ("become_root",),
-        }
-        if _attack(sandbox, "answers") != 42:
-            raise SandboxError("an honest program got no answer")
-        return [
-            name for name, (function, *arguments) in attacks.items() if _attack(sandbox, function, *arguments) is True
-        ]
-
-
-def _attack(sandbox: Sandbox, function: str, *arguments: object) -> object:
-    """What one of ATTACKS answers, or None where it was stopped."""
-    call = {"function": function, "arguments": list(arguments), "keywords": guest.encode({})}
-    with sandbox.start() as process, suppress(EOFError, OSError, Expired), deadline(START_TIMEOUT_S):
-        guest.send(process.stdin, ATTACKS)
-        guest.receive(process.stdout)
-        guest.send(process.stdin, call)
-        return guest.receive(process.stdout).get("value")
-    return None
-
-
-@lru_cache
-def find_sandbox(setting: str, wall_s: float) -> Sandbox:
-    """The sandbox that config field rewards.sandbox asks for, tested once a process; ValueError where there is none."""
-    if setting == "unsafe_subprocess":
-        logger.warning("rewards.sandbox=unsafe_subprocess: code of the model can reach your files and the network")
-        return Sandbox(setting, wall_s)
-    failures = []
-    for name in ("bubblewrap", "namespaces") if setting == "auto" else (setting,):
-        backend = shutil.which("bwrap") if name == "bubblewrap" else name
-        try:
-            if backend is None:
-                raise SandboxError("bwrap is not installed")
-            let_through = self_test(sandbox := Sandbox(backend, wall_s))
-            if not let_through:
-                return sandbox
-            raise SandboxError(f"lets through {', '.join(let_through)}")
-        except SandboxError as error:
-            failures.append(f"{name}: {error}")
-    raise ValueError(
-        f"code of the model would run unprotected here ({'; '.join(failures)}); install bubblewrap, allow user "
-        "namespaces or run as root; --rewards.sandbox unsafe_subprocess does without, on a machine that you can lose"
-    )
