@@ -142,7 +142,7 @@ class Pool:
 
     def __exit__(self, *exception: object) -> None:
         self._drop(*self.workers)
-        self.threads.shutdown()
+        self.threads.shutdown(cancel_futures=True)
 
     def __call__(self, completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> Table:
         step, end = Step(completions, columns, rewards), time.monotonic() + self.step_timeout_s

@@ -113,7 +113,7 @@ def _score_rows(
     try:
         return call(name, reward.function, *take_rows(completions, columns, rows))
     except Exception as error:  # a user's function may raise anything, and none of it may end the run
-        log_once(name, error)
+        log_once(name, type(error).__name__, traceback.format_exc())
         if len(rows) == 1:
             return [Outcome(math.nan, ERROR)]
         return [outcome for i in rows for outcome in _score_rows(name, reward, completions, columns, [i])]
@@ -147,12 +147,10 @@ def _outcome(name: str, value: float | None) -> Outcome:
     return Outcome(number, OK)
 
 
-def log_once(name: str, error: BaseException | str, details: str = "") -> None:
-    """A warning with the traceback: of an exception, or of a worker's failure, given as kind and details."""
-    kind = error if isinstance(error, str) else type(error).__name__
+def log_once(name: str, kind: str, details: str) -> None:
+    """A warning for the first failure of a kind; details: its traceback."""
     if (name, kind) not in _logged_kinds:
         _logged_kinds.add((name, kind))
-        details = details or "".join(traceback.format_exception(error))
         logger.warning("reward %r failed; further failures of this kind are only counted: %s\n%s", name, kind, details)
 
 
