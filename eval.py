@@ -226,12 +226,11 @@ def score_completions(options: argparse.Namespace) -> None:
     task = make_task(options.task, DataConfig(path=options.data_path or ""), config.rewards)
     source, output, require_finish = Path(options.completions), Path(options.output), config.rewards.require_finish
     with make_pool(config.rewards) as pool:
-        summary = score_file(task.rewards, source, output, require_finish=require_finish, score=pool)
-    for number, line in enumerate(output.read_text(encoding="utf-8").splitlines()[:PRINTED_LINES], 1):
-        record = json.loads(line)
+        rows = score_file(task.rewards, source, output, require_finish=require_finish, score=pool)
+    for number, record in enumerate(rows[:PRINTED_LINES], 1):
         components = "  ".join(f"{name} {value}" for name, value in record["rewards"].items())
         print(f"{number}: {components}  reward {record['reward']}  {record['status']}")
-    print(report(summary, options.output))
+    print(report(rows, options.output))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -85,14 +85,13 @@ def score_file(
     *,
     require_finish: bool,
     score: Scorer = score_texts,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Scores every line of a JSONL file and writes it back with `rewards`, `reward` and `status` added.
 
     A line needs `completion` and `answer`; `finish_reason` is optional: absent counts as finished, and "length"
     pays nothing while require_finish. Other keys reach the reward functions as columns and are kept.
     `rewards` holds each component (null where it is not ok), `reward` the weighted total, `status` the worst
-    status of the components. Returns the summary: count, mean reward, mean of each component, count by status.
-    Errors name the file and the line.
+    status of the components. Returns what it wrote. Errors name the file and the line.
     """
     rows = [_checked(row, where) for where, row in read_jsonl(Path(completions_path))]
     if not rows:
@@ -102,7 +101,7 @@ def score_file(
     scored = [row | _verdict(outcomes, rewards) for row, outcomes in zip(rows, table, strict=True)]
     with open(output_path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in scored)
-    return _summary(scored, rewards)
+    return scored
 
 
 def _checked(row: dict, where: str) -> dict:
@@ -131,23 +130,14 @@ def _verdict(outcomes: list[Outcome], rewards: dict[str, Reward]) -> dict[str, A
     }
 
 
-def _summary(rows: list[dict], rewards: dict[str, Reward]) -> dict[str, Any]:
-    values = {name: [row["rewards"][name] for row in rows if row["rewards"][name] is not None] for name in rewards}
-    return {
-        "completions": len(rows),
-        "reward": fmean(row["reward"] for row in rows),
-        "rewards": {name: fmean(known) if known else None for name, known in values.items()},
-        "status": dict(Counter(row["status"] for row in rows)),
-    }
-
-
-def report(summary: dict, output_path: str) -> str:
-    """The summary of `score_file` as a few lines of text."""
-    means = {"reward": summary["reward"], **summary["rewards"]}
-    lines = [f"{name:<20} {'-' if mean is None else f'{mean:.4f}'}" for name, mean in means.items()]
-    counts = ", ".join(f"{count} {status}" for status, count in summary["status"].items())
-    head = f"{summary['completions']} completions ({counts}), mean of:"
-    return "\n".join([head, *lines, f"written to {output_path}"])
+def report(rows: list[dict], output_path: str) -> str:
+    """Count by status, and mean of the reward and of each component, of the lines that `score_file` wrote."""
+    values = {"reward": [row["reward"] for row in rows]}
+    values |= {name: [row["rewards"][name] for row in rows] for name in rows[0]["rewards"]}
+    known = {name: [value for value in column if value is not None] for name, column in values.items()}
+    lines = [f"{name:<20} {f'{fmean(column):.4f}' if column else '-'}" for name, column in known.items()]
+    counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).items())
+    return "\n".join([f"{len(rows)} completions ({counts}), mean of:", *lines, f"written to {output_path}"])
 
 
 if __name__ == "__main__":
