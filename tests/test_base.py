@@ -197,7 +197,7 @@ def test_the_report_says_what_each_phase_did(folder):
     assert [step for step, _ in worked["validation"]] == [2, 4]
 
 
-def test_validation_stops_the_worked_phase_early(task, tokenizer):
+def test_validation_stops_a_phase_early(task, tokenizer):
     settings = {"steps": TINY.steps, "lr": TINY.lr, "guesses": 0.0, "stop": 0.0}
     phase = supervisor_of(task, tokenizer).phase("worked", lambda done, total, note: None, **settings)
     assert phase["steps"] == TINY.validate_every < TINY.steps

@@ -167,8 +167,10 @@ class Pool:
             worker = self.workers.get(thread)
             if worker is None:
                 worker = self.workers[thread] = Worker()
-            answer = {} if step.is_over else worker.ask(step.message(call), self.timeout_s)
-            if step.is_over:  # and the worker was killed, or is not needed any more
+            if step.is_over:  # looked at once the worker is listed: else the end of the step might miss it
+                break
+            answer = worker.ask(step.message(call), self.timeout_s)
+            if step.is_over:  # it was killed under this call
                 break
             if "outcomes" in answer:
                 step.record(call, answer["outcomes"])

@@ -85,7 +85,7 @@ class RowTask(Task):
     def _text(self, row: dict[str, Any], column: str, where: str) -> str:
         if column not in row:
             raise ValueError(
-                f"{where}: no column {column!r} among {sorted(row)}; only task jsonl can be told other names, with "
+                f"{where}: no column {column!r} among {sorted(row)}; task jsonl takes other names, from "
                 "--data.prompt_column and --data.answer_column"
             )
         value = row[column]
