@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from grpo.config import DataConfig, RewardsConfig
-from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Completion, Group, Problem
+from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Completion, Group
 from grpo.rewards.pool import Pool, make_pool
 from grpo.rewards.runner import Outcome, Reward, Scorer, score_groups, score_paid, score_texts, weighted_total
 from grpo.tasks import Task, make_task
@@ -61,7 +61,10 @@ def trial_table(task: Task, pool: Pool) -> str:
     """A row for each kind of trial completion: the mean of every component and of the reward, and what failed."""
     problems = list(islice(task.split("validation"), PROBLEMS))
     trials = [task.trial_completions(p, other) for p, other in zip(problems, problems[1:] + problems[:1], strict=True)]
-    groups = [_group(problem, list(trial.values())) for problem, trial in zip(problems, trials, strict=True)]
+    groups = []
+    for problem, trial in zip(problems, trials, strict=True):
+        completions = [Completion([], [], text, "stop", i) for i, text in enumerate(trial.values())]
+        groups.append(Group(replace(problem, prompt=problem.question), completions, step=0))
     scores = score_groups(groups, task.rewards, require_finish=False, score=pool)
     rows = [["", *task.rewards, "reward", "not ok"]]
     for i, name in enumerate(trials[0]):
@@ -71,11 +74,6 @@ def trial_table(task: Task, pool: Pool) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([f"mean over {len(problems)} problems of the validation split of {task.name}:", *lines])
-
-
-def _group(problem: Problem, texts: list[str]) -> Group:
-    completions = [Completion([], [], text, "stop", i) for i, text in enumerate(texts)]
-    return Group(replace(problem, prompt=problem.question), completions, step=0)
 
 
 def score_file(

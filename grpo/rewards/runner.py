@@ -77,9 +77,14 @@ def score_groups(
 def score_paid(
     texts: list[str], rows: list[dict[str, Any]], is_paid: list[bool], rewards: dict[str, Reward], score: Scorer
 ) -> Table:
-    """[N][K] outcomes of N texts, each with a row of columns; what is not paid gets UNFINISHED and is not run."""
-    paid_texts, paid_rows = list(compress(texts, is_paid)), list(compress(rows, is_paid))
-    outcomes = iter(score(paid_texts, _as_columns(paid_rows), rewards))
+    """[N][K] outcomes of N texts, each with a row of columns; what is not paid gets UNFINISHED and is not run.
+
+    The functions see the union of the rows' columns, None where a row lacks one.
+    """
+    paid_rows = list(compress(rows, is_paid))
+    names = dict.fromkeys(name for row in paid_rows for name in row)
+    columns = {name: [row.get(name) for row in paid_rows] for name in names}
+    outcomes = iter(score(list(compress(texts, is_paid)), columns, rewards))
     return [next(outcomes) if paid else [UNFINISHED] * len(rewards) for paid in is_paid]
 
 
@@ -87,12 +92,6 @@ def weighted_total(row: list[Outcome], rewards: dict[str, Reward]) -> float:
     """Weighted sum of the components that are ok; the others add 0."""
     pairs = zip(row, rewards.values(), strict=True)
     return sum(reward.weight * outcome.value for outcome, reward in pairs if outcome.status == OK)
-
-
-def _as_columns(rows: list[dict[str, Any]]) -> dict[str, list]:
-    """Rows to columns over the union of their keys; None where a row lacks one."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def refuse_unscored(scores: Scores, limit: float) -> None:
