@@ -14,7 +14,7 @@ import pytest
 
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT
 from grpo.rewards import Reward, correctness_reward, runner, score_texts
-from grpo.rewards.pool import Pool, Step
+from grpo.rewards.pool import Pool
 from grpo.rewards.worker import load_object
 from tests import reward_functions as functions
 
@@ -105,13 +105,13 @@ def test_a_late_worker_is_killed_with_its_process_group(pool):
 
 
 def test_a_component_that_was_late_once_costs_one_deadline_for_each_hanging_completion(monkeypatch):
-    late, fail = [], Step.fail
+    late, lose = [], Pool._lose
 
-    def count(step, call, answer):
-        late.append(len(call.rows))
-        return fail(step, call, answer)
+    def count(pool, worker, *arguments):
+        late.append(len(worker.calls[0].rows))
+        lose(pool, worker, *arguments)
 
-    monkeypatch.setattr(Step, "fail", count)
+    monkeypatch.setattr(Pool, "_lose", count)
     texts = ["hang" if i % 100 == 0 else "a" for i in range(600)]
     with Pool(workers=2, timeout_s=0.8, step_timeout_s=60) as pool:
         table = pool(texts, {}, {"words": Reward(functions.in_words, 1.0, batch_size=50)})

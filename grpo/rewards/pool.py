@@ -1,8 +1,7 @@
 """The runner's worker processes: reward functions under a deadline, so that no reward can hurt the run.
 
-A Pool is called like `score_texts` (grpo.rewards.runner) and returns the same table. Each of its threads has a worker,
-sends it one call after the other and waits for the answer. Workers are spawned, never forked, each the leader of a
-session of its own; one that is late is killed with its whole process group and replaced.
+A Pool is called like `score_texts` (grpo.rewards.runner) and returns the same table. Workers are spawned, never forked,
+each the leader of a session of its own; one that is late is killed with its whole process group and replaced.
 
 A call that fails (raises, is late, dies, returns the wrong length) on several completions is made again for each alone,
 in a fresh worker; what fails alone gets its status. A component that was late once is called with single
@@ -20,11 +19,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections import deque
 from contextlib import suppress
-from threading import get_ident
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 
 from grpo.config import RewardsConfig
 from grpo.records import ERROR, TIMEOUT
@@ -32,21 +30,23 @@ from grpo.rewards.runner import Outcome, Reward, Table, log_once, take_rows
 from grpo.rewards.worker import READY, pack_function
 
 IMPORT_TIMEOUT_S = 60.0  # for a worker to start and import what defines a function; not part of a call's deadline
+RETRIED_TOGETHER = 8  # single completions in one job: few, so that the hung ones spread over the workers
 MAX_DEFAULT_WORKERS = 16
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """One component of some rows."""
 
     component: int
-    rows: Sequence[int]
+    rows: tuple[int, ...]
 
     def one_by_one(self) -> list[Call]:
-        return [Call(self.component, [i]) for i in self.rows]
+        return [Call(self.component, (i,)) for i in self.rows]
 
 
 class Worker:
-    """One process that makes one call at a time."""
+    """One process, the calls that it still owes an answer, and when the first of them is late."""
 
     def __init__(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
@@ -59,69 +59,69 @@ class Worker:
             start_new_session=True,
         )
         theirs.close()
-
-    def ask(self, message: bytes, timeout_s: float) -> dict:
-        """The answer of grpo.rewards.worker; with a `status`, where it is late or has died: it is of no use then."""
-        try:
-            self.connection.send_bytes(message)
-            answer = self._receive(IMPORT_TIMEOUT_S)
-            return json.loads(self._receive(timeout_s) if answer == READY else answer)
-        except TimeoutError as error:
-            return {"status": TIMEOUT, "kind": "timeout", "details": str(error)}
-        except (EOFError, OSError):
-            return {"status": ERROR, "kind": "death", "details": "its worker process died"}
-
-    def _receive(self, timeout_s: float) -> bytes:
-        if not self.connection.poll(timeout_s):
-            raise TimeoutError(f"no answer within {timeout_s} s")
-        return self.connection.recv_bytes()
+        self.calls: deque[Call] = deque()
+        self.deadline = math.inf
 
     def kill(self) -> None:
-        """End it and every process of its group. Once: the number may be another's afterwards."""
+        """End it and every process of its group."""
+        self.connection.close()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
-class Step:
-    """One table as it fills, and what its calls need."""
+@dataclass
+class Work:
+    """One step's table as it fills, and the jobs (lists of calls) that are still to do."""
 
-    def __init__(self, completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]):
-        self.completions, self.columns, self.rewards = completions, columns, rewards
-        self.functions = [(name, pack_function(name, reward.function)) for name, reward in rewards.items()]
+    completions: list[str]
+    columns: dict[str, list]
+    rewards: dict[str, Reward]
+    jobs: deque[list[Call]] = field(default_factory=deque)
+    late: set[int] = field(default_factory=set)  # components that are called with single completions
+
+    def __post_init__(self) -> None:
+        self.names = list(self.rewards)
+        self.packed = [pack_function(name, reward.function) for name, reward in self.rewards.items()]
         unscored = Outcome(math.nan, TIMEOUT)  # what the step's deadline leaves behind
-        self.table = [[unscored] * len(rewards) for _ in completions]
-        self.late: set[int] = set()  # components that are called with single completions
-        self.is_over = False  # nothing more is asked or recorded
+        self.table = [[unscored] * len(self.names) for _ in self.completions]
 
-    def jobs(self, workers: int) -> Iterator[list[Call]]:
-        """At most a worker's even share of rows, and the components that take as many: for one worker, in turn."""
-        every = range(len(self.completions))
-        even_share = max(1, -(-len(every) // workers))
+    def divide(self, workers: int) -> None:
+        """Jobs of at most a worker's even share; a job holds all components of its rows that take as many."""
+        total, even_share = len(self.completions), max(1, -(-len(self.completions) // workers))
         sizes = [min(reward.batch_size, even_share) for reward in self.rewards.values()]
         for size in dict.fromkeys(sizes):
-            for start in every[::size]:
-                yield [Call(k, every[start : start + size]) for k, own in enumerate(sizes) if own == size]
+            for start in range(0, total, size):
+                rows = tuple(range(start, min(start + size, total)))
+                self.jobs.append([Call(k, rows) for k, own in enumerate(sizes) if own == size])
 
-    def calls(self, job: list[Call]) -> Iterator[Call]:
-        for call in job:
-            yield from call.one_by_one() if call.component in self.late else [call]
+    def next_job(self) -> list[Call]:
+        job = self.jobs.popleft()
+        return [part for call in job for part in (call.one_by_one() if call.component in self.late else [call])]
 
-    def message(self, call: Call) -> bytes:
-        return pickle.dumps((*self.functions[call.component], *take_rows(self.completions, self.columns, call.rows)))
+    def message(self, job: list[Call]) -> bytes:
+        return pickle.dumps(
+            [
+                (self.names[call.component], self.packed[call.component])
+                + take_rows(self.completions, self.columns, call.rows)
+                for call in job
+            ]
+        )
 
-    def record(self, call: Call, outcomes: list) -> None:
+    def succeed(self, call: Call, outcomes: list) -> None:
         for row, outcome in zip(call.rows, outcomes, strict=True):
             self.table[row][call.component] = Outcome(*outcome)
 
-    def fail(self, call: Call, answer: dict) -> list[Call]:
-        """A status where the call was for one completion; else the calls that try each alone."""
-        name, _ = self.functions[call.component]
-        log_once(name, answer["kind"], answer["details"])
-        if len(call.rows) > 1:
-            return call.one_by_one()
-        self.record(call, [(math.nan, answer.get("status", ERROR))])
-        return []
+    def fail(self, call: Call, status: str, kind: str, details: str) -> None:
+        """A status where the call was for one completion; else each is to be tried alone."""
+        log_once(self.names[call.component], kind, details)
+        if status == TIMEOUT:
+            self.late.add(call.component)
+        if len(call.rows) == 1:
+            self.table[call.rows[0]][call.component] = Outcome(math.nan, status)
+        else:
+            singles = call.one_by_one()
+            self.jobs += [singles[i : i + RETRIED_TOGETHER] for i in range(0, len(singles), RETRIED_TOGETHER)]
 
 
 class Pool:
@@ -134,60 +134,79 @@ class Pool:
     def __init__(self, *, workers: int, timeout_s: float, step_timeout_s: float):
         self.size = workers or default_workers()
         self.timeout_s, self.step_timeout_s = timeout_s, step_timeout_s
-        self.workers: dict[int, Worker] = {}  # by thread
-        self.threads = ThreadPoolExecutor(self.size)  # kept: a worker ends with the thread that started it
+        self.workers: list[Worker] = []
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._drop(*self.workers)
-        self.threads.shutdown(cancel_futures=True)
+        while self.workers:
+            self._drop(self.workers[0])
 
     def __call__(self, completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> Table:
-        step, end = Step(completions, columns, rewards), time.monotonic() + self.step_timeout_s
-        pending = {self.threads.submit(self._work, job, step) for job in step.jobs(self.size)}
+        work, end = Work(completions, columns, rewards), time.monotonic() + self.step_timeout_s
+        work.divide(self.size)
         try:
-            while pending and time.monotonic() < end:
-                done, pending = wait(pending, end - time.monotonic(), FIRST_COMPLETED)
-                again = [single for future in done for failure in future.result() for single in step.fail(*failure)]
-                pending |= {self.threads.submit(self._work, [single], step) for single in again}
-        finally:
-            step.is_over = True
-            if pending:  # late, or interrupted: what still runs is of no use to the next step
-                for future in pending:
-                    future.cancel()
-                self._drop(*self.workers)
-        return [list(row) for row in step.table]
+            while time.monotonic() < end and (work.jobs or self._busy()):
+                self._dispatch(work)
+                self._collect(work, end)
+        finally:  # late, or interrupted: what still runs is of no use to the next step
+            for worker in self._busy():
+                self._drop(worker)
+        return work.table
 
-    def _work(self, job: list[Call], step: Step) -> list[tuple[Call, dict]]:
-        """In a thread: makes the calls of a job, and returns those that failed, each with how."""
-        thread, failed = get_ident(), []
-        for call in step.calls(job):
-            worker = self.workers.get(thread)
-            if worker is None:
-                worker = self.workers[thread] = Worker()
-            if step.is_over:  # looked at once the worker is listed: else the end of the step might miss it
-                break
-            answer = worker.ask(step.message(call), self.timeout_s)
-            if step.is_over:  # it was killed under this call
-                break
-            if "outcomes" in answer:
-                step.record(call, answer["outcomes"])
-                continue
-            failed.append((call, answer))
-            if answer.get("status") == TIMEOUT:
-                step.late.add(call.component)
-            if "status" in answer or len(call.rows) > 1:
-                self._drop(thread)
-        return failed
+    def _busy(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.calls]
 
-    def _drop(self, *threads: int) -> None:
-        """End the workers of threads; each starts another when it needs one."""
-        for thread in threads:
-            worker = self.workers.pop(thread, None)  # by the thread itself, or at the end of a step: once
-            if worker is not None:
-                worker.kill()
+    def _dispatch(self, work: Work) -> None:
+        while work.jobs and len(self._busy()) < self.size:
+            idle = next((worker for worker in self.workers if not worker.calls), None)
+            if idle is None:
+                self.workers.append(idle := Worker())
+            job = work.next_job()
+            idle.calls, idle.deadline = deque(job), time.monotonic() + IMPORT_TIMEOUT_S
+            with suppress(OSError):  # it has died: reading from it will say so
+                idle.connection.send_bytes(work.message(job))
+
+    def _collect(self, work: Work, end: float) -> None:
+        """Wait for an answer or a deadline, and take what there is."""
+        busy = {worker.connection: worker for worker in self._busy()}
+        first = min([end, *(worker.deadline for worker in busy.values())])
+        for connection in wait(list(busy), max(0.0, first - time.monotonic())):
+            self._receive(busy[connection], connection, work)
+        for worker in self._busy():
+            is_late = worker.deadline <= min(time.monotonic(), end)
+            if is_late and not worker.connection.poll():  # an answer that is there counts, however late we look
+                self._lose(worker, work, TIMEOUT, "timeout", f"no answer within {self.timeout_s} s")
+
+    def _receive(self, worker: Worker, connection: Connection, work: Work) -> None:
+        try:
+            data = connection.recv_bytes()
+        except (EOFError, OSError):
+            self._lose(worker, work, ERROR, "death", "its worker process died")
+            return
+        if data == READY:
+            worker.deadline = time.monotonic() + self.timeout_s
+            return
+        answer = json.loads(data)
+        if "outcomes" in answer:
+            work.succeed(worker.calls.popleft(), answer["outcomes"])
+        elif len(worker.calls[0].rows) > 1:
+            self._lose(worker, work, ERROR, **answer)
+        else:
+            work.fail(worker.calls.popleft(), ERROR, **answer)
+        worker.deadline = time.monotonic() + IMPORT_TIMEOUT_S
+
+    def _lose(self, worker: Worker, work: Work, status: str, kind: str, details: str) -> None:
+        """Its first call failed and it goes; its other calls go to a fresh one."""
+        work.fail(worker.calls.popleft(), status, kind, details)
+        if worker.calls:
+            work.jobs.appendleft(list(worker.calls))
+        self._drop(worker)
+
+    def _drop(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        worker.kill()
 
 
 def make_pool(rewards: RewardsConfig) -> Pool:

@@ -1,6 +1,6 @@
 """A worker process: reward calls come in over a pipe, outcomes go out. Started by grpo.rewards.pool, without torch.
 
-A call is pickled: component name, packed function, completions, columns. It is answered twice:
+A job is a pickled list of calls (component name, packed function, completions, columns). Each is answered twice:
 READY once its function is imported, then a JSON object, {"outcomes": [[value, status], ...]} or the failure,
 {"kind": exception name, "details": traceback}. JSON: the parent never unpickles what came from here.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from grpo.rewards import runner
+from grpo.rewards.runner import call
 
 READY = b""
 MAX_DETAILS = 4000  # characters of a traceback
@@ -82,16 +82,17 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     while True:
         try:
-            call = pickle.loads(connection.recv_bytes())
+            job = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        connection.send_bytes(_answer(connection, *call))
+        for name, packed, completions, columns in job:
+            connection.send_bytes(_answer(connection, name, packed, completions, columns))
 
 
 def _answer(connection: Connection, name: str, packed: bytes, completions: list[str], columns: dict) -> bytes:
     try:
         function = unpack_function(packed)
         connection.send_bytes(READY)
-        return json.dumps({"outcomes": runner.call(name, function, completions, columns)}).encode()
+        return json.dumps({"outcomes": call(name, function, completions, columns)}).encode()
     except BaseException as error:  # SystemExit too: whatever a user's function does, the parent gets an answer
         return json.dumps({"kind": type(error).__name__, "details": traceback.format_exc()[-MAX_DETAILS:]}).encode()
