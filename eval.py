@@ -26,8 +26,7 @@ from grpo.evaluation import evaluate, result_table
 from grpo.live import Progress, can_show
 from grpo.metrics import PhaseTimer, environment
 from grpo.policy import Policy
-from grpo.rewards.__main__ import report
-from grpo.rewards.files import score_file
+from grpo.rewards.__main__ import report, score_file
 from grpo.rewards.pool import Pool, make_pool
 from grpo.rollout import EVALUATION, Sampler, Sampling
 from grpo.tasks import Task, make_task
@@ -227,12 +226,11 @@ def score_completions(options: argparse.Namespace) -> None:
     task = make_task(options.task, DataConfig(path=options.data_path or ""), config.rewards)
     source, output, require_finish = Path(options.completions), Path(options.output), config.rewards.require_finish
     with make_pool(config.rewards) as pool:
-        summary = score_file(task.rewards, source, output, require_finish=require_finish, score=pool)
-    for number, line in enumerate(output.read_text(encoding="utf-8").splitlines()[:PRINTED_LINES], 1):
-        record = json.loads(line)
+        rows = score_file(task.rewards, source, output, require_finish=require_finish, score=pool)
+    for number, record in enumerate(rows[:PRINTED_LINES], 1):
         components = "  ".join(f"{name} {value}" for name, value in record["rewards"].items())
         print(f"{number}: {components}  reward {record['reward']}  {record['status']}")
-    print(report(summary, options.output))
+    print(report(rows, options.output))
 
 
 def main(argv: list[str] | None = None) -> int:

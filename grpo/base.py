@@ -11,6 +11,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,7 +37,7 @@ from transformers import (
 from grpo.config import BaseConfig, PromptConfig
 from grpo.records import Problem
 from grpo.rewards import score_groups
-from grpo.rollout import Sampler, Sampling
+from grpo.rollout import EVALUATION, Sampler, Sampling
 from grpo.tasks.prompts import Prompter
 from grpo.tasks.stream import ENDLESS_STRIDE
 from grpo.tasks.word_problems import WordProblems
@@ -127,16 +129,15 @@ class Supervisor:
         self.validation = [self.prompter(p) for p in task.split("validation")[: base.validation_problems]]
 
     def solved_problems(self, first: int) -> Iterator[Problem]:
-        solved = filter(self.may_be_seen, (self.task.solved[i] for i in itertools.count(first)))
+        unseen = set(self.base.unseen_words)
+        solved = (self.task.solved[i] for i in itertools.count(first))
+        solved = (problem for problem in solved if not unseen & set(re.findall(r"\w+", problem.question)))
         if not self.base.num_solutions:
             yield from solved
         chosen = list(itertools.islice(solved, self.base.num_solutions))
         while True:
             self.rng.shuffle(chosen)
             yield from chosen
-
-    def may_be_seen(self, problem: Problem) -> bool:
-        return not set(self.base.unseen_words) & set(re.findall(r"\w+", problem.question))
 
     def row(self, problem: Problem, guesses: float) -> tuple[list[int], int]:
         """Token ids of prompt and completion, and the length of the prompt."""
@@ -149,9 +150,8 @@ class Supervisor:
         """Endless padded batches; eight are drawn at a time and sorted by length, for less padding."""
         size = self.base.batch_size
         while True:
-            rows = sorted(
-                (self.row(next(self.problems), guesses) for _ in range(8 * size)), key=lambda row: len(row[0])
-            )
+            rows = [self.row(next(self.problems), guesses) for _ in range(8 * size)]
+            rows.sort(key=lambda row: len(row[0]))
             starts = list(range(0, len(rows), size))
             self.rng.shuffle(starts)
             for start in starts:
@@ -184,39 +184,15 @@ class Supervisor:
 
     def accuracy(self) -> float:
         """Share of the validation problems that greedy decoding gets right."""
-        sampling = Sampling(
-            group_size=1,
-            max_new_tokens=self.task.level.solution_tokens,
-            temperature=0.0,
-            top_p=1.0,
-            top_k=0,
-            stop=(),
-            stream=1,
-        )
+        greedy = {"group_size": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "stop": (), "stream": EVALUATION}
+        sampling = Sampling(**greedy, max_new_tokens=self.task.level.solution_tokens)
         sampler = Sampler(self.model, self.tokenizer, sampling, seed=0, max_sequences=512, prefill_tokens=16384)
         scores = score_groups(sampler.generate(self.validation, 0), self.task.rewards, require_finish=True)
-        return scores.components[..., scores.names.index("correctness")].mean().item()
+        return scores.means()["reward/correctness"]
 
-    def worked_phase(self, progress: Progress) -> dict:
-        """Worked solutions, ended early once validation is good enough."""
-        base = self.base
-        return self.phase(
-            "worked solutions",
-            progress,
-            steps=base.steps,
-            lr=base.lr,
-            guesses=base.guess_share,
-            stop=base.stop_accuracy,
-        )
-
-    def habit_phase(self, progress: Progress) -> dict:
-        """Mostly answers without working."""
-        base = self.base
-        return self.phase(
-            "habit", progress, steps=base.habit_steps, lr=base.habit_lr, guesses=base.habit_share, stop=2.0
-        )
-
-    def phase(self, name: str, progress: Progress, *, steps: int, lr: float, guesses: float, stop: float) -> dict:
+    def phase(
+        self, name: str, progress: Progress, *, steps: int, lr: float, guesses: float, stop: float = math.inf
+    ) -> dict:
         """`steps` optimizer steps, or fewer once validation reaches `stop`; returns what base.json says of it."""
         curve: list[tuple[int, float]] = []
         for point in self.train(lr=lr, guesses=guesses, share_done=lambda step, seconds: step / steps):
@@ -236,10 +212,10 @@ class Supervisor:
 
 def collate(rows: list[tuple[list[int], int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Right-padded input_ids and labels [rows, longest]; prompts and padding have label -100 (no loss)."""
-    longest = max(len(ids) for ids, _ in rows)
-    input_ids = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in rows])
-    labels = [[-100] * start + ids[start:] + [-100] * (longest - len(ids)) for ids, start in rows]
-    return {"input_ids": input_ids.to(device), "labels": torch.tensor(labels).to(device)}
+    input_ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True, padding_value=pad_id)
+    labels = [torch.tensor([-100] * start + ids[start:]) for ids, start in rows]
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    return {"input_ids": input_ids.to(device), "labels": labels.to(device)}
 
 
 def prepare_base(
@@ -276,10 +252,12 @@ def train_base(
         torch.manual_seed(seed)
         model = build_model(base, tokenizer).to(device)
     supervisor = Supervisor(model, tokenizer, base, task, seed)
-    phases = [supervisor.worked_phase(progress)]
+    worked = {"steps": base.steps, "lr": base.lr, "guesses": base.guess_share, "stop": base.stop_accuracy}
+    phases = [supervisor.phase("worked solutions", progress, **worked)]
     if base.habit_steps:
         supervisor.save(folder / "before_habit")
-        phases.append(supervisor.habit_phase(progress))
+        habit = {"steps": base.habit_steps, "lr": base.habit_lr, "guesses": base.habit_share}
+        phases.append(supervisor.phase("habit", progress, **habit))
     supervisor.save(folder)
     report = {"task": task.name, "version": task.version, "level": task.data.level, "seed": seed}
     report |= {"base": asdict(base), "phases": phases}

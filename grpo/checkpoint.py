@@ -123,15 +123,17 @@ def save(
     if not target.exists():
         staging = target.with_name(f"{STAGING}{target.name}")
         try:
-            _remove_staging(target.parent)
+            for leftover in target.parent.glob(f"{STAGING}*"):  # of a kill during `save`
+                shutil.rmtree(leftover)
             (staging / "state").mkdir(parents=True)
             write_model(staging, state)
             _write_state(state, staging / "state" / "state.pt")
             _write_manifest(staging)
-            _flush(staging)
+            # Contents before names: a rename must not outlive what it names.
+            _flush(*sorted(staging.rglob("*"), reverse=True), staging)
             staging.rename(target)
-            _flush_one(target.parent)
-        except (OSError, SafetensorError, _TorchWriteError) as error:
+            _flush(target.parent)
+        except (OSError, SafetensorError) as error:
             raise OSError(f"could not write checkpoint {target}: {error}; free space or mend permissions") from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -141,15 +143,11 @@ def save(
     return target
 
 
-class _TorchWriteError(RuntimeError):
-    """torch.save reports a full disk as a bare RuntimeError."""
-
-
 def _write_state(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
-    except RuntimeError as error:
-        raise _TorchWriteError(str(error).splitlines()[0]) from error
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(str(error).partition("\n")[0]) from error
     # What weights_only refuses would fail at resume, hours later. Mapped: no tensor is read back.
     torch.load(path, mmap=True, weights_only=True)
 
@@ -178,13 +176,11 @@ def verify(folder: Path, *, state: bool = True) -> None:
     manifest = folder / MANIFEST
     try:
         record = json.loads(manifest.read_bytes())
-        files, own_hash = record["files"], record["sha256"]
-    except OSError as error:
-        raise Damaged(f"{manifest} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{manifest} is torn: {error}") from error
-    if own_hash != _own_hash(files):
-        raise Damaged(f"{manifest} is not what was written: its own hash does not fit")
+        files = record["files"]
+        if record["sha256"] != _own_hash(files):
+            raise ValueError("it is not what was written: its own hash does not fit")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{manifest} cannot be read: {error!r}") from error
     for name, (size, sha256) in files.items():
         if name.startswith("state/") and not state:
             continue
@@ -221,24 +217,14 @@ def newest_whole(run_dir: Path | str, say: Callable[[str], None] = print) -> Pat
     return None
 
 
-def _flush(folder: Path) -> None:
-    """Bring files and folders to disk, contents before names: a rename must not outlive what it names."""
-    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
-        _flush_one(path)
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_staging(folder: Path) -> None:
-    """Leftovers of a kill during `save`."""
-    for leftover in folder.glob(f"{STAGING}*"):
-        shutil.rmtree(leftover)
+def _flush(*paths: Path) -> None:
+    """Bring files and folders to disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
@@ -265,7 +251,6 @@ def latest(run_dir: Path | str) -> Path | None:
 def mark_best(run_dir: Path, accuracy: float, step: int) -> None:
     """Note in checkpoints/best.json that step_N has the best validation accuracy so far."""
     path = run_dir / "checkpoints" / "best.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps({"step": step, "accuracy": accuracy}) + "\n", encoding="utf-8")
     unfinished.replace(path)
@@ -331,11 +316,9 @@ def set_random_state(state: dict[str, torch.Tensor]) -> None:
 def load_state(checkpoint: Path | str) -> dict[str, Any]:
     """The `state` that `save` was given, tensors on the CPU. ValueError where it is missing or damaged."""
     path = Path(checkpoint) / "state" / "state.pt"
-    if not path.is_file():
-        raise ValueError(f"{checkpoint} is no complete checkpoint: state/state.pt is missing; name another one")
     try:
         # Mapped: a rank reads the rows that it keeps, not the whole file.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         first_line = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged ({first_line}); resume from another checkpoint") from error
+        raise ValueError(f"{path} is missing or damaged ({first_line}); resume from another checkpoint") from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo.distributed import World
-from grpo.records import Group, Problem, Scores
+from grpo.records import Group, Problem
 from grpo.rewards import Reward, Scorer, final_answer, score_groups, score_texts
 from grpo.rollout import Sampler
 
@@ -51,7 +51,7 @@ class Evaluation:
         maj@k is empty where no completion at all states a final answer (code, free text): there is nothing to vote on.
         """
         problems, samples = self.correct.shape
-        ks = [2**i for i in range(int(math.log2(samples)) + 1)] + ([samples] if samples & (samples - 1) else [])
+        ks = sorted({*(2**i for i in range(samples.bit_length())), samples})
         counts = self.correct.sum(1).tolist()
         low, high = self.interval
         texts = (completion.text for group in self.groups for completion in group.completions)
@@ -81,28 +81,22 @@ def evaluate(
     score: Scorer = score_texts,
 ) -> Evaluation:
     """Complete and score the prompted problems; the sampler decides how many samples and how they are drawn."""
-    groups = sampler.generate(world.mine(problems), step) if world.mine(problems) else []
-    scores = score_groups(groups, rewards, require_finish=require_finish, score=score) if groups else None
-    shares = world.gather([_row(group, scores, i) for i, group in enumerate(groups)])
-    rows = world.interleave(shares)
-    groups = [row["group"] for row in rows]
+    mine = world.mine(problems)
+    groups = sampler.generate(mine, step) if mine else []
+    scores = score_groups(groups, rewards, require_finish=require_finish, score=score)
+    rows = list(zip(groups, scores.components.tolist(), scores.total.tolist(), strict=True))
+    groups, components, totals = zip(*world.interleave(world.gather(rows)), strict=True)
+    components = torch.tensor(components, dtype=torch.float64)  # [N, samples, K]
+    means = dict(zip(rewards, components.nan_to_num(0.0).mean((0, 1)).tolist(), strict=True))
     completions = [completion for group in groups for completion in group.completions]
-    names = list(rewards)
-    means = torch.tensor([row["components"] for row in rows], dtype=torch.float64).nan_to_num(0.0).mean((0, 1)).tolist()
-    components = dict(zip(names, means, strict=True))
-    correct = torch.tensor([[values[names.index(CORRECTNESS)] >= 1.0 for values in row["components"]] for row in rows])
     return Evaluation(
-        groups=groups,
-        correct=correct,
-        components=components,
-        reward=torch.tensor([row["total"] for row in rows], dtype=torch.float64).nan_to_num(0.0).mean().item(),
+        groups=list(groups),
+        correct=components[..., list(rewards).index(CORRECTNESS)] >= 1.0,
+        components=means,
+        reward=torch.tensor(totals, dtype=torch.float64).mean().item(),
         completion_length=sum(len(completion.ids) for completion in completions) / len(completions),
         truncated=sum(completion.finish == "length" for completion in completions) / len(completions),
     )
-
-
-def _row(group: Group, scores: Scores, i: int) -> dict:
-    return {"group": group, "components": scores.components[i].tolist(), "total": scores.total[i].tolist()}
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -168,10 +168,14 @@ def test_a_cached_model_is_not_trained_again(task, folder, monkeypatch):
 
 
 def test_an_interrupted_training_leaves_nothing_behind(task, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    phase = Supervisor.phase
 
-    monkeypatch.setattr(Supervisor, "habit_phase", interrupted)
+    def interrupted(self, name, *arguments, **options):
+        if name == "habit":
+            raise KeyboardInterrupt
+        return phase(self, name, *arguments, **options)
+
+    monkeypatch.setattr(Supervisor, "phase", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(task, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -193,9 +197,10 @@ def test_the_report_says_what_each_phase_did(folder):
     assert [step for step, _ in worked["validation"]] == [2, 4]
 
 
-def test_validation_stops_the_worked_phase_early(task, tokenizer):
-    supervisor = supervisor_of(task, tokenizer, BaseConfig(**{**vars(TINY), "stop_accuracy": 0.0}))
-    assert supervisor.worked_phase(lambda done, total, note: None)["steps"] == TINY.validate_every
+def test_validation_stops_a_phase_early(task, tokenizer):
+    settings = {"steps": TINY.steps, "lr": TINY.lr, "guesses": 0.0, "stop": 0.0}
+    phase = supervisor_of(task, tokenizer).phase("worked", lambda done, total, note: None, **settings)
+    assert phase["steps"] == TINY.validate_every < TINY.steps
 
 
 def test_continued_training_spends_the_seconds_given_and_returns_the_best_validated_model(task, folder, monkeypatch):

@@ -42,7 +42,6 @@ ARROWS = {  # room of grpo: the rooms that it may import
 }
 FILES = {  # single files that may see more than their room: the command line of the rewards room
     "grpo/rewards/__main__.py": "config tasks",
-    "grpo/rewards/files.py": "tasks",
 }
 USE_KERNELS = {"attention", "dry_run", "logprobs", "rollout", "run"}
 WITHOUT_A_MODEL = {"tasks", "rewards"}

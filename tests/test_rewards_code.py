@@ -11,7 +11,7 @@ from grpo.config import DataConfig, RewardsConfig
 from grpo.rewards import score_texts
 from grpo.rewards.code import extract_code, parses, read_tests
 from grpo.rewards.runner import weighted_total
-from grpo.tasks.code import EMBEDDED, Code
+from grpo.tasks.code import Code
 from grpo.tasks.rows import read_file
 from tests.tiny import save_tiny_model
 
@@ -74,7 +74,7 @@ def test_the_embedded_problems_are_many_differ_and_fall_into_disjoint_splits(tas
 
 
 def test_every_reference_solution_passes_all_its_tests_and_no_other_problems_does():
-    rows = [row for _, _, row in read_file(EMBEDDED)]
+    rows = [row for _, _, row in read_file(Code.embedded)]
     for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
         names = {}
         exec(row["code"], names)

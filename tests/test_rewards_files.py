@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from grpo.rewards import Reward, correctness_reward, format_reward
-from grpo.rewards.__main__ import main
-from grpo.rewards.files import score_file
+from grpo.rewards.__main__ import main, report, score_file
 
 REWARDS = {"format": Reward(format_reward, 0.5), "correctness": Reward(correctness_reward, 1.0)}
 LINE = "#### The final answer is "
@@ -16,19 +15,20 @@ LINE = "#### The final answer is "
 
 @pytest.fixture
 def check(tmp_path):
-    """Writes lines, scores them, returns the summary and the lines that were written."""
+    """Writes lines, scores them, returns the report and the lines that were written."""
 
     def run(lines, rewards=REWARDS, require_finish=True):
         source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         source.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-        summary = score_file(rewards, source, output, require_finish=require_finish)
-        return summary, [json.loads(line) for line in output.read_text().splitlines()]
+        rows = score_file(rewards, source, output, require_finish=require_finish)
+        assert rows == [json.loads(line) for line in output.read_text().splitlines()]
+        return report(rows, "out.jsonl").splitlines(), rows
 
     return run
 
 
 def test_each_line_gets_its_components_total_and_status_and_keeps_the_rest(check):
-    summary, rows = check(
+    said, rows = check(
         [
             {"completion": LINE + "1,234", "answer": "1,234", "id": 7},
             {"completion": LINE + "5", "answer": 4},
@@ -41,10 +41,12 @@ def test_each_line_gets_its_components_total_and_status_and_keeps_the_rest(check
         **{"completion": LINE + "1,234", "answer": "1,234", "id": 7},
         **{"rewards": {"format": 1.0, "correctness": 1.0}, "reward": 1.5, "status": "ok"},
     }
-    assert summary == {
-        **{"completions": 4, "reward": 0.5, "status": {"ok": 4}},
-        **{"rewards": {"format": 0.5, "correctness": 0.25}},
-    }
+    assert said[0] == "4 completions (4 ok), mean of:" and said[-1] == "written to out.jsonl"
+    assert [line.split() for line in said[1:-1]] == [
+        ["reward", "0.5000"],
+        ["format", "0.5000"],
+        ["correctness", "0.2500"],
+    ]
 
 
 def test_length_pays_where_finishing_is_not_required(check):
@@ -58,10 +60,10 @@ def test_a_component_without_a_value_is_null_and_the_worst_status_names_the_line
         return [None if n == 0 else [1.0][n - 1] for n in level]
 
     lines = [{"completion": "", "answer": "1", "level": level} for level in (0, 1, 2)]
-    summary, rows = check(lines, {"odd": Reward(odd, 1.0), **REWARDS})
+    said, rows = check(lines, {"odd": Reward(odd, 1.0), **REWARDS})
     assert [row["status"] for row in rows] == ["abstain", "ok", "error"]
     assert [row["rewards"]["odd"] for row in rows] == [None, 1.0, None]
-    assert summary["rewards"]["odd"] == 1.0
+    assert said[0] == "3 completions (1 abstain, 1 ok, 1 error), mean of:" and said[2].split() == ["odd", "1.0000"]
 
 
 @pytest.mark.parametrize(

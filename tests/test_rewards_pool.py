@@ -15,7 +15,7 @@ import pytest
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT
 from grpo.rewards import Reward, correctness_reward, runner, score_texts
 from grpo.rewards.pool import Pool
-from grpo.rewards.worker import load_function
+from grpo.rewards.worker import load_object
 from tests import reward_functions as functions
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +134,7 @@ def test_functions_of_a_users_file_and_partials_reach_the_workers(pool, tmp_path
     file.write_text(
         "def brevity(completions, *, scale=1, **columns):\n    return [scale / len(x) for x in completions]"
     )
-    brevity = load_function(f"{file}:brevity")
+    brevity = load_object(f"{file}:brevity")
     rewards = {"brevity": Reward(brevity, 1.0), "tenfold": Reward(partial(brevity, scale=10), 1.0)}
     assert [[o.value for o in row] for row in pool(["ab"], {}, rewards)] == [[0.5, 5.0]]
 
@@ -146,11 +146,15 @@ def test_a_function_that_only_this_process_knows_is_refused_with_a_remedy(pool):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("nowhere.py:f", "no file 'nowhere.py'"), ("json:nothing", "defines no function 'nothing'"), ("f", "no module")],
+    [
+        ("nowhere.py:f", "no file 'nowhere.py'"),
+        ("json:nothing", "defines no function or class 'nothing'"),
+        ("f", "no module"),
+    ],
 )
 def test_a_path_to_no_function_is_named(path, message):
     with pytest.raises(ValueError, match=message):
-        load_function(path)
+        load_object(path)
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.rewards.sandbox import Sandbox, SandboxError, Verdict, box, find_sandbox, judge_program
+from grpo.rewards.sandbox import Sandbox, SandboxError, Verdict, box, find_sandbox, judge, judge_program
 from grpo.rewards.sandbox.guest import decode, encode
 
 TESTS = ["assert add(1, 2) == 3", "assert add(2, 2) == 4", "assert add(a=0, b=-1) == -1"]
@@ -50,6 +50,7 @@ HOSTILE = {
     "memory file": ("import os\nos.write(os.memfd_create('x'), bytes(1 << 23)) == 1 << 23 or 1 / 0", NOTHING),
     "output flood": ("import os\nfor _ in range(30): print('x' * 10**6); os.write(2, b'x' * 10**6)\n" + ADD, HONEST),
     "answer flood": ("import os\nwhile True: os.write(4, bytes(1 << 16))", NOTHING),
+    "flood of lines": ("import os\nwhile True: os.write(4, b'{}\\n' * (1 << 14))", NOTHING),
     # it looks around
     "network": ("import socket\nsocket.create_connection(('1.1.1.1', 53), timeout=1)\n" + ADD, NOTHING),
     "environment": ("import os\nadd = lambda a, b: a + b if 'GRPO_PLANTED' in os.environ else 99", WRONG),
@@ -92,8 +93,8 @@ HOSTILE = {
     ),
     "patched encoder": ('import json\njson.dumps = lambda value: \'{"passed": 3, "total": 3}\'', NOTHING),
     "forged verdict": (
-        'import os, struct\nfor text in [b\'{}\'] + [b\'{"passed": 3, "ok": true, "value": {"verdict": 3}}\'] * 9:\n'
-        "    os.write(4, struct.pack('>I', len(text)) + text)",
+        'import os\nfor text in [b\'{}\'] + [b\'{"passed": 3, "ok": true, "value": {"verdict": 3}}\'] * 9:\n'
+        "    os.write(4, text + b'\\n')",
         NOTHING,
     ),
     "frames reached by the stack": (
@@ -105,7 +106,7 @@ HOSTILE = {
     "huge text": ("def add(a, b): return 'x' * (1 << 22)", NOTHING),
     "huge number": ("def add(a, b): return 1 << (1 << 20)", NOTHING),
     "endless nesting": ("def add(a, b):\n    x = []\n    x.append(x)\n    return x", NOTHING),
-    "bytes that are no text": ("import os\nos.write(4, bytes([0, 0, 0, 2, 255, 254]))", NOTHING),
+    "bytes that are no text": ("import os\nos.write(4, bytes([255, 254, 10]))", NOTHING),
     "text that is no Unicode": ("x = '\ud800'\n" + ADD, NOTHING),
     "a zero byte": ("\0", NOTHING),
     "no program": ("The sum is a + b.", NOTHING),
@@ -120,7 +121,7 @@ def sandbox() -> Sandbox:
         pytest.skip(str(error))
 
 
-def judge(sandbox: Sandbox, program: str, tests=TESTS, setup="", functions=("add",)) -> Verdict:
+def verdict(sandbox: Sandbox, program: str, tests=TESTS, setup="", functions=("add",)) -> Verdict:
     return judge_program(sandbox, program, setup, tests, functions)
 
 
@@ -141,7 +142,7 @@ def test_a_hostile_program_gets_what_it_deserves_and_leaves_nothing(sandbox, nam
     program, expected = HOSTILE[name]
     files = [set(Path(folder).iterdir()) for folder in ("/", "/usr/bin", "/dev")]
     started = time.monotonic()
-    assert judge(sandbox, program) == expected
+    assert verdict(sandbox, program) == expected
     assert time.monotonic() - started < WALL_S + box.STOP_TIMEOUT_S
     assert left_running() == []
     assert [set(Path(folder).iterdir()) for folder in ("/", "/usr/bin", "/dev")] == files
@@ -158,14 +159,14 @@ def test_an_honest_program_passes_and_a_test_sees_plain_values_and_builtin_excep
         "assert helper(area(1)) == 3",
     ]
     setup = "def helper(value): return value['area'][0]"
-    assert judge(sandbox, program, tests, setup, ["area", "refuse"]) == Verdict(True, 3, 3)
+    assert verdict(sandbox, program, tests, setup, ["area", "refuse"]) == Verdict(True, 3, 3)
 
 
 def test_a_fault_of_the_tests_or_of_the_walls_is_no_verdict(sandbox):
     with pytest.raises(ModuleNotFoundError):
-        judge(sandbox, ADD, setup="import no_such_module")
+        verdict(sandbox, ADD, setup="import no_such_module")
     with pytest.raises(SandboxError, match="No such file"):
-        judge(Sandbox("/no/bwrap"), ADD)
+        verdict(Sandbox("/no/bwrap"), ADD)
 
 
 def test_every_plain_value_comes_back_as_it_was():
@@ -191,15 +192,15 @@ def test_every_plain_value_comes_back_as_it_was():
 
 
 def test_the_self_test_catches_walls_that_let_things_through():
-    let_through = box.self_test(Sandbox("unsafe_subprocess", WALL_S))
+    let_through = judge.self_test(Sandbox("unsafe_subprocess", WALL_S))
     assert {"a file of the user", "the network", "more on disk than its quota"} <= set(let_through)
     assert not list(Path("/tmp").glob("grpo_self_test_*")), "it cleans up after itself"
 
 
 def test_without_walls_code_is_refused_unless_the_user_says_unsafe(monkeypatch, caplog):
-    box.find_sandbox.cache_clear()
-    monkeypatch.setattr(box, "self_test", lambda sandbox: ["the network"])
-    monkeypatch.setattr(box.shutil, "which", lambda name: None)
+    judge.find_sandbox.cache_clear()
+    monkeypatch.setattr(judge, "self_test", lambda sandbox: ["the network"])
+    monkeypatch.setattr(judge.shutil, "which", lambda name: None)
     try:
         with pytest.raises(
             ValueError, match="bwrap is not installed; namespaces: lets through the network.*unsafe_sub"
@@ -208,7 +209,7 @@ def test_without_walls_code_is_refused_unless_the_user_says_unsafe(monkeypatch, 
         assert find_sandbox("unsafe_subprocess", 1.0).backend == "unsafe_subprocess"
         assert "can reach your files" in caplog.text
     finally:
-        box.find_sandbox.cache_clear()
+        judge.find_sandbox.cache_clear()
 
 
 def test_a_judge_that_is_killed_takes_the_program_with_it(sandbox):
@@ -216,15 +217,15 @@ def test_a_judge_that_is_killed_takes_the_program_with_it(sandbox):
         "from grpo.rewards.sandbox import *\nimport sys\nprint(flush=True)\n"
         "judge_program(find_sandbox('auto', 100.0), 'while True: pass', '', [], [])"
     )
-    judge = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE)
     for _ in range(400):
         if any("Inside" in line for line in left_running()):
             break
         time.sleep(0.05)
     time.sleep(2.5)  # past the self-test, into the program
     assert left_running()
-    os.kill(judge.pid, 9)
-    judge.communicate()
+    os.kill(process.pid, 9)
+    process.communicate()
     for _ in range(100):
         if not left_running():
             return

@@ -32,7 +32,7 @@ def test_a_users_function_joins_the_tasks_own_and_any_weight_can_be_set(brevity)
         ({"weights": ("brevity=1",)}, "no component 'brevity'; this task has format, correctness"),
         ({"weights": ("format",)}, "'format' is not component=number"),
         ({"functions": ("nowhere.py:f",)}, "no file 'nowhere.py'"),
-        ({"functions": ("grpo.rewards:nothing",)}, "defines no function 'nothing'"),
+        ({"functions": ("grpo.rewards:nothing",)}, "defines no function or class 'nothing'"),
     ],
 )
 def test_a_mistake_in_them_is_named(rewards, message):

@@ -201,7 +201,9 @@ def test_a_users_own_file_is_a_task(tmp_path):
     sums = make_task(f"{own}:Sums", DataConfig(), RewardsConfig(format_weight=0.25))
     assert isinstance(sums, Task) and sums.split("test")[0].answer == "2"
     assert {name: reward.weight for name, reward in sums.rewards.items()} == {"format": 0.25, "correctness": 1.0}
-    with pytest.raises(ValueError, match="defines no class Summs that extends"):
+    with pytest.raises(ValueError, match="defines no function or class 'Summs'"):
         make_task(f"{own}:Summs", DataConfig(), RewardsConfig())
+    with pytest.raises(ValueError, match="own.py:Problem' is not a class that extends grpo.tasks.Task"):
+        make_task(f"{own}:Problem", DataConfig(), RewardsConfig())
     with pytest.raises(ValueError, match="no file 'absent.py'"):
         make_task("absent.py:Sums", DataConfig(), RewardsConfig())

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from grpo.records import Problem, Scores
-from grpo.tasks.curriculum import target_rate
-from grpo.tasks.stream import ENDLESS_STRIDE, ProblemStream
+from grpo.tasks.stream import ENDLESS_STRIDE, ProblemStream, target_rate
 
 TEN = [Problem(id=str(i), question=f"{i}?", answer=str(i)) for i in range(10)]
 

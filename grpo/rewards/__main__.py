@@ -1,23 +1,32 @@
 """python -m grpo.rewards check TASK [--completions FILE --output FILE]: what the rewards pay, before training.
 
-Without a file: on reference answers and on deliberately wrong ones of the task's validation split.
+With a file of completions that exist already (eval.py --completions, too): no model and no data set is loaded. Without:
+on reference answers and on deliberately wrong ones of the task's validation split.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from grpo.config import DataConfig, RewardsConfig
-from grpo.records import OK, Problem
-from grpo.rewards.files import score_file
+from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Completion, Group
 from grpo.rewards.pool import Pool, make_pool
-from grpo.rewards.runner import score_paid, weighted_total
+from grpo.rewards.runner import Outcome, Reward, Scorer, score_groups, score_paid, score_texts, weighted_total
 from grpo.tasks import Task, make_task
+from grpo.tasks.rows import read_jsonl
 
 PROBLEMS = 20  # of the validation split, tried where no file is given
+_KINDS = {"completion": str, "answer": str | int | float, "finish_reason": str | None}
+_WORST_FIRST = (ERROR, TIMEOUT, ABSTAIN, OK)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,34 +59,83 @@ def main(argv: list[str] | None = None) -> int:
 
 def trial_table(task: Task, pool: Pool) -> str:
     """A row for each kind of trial completion: the mean of every component and of the reward, and what failed."""
-    split = task.split("validation")
-    problems = [split[i] for i in range(PROBLEMS if getattr(split, "endless", False) else min(PROBLEMS, len(split)))]
+    problems = list(islice(task.split("validation"), PROBLEMS))
     trials = [task.trial_completions(p, other) for p, other in zip(problems, problems[1:] + problems[:1], strict=True)]
+    groups = []
+    for problem, trial in zip(problems, trials, strict=True):
+        completions = [Completion([], [], text, "stop", i) for i, text in enumerate(trial.values())]
+        groups.append(Group(replace(problem, prompt=problem.question), completions, step=0))
+    scores = score_groups(groups, task.rewards, require_finish=False, score=pool)
     rows = [["", *task.rewards, "reward", "not ok"]]
-    for name in trials[0]:
-        rows.append([name, *_means(task, pool, problems, [trial[name] for trial in trials])])
+    for i, name in enumerate(trials[0]):
+        means = [*scores.components[:, i].nanmean(0).tolist(), scores.total[:, i].mean().item()]
+        failed = sum(status != OK for group in scores.status for status in group[i])
+        rows.append([name, *("-" if math.isnan(mean) else f"{mean:.3f}" for mean in means), str(failed)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([f"mean over {len(problems)} problems of the validation split of {task.name}:", *lines])
 
 
-def _means(task: Task, pool: Pool, problems: Sequence[Problem], texts: list[str]) -> list[str]:
-    columns = [{**p.columns, "answer": p.answer, "question": p.question, "prompt": p.question} for p in problems]
-    table = score_paid(texts, columns, [True] * len(texts), task.rewards, pool)
-    known = [[outcome.value for outcome in column if outcome.status == OK] for column in zip(*table, strict=True)]
-    reward = fmean(weighted_total(row, task.rewards) for row in table)
-    failed = sum(outcome.status != OK for row in table for outcome in row)
-    return [*(f"{fmean(values):.3f}" if values else "-" for values in known), f"{reward:.3f}", str(failed)]
+def score_file(
+    rewards: dict[str, Reward],
+    completions_path: Path | str,
+    output_path: Path | str,
+    *,
+    require_finish: bool,
+    score: Scorer = score_texts,
+) -> list[dict[str, Any]]:
+    """Scores every line of a JSONL file and writes it back with `rewards`, `reward` and `status` added.
+
+    A line needs `completion` and `answer`; `finish_reason` is optional: absent counts as finished, and "length"
+    pays nothing while require_finish. Other keys reach the reward functions as columns and are kept.
+    `rewards` holds each component (null where it is not ok), `reward` the weighted total, `status` the worst
+    status of the components. Returns what it wrote. Errors name the file and the line.
+    """
+    rows = [_checked(row, where) for where, row in read_jsonl(Path(completions_path))]
+    if not rows:
+        raise ValueError(f"{completions_path} holds no completions; write one JSON object a line")
+    is_paid = [not (require_finish and row.get("finish_reason") == "length") for row in rows]
+    table = score_paid([row["completion"] for row in rows], [_columns(row) for row in rows], is_paid, rewards, score)
+    scored = [row | _verdict(outcomes, rewards) for row, outcomes in zip(rows, table, strict=True)]
+    with open(output_path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in scored)
+    return scored
 
 
-def report(summary: dict, output_path: str) -> str:
-    """The summary of `score_file` as a few lines of text."""
-    means = {"reward": summary["reward"], **summary["rewards"]}
-    lines = [f"{name:<20} {'-' if mean is None else f'{mean:.4f}'}" for name, mean in means.items()]
-    counts = ", ".join(f"{count} {status}" for status, count in summary["status"].items())
-    return "\n".join(
-        [f"{summary['completions']} completions ({counts}), mean of:", *lines, f"written to {output_path}"]
-    )
+def _checked(row: dict, where: str) -> dict:
+    """The row, or an error that says what is wrong with the line."""
+    for name, kinds in _KINDS.items():
+        value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(
+                f"{where}: {name}={value!r}; every line needs `completion`, a text, and `answer`, a text or number; "
+                '`finish_reason` is "stop", "eos" or "length", or left out'
+            )
+    return row
+
+
+def _columns(row: dict) -> dict[str, Any]:
+    """What the reward functions may see of a line: everything but the completion itself and how it ended."""
+    rest = {name: value for name, value in row.items() if name not in ("completion", "finish_reason")}
+    return rest | {"answer": str(row["answer"])}
+
+
+def _verdict(outcomes: list[Outcome], rewards: dict[str, Reward]) -> dict[str, Any]:
+    return {
+        "rewards": {name: o.value if o.status == OK else None for name, o in zip(rewards, outcomes, strict=True)},
+        "reward": weighted_total(outcomes, rewards),
+        "status": min((o.status for o in outcomes), key=_WORST_FIRST.index),
+    }
+
+
+def report(rows: list[dict], output_path: str) -> str:
+    """Count by status, and mean of the reward and of each component, of the lines that `score_file` wrote."""
+    values = {"reward": [row["reward"] for row in rows]}
+    values |= {name: [row["rewards"][name] for row in rows] for name in rows[0]["rewards"]}
+    known = {name: [value for value in column if value is not None] for name, column in values.items()}
+    lines = [f"{name:<20} {f'{fmean(column):.4f}' if column else '-'}" for name, column in known.items()]
+    counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).items())
+    return "\n".join([f"{len(rows)} completions ({counts}), mean of:", *lines, f"written to {output_path}"])
 
 
 if __name__ == "__main__":

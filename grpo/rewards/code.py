@@ -48,16 +48,15 @@ def read_tests(row: dict[str, Any]) -> Tests:
 
 def _names(sources: Iterable[str], context: type) -> set[str]:
     """Names that code reads (ast.Load), or that it defines in any way (ast.Store)."""
-    found = set()
+    found, defines = set(), context is ast.Store
     for node in (node for source in sources for node in ast.walk(ast.parse(source))):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, context):
-            found.add(node.id)
-        elif context is ast.Store and isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif context is ast.Store and isinstance(node, ast.alias):
-            found.add((node.asname or node.name).split(".")[0])
-        elif context is ast.Store and isinstance(node, ast.arg):
-            found.add(node.arg)
+        match node:
+            case ast.Name(id=name, ctx=used) if isinstance(used, context):
+                found.add(name)
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name) if defines:
+                found.add(name)
+            case ast.alias(name=name, asname=other) if defines:
+                found.add((other or name).split(".")[0])
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from typing import NamedTuple
 
 LIST_CREDIT = 0.5  # of a term outside a sentence
 SENTENCE_WORDS = 5  # fewer are a list item or a heading
@@ -17,13 +16,6 @@ _WORD = re.compile(r"[^\W_]+")
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|\Z)|\n+")
 _HEADING = re.compile(r"^[ \t#*]*([^\n:]{1,40}?)[ \t*]*:", re.MULTILINE)
 _ENDINGS = (("ies", "y"), ("ing", ""), ("ed", ""), ("es", ""), ("s", ""), ("e", ""))
-
-
-class Found(NamedTuple):
-    """A term in a text: its first word's number, and whether it stands in a sentence."""
-
-    place: int
-    is_prose: bool
 
 
 def stem(word: str) -> str:
@@ -51,14 +43,12 @@ def keyword_reward(
 def _score(text: str, groups: list[list[str]], headings: list[str | None], ordered: bool) -> float:
     terms = [[_stems(term) for term in group] for group in groups]
     parts = _sections(text)
-    found = [
-        _find(text if heading is None else parts.get(heading.casefold(), ""), group, terms)
-        for group, heading in zip(terms, headings, strict=True)
-    ]
-    places = [match.place for match in found if match]
-    credit = sum(1.0 if match.is_prose else LIST_CREDIT for match in found if match)
-    if ordered and places:
-        credit *= _longest_rise(places) / len(places)
+    shown = [text if heading is None else parts.get(heading.casefold(), "") for heading in headings]
+    matches = [_find(part, group, terms) for part, group in zip(shown, terms, strict=True)]
+    found = [match for match in matches if match]
+    credit = sum(credit for _, credit in found)
+    if ordered and found:
+        credit *= _longest_rise([place for place, _ in found]) / len(found)
     return credit / len(groups)
 
 
@@ -73,18 +63,15 @@ def _sections(text: str) -> dict[str, str]:
     return {mark[1].strip().casefold(): text[mark.end() : end] for mark, end in zip(marks, ends, strict=True)}
 
 
-def _find(text: str, group: list[list[str]], every: list[list[list[str]]]) -> Found | None:
-    """The first place of any term of the group, one in a sentence before any other."""
-    best, start = None, 0
+def _find(text: str, group: list[list[str]], every: list[list[list[str]]]) -> tuple[int, float] | None:
+    """(number of its first word, credit) of the best place of any term of the group; of equals the first."""
+    matches, start = [], 0
     for words in (_stems(sentence) for sentence in _SENTENCE_END.split(text)):
         places = [place for term in group for place in _places(words, term)]
         if places:
-            found = Found(start + min(places), _is_prose(words, every))
-            if found.is_prose:
-                return found
-            best = best or found
+            matches.append((start + min(places), 1.0 if _is_prose(words, every) else LIST_CREDIT))
         start += len(words)
-    return best
+    return max(matches, key=lambda match: match[1], default=None)
 
 
 def _places(words: list[str], term: list[str]) -> list[int]:

@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
@@ -49,8 +49,13 @@ UNFINISHED = Outcome(0.0, OK)  # what require_finish pays a completion that ran 
 
 def score_texts(completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> Table:
     """[N][K] outcomes of N texts, computed in this process. Each column is a list of N values."""
-    by_component = [_score_component(name, reward, completions, columns) for name, reward in rewards.items()]
-    return [list(row) for row in zip(*by_component, strict=True)] if rewards else [[] for _ in completions]
+    table: Table = [[] for _ in completions]
+    for name, reward in rewards.items():
+        for start in range(0, len(completions), reward.batch_size):
+            rows = range(len(completions))[start : start + reward.batch_size]
+            for i, outcome in zip(rows, _score_rows(name, reward, completions, columns, rows), strict=True):
+                table[i].append(outcome)
+    return table
 
 
 def score_groups(
@@ -72,9 +77,14 @@ def score_groups(
 def score_paid(
     texts: list[str], rows: list[dict[str, Any]], is_paid: list[bool], rewards: dict[str, Reward], score: Scorer
 ) -> Table:
-    """[N][K] outcomes of N texts, each with a row of columns; what is not paid gets UNFINISHED and is not run."""
-    paid_texts, paid_rows = list(compress(texts, is_paid)), list(compress(rows, is_paid))
-    outcomes = iter(score(paid_texts, _as_columns(paid_rows), rewards))
+    """[N][K] outcomes of N texts, each with a row of columns; what is not paid gets UNFINISHED and is not run.
+
+    The functions see the union of the rows' columns, None where a row lacks one.
+    """
+    paid_rows = list(compress(rows, is_paid))
+    names = dict.fromkeys(name for row in paid_rows for name in row)
+    columns = {name: [row.get(name) for row in paid_rows] for name in names}
+    outcomes = iter(score(list(compress(texts, is_paid)), columns, rewards))
     return [next(outcomes) if paid else [UNFINISHED] * len(rewards) for paid in is_paid]
 
 
@@ -82,18 +92,6 @@ def weighted_total(row: list[Outcome], rewards: dict[str, Reward]) -> float:
     """Weighted sum of the components that are ok; the others add 0."""
     pairs = zip(row, rewards.values(), strict=True)
     return sum(reward.weight * outcome.value for outcome, reward in pairs if outcome.status == OK)
-
-
-def is_scored(row: list[Outcome], rewards: dict[str, Reward]) -> bool:
-    """False where a component with a weight timed out or failed: the completion's total would be a guess."""
-    pairs = zip(row, rewards.values(), strict=True)
-    return not any(outcome.status in (TIMEOUT, ERROR) and reward.weight != 0 for outcome, reward in pairs)
-
-
-def _as_columns(rows: list[dict[str, Any]]) -> dict[str, list]:
-    """Rows to columns over the union of their keys; None where a row lacks one."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def refuse_unscored(scores: Scores, limit: float) -> None:
@@ -108,27 +106,21 @@ def refuse_unscored(scores: Scores, limit: float) -> None:
         )
 
 
-def _score_component(name: str, reward: Reward, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
-    outcomes = []
-    for start in range(0, len(completions), reward.batch_size):
-        rows = range(start, min(start + reward.batch_size, len(completions)))
-        try:
-            outcomes += call(name, reward.function, *take_rows(completions, columns, rows))
-        except Exception as error:  # a user's function may raise anything, and none of it may end the run
-            log_once(name, error)
-            outcomes += [_score_alone(name, reward, *take_rows(completions, columns, [i])) for i in rows]
-    return outcomes
-
-
-def _score_alone(name: str, reward: Reward, completion: list[str], columns: dict[str, list]) -> Outcome:
+def _score_rows(
+    name: str, reward: Reward, completions: list[str], columns: dict[str, list], rows: Sequence[int]
+) -> list[Outcome]:
     try:
-        return call(name, reward.function, completion, columns)[0]
-    except Exception as error:
-        log_once(name, error)
-        return Outcome(math.nan, ERROR)
+        return call(name, reward.function, *take_rows(completions, columns, rows))
+    except Exception as error:  # a user's function may raise anything, and none of it may end the run
+        log_once(name, type(error).__name__, traceback.format_exc())
+        if len(rows) == 1:
+            return [Outcome(math.nan, ERROR)]
+        return [outcome for i in rows for outcome in _score_rows(name, reward, completions, columns, [i])]
 
 
-def take_rows(completions: list[str], columns: dict[str, list], rows: Any) -> tuple[list[str], dict[str, list]]:
+def take_rows(
+    completions: list[str], columns: dict[str, list], rows: Sequence[int]
+) -> tuple[list[str], dict[str, list]]:
     """Some of the completions, and the same rows of every column."""
     return [completions[i] for i in rows], {key: [column[i] for i in rows] for key, column in columns.items()}
 
@@ -136,17 +128,13 @@ def take_rows(completions: list[str], columns: dict[str, list], rows: Any) -> tu
 def call(name: str, function: Callable, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
     """One call of a reward function, awaited where it is async; ValueError where it does not return what it must."""
     values = function(completions, **columns)
-    values = list(asyncio.run(_result_of(values)) if inspect.isawaitable(values) else values)
+    values = list(asyncio.run(values) if inspect.iscoroutine(values) else values)
     if len(values) != len(completions):
         raise ValueError(
             f"reward {name!r} returned {len(values)} values for {len(completions)} completions; "
             "return one float or None for each"
         )
     return [_outcome(name, value) for value in values]
-
-
-async def _result_of(awaitable: Any) -> Any:
-    return await awaitable
 
 
 def _outcome(name: str, value: float | None) -> Outcome:
@@ -158,12 +146,10 @@ def _outcome(name: str, value: float | None) -> Outcome:
     return Outcome(number, OK)
 
 
-def log_once(name: str, error: BaseException | str, details: str = "") -> None:
-    """A warning with the traceback: of an exception, or of a worker's failure, given as kind and details."""
-    kind = error if isinstance(error, str) else type(error).__name__
+def log_once(name: str, kind: str, details: str) -> None:
+    """A warning for the first failure of a kind; details: its traceback."""
     if (name, kind) not in _logged_kinds:
         _logged_kinds.add((name, kind))
-        details = details or "".join(traceback.format_exception(error))
         logger.warning("reward %r failed; further failures of this kind are only counted: %s\n%s", name, kind, details)
 
 
@@ -177,12 +163,13 @@ def _as_scores(table: Table, rewards: dict[str, Reward], *, num_groups: int) -> 
     values = [[outcome.value for outcome in row] for row in table]
     status = [[outcome.status for outcome in row] for row in table]
     totals = [weighted_total(row, rewards) for row in table]
-    scored = [is_scored(row, rewards) for row in table]
+    weights = tuple(reward.weight for reward in rewards.values())
+    failed = [any(o.status in (TIMEOUT, ERROR) and w != 0 for o, w in zip(row, weights, strict=True)) for row in table]
     return Scores(
         names=tuple(rewards),
-        weights=tuple(reward.weight for reward in rewards.values()),
+        weights=weights,
         components=torch.tensor(values, dtype=torch.float32).reshape(*shape, len(rewards)),
         status=[status[i * group_size : (i + 1) * group_size] for i in range(num_groups)],
         total=torch.tensor(totals, dtype=torch.float32).reshape(shape),
-        scored=torch.tensor(scored, dtype=torch.bool).reshape(shape),
+        scored=~torch.tensor(failed, dtype=torch.bool).reshape(shape),  # else the total would be a guess
     )

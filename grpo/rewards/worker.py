@@ -31,21 +31,20 @@ MAX_DETAILS = 4000  # characters of a traceback
 PR_SET_PDEATHSIG = 1
 
 
-@lru_cache
-def load_function(path: str) -> Callable:
-    """The function of `path/to/file.py:name` or `module:name`; a file is run once, under a name of its own."""
+def load_object(path: str) -> Callable:
+    """The function or class of `path/to/file.py:name` or `module:name`; a file is run under a name of its own."""
     source, _, name = path.rpartition(":")
     if not source.endswith(".py"):
         module = importlib.import_module(source) if source else None
     elif not Path(source).is_file():
-        raise ValueError(f"reward {path!r}: no file {source!r}; give path/to/file.py:function")
+        raise ValueError(f"{path!r}: no file {source!r}; give path/to/file.py:name")
     else:
-        spec = importlib.util.spec_from_file_location(f"reward_file_{Path(source).stem}", source)
+        spec = importlib.util.spec_from_file_location(f"file_{Path(source).stem}", source)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not callable(found):
-        raise ValueError(f"reward {path!r}: {source or 'no module'} defines no function {name!r}")
+        raise ValueError(f"{path!r}: {source or 'no module'} defines no function or class {name!r}")
     return found
 
 
@@ -57,7 +56,7 @@ class _Packer(pickle.Pickler):
             module = sys.modules.get(value.__module__)
             is_found = getattr(module, value.__qualname__, None) is value and value.__module__ != "__main__"
             if "<" not in value.__qualname__ and not is_found:
-                return load_function, (f"{os.path.abspath(value.__globals__['__file__'])}:{value.__qualname__}",)
+                return load_object, (f"{os.path.abspath(value.__globals__['__file__'])}:{value.__qualname__}",)
         return NotImplemented
 
 

@@ -7,17 +7,21 @@ Constructing one loads no data; grpo.tasks.prompts turns its problems into token
 from __future__ import annotations
 
 import difflib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
 from grpo.rewards import FINAL_PREFIX, Reward, correctness_reward, format_reward
-from grpo.rewards.worker import load_function
+from grpo.rewards.worker import load_object
 
-TASKS = ("code", "gsm8k", "jsonl", "keywords", "word_problems")
+TASKS = {
+    "code": "grpo.tasks.code:Code",
+    "gsm8k": "grpo.tasks.gsm8k:Gsm8k",
+    "jsonl": "grpo.tasks.gsm8k:Jsonl",
+    "keywords": "grpo.tasks.keywords:Keywords",
+    "word_problems": "grpo.tasks.word_problems:WordProblems",
+}
 
 
 class Task:
@@ -86,31 +90,18 @@ def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:
 
     Its rewards are the class's own, those of `rewards.functions`, and weighted by `rewards.weights`.
     """
-    task = _task_class(name)(data=data, rewards=rewards)
-    task.rewards = _configured(task.rewards, rewards)
-    return task
-
-
-def _task_class(name: str) -> type[Task]:
-    if ".py:" in name:
-        return _user_class(name)
-    if name == "code":
-        from grpo.tasks.code import Code as chosen
-    elif name == "keywords":
-        from grpo.tasks.keywords import Keywords as chosen
-    elif name == "gsm8k":
-        from grpo.tasks.gsm8k import Gsm8k as chosen
-    elif name == "jsonl":
-        from grpo.tasks.jsonl import Jsonl as chosen
-    elif name == "word_problems":
-        from grpo.tasks.word_problems import WordProblems as chosen
-    else:
+    if name not in TASKS and ".py:" not in name:
         nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"unknown task {name!r}; did you mean {nearest!r}? "
             f"Tasks: {', '.join(TASKS)}, or path/to/file.py:ClassName for your own"
         )
-    return chosen
+    chosen = load_object(TASKS.get(name, name))
+    if not (isinstance(chosen, type) and issubclass(chosen, Task)):
+        raise ValueError(f"task {name!r} is not a class that extends grpo.tasks.Task")
+    task = chosen(data=data, rewards=rewards)
+    task.rewards = _configured(task.rewards, rewards)
+    return task
 
 
 def _configured(own: dict[str, Reward], config: RewardsConfig) -> dict[str, Reward]:
@@ -119,7 +110,7 @@ def _configured(own: dict[str, Reward], config: RewardsConfig) -> dict[str, Rewa
         name = path.rpartition(":")[2]
         if name in rewards:
             raise ValueError(f"rewards.functions: {path!r} has the name of another component; rename the function")
-        rewards[name] = Reward(load_function(path), weight=1.0)
+        rewards[name] = Reward(load_object(path), weight=1.0)
     for setting in config.weights:
         name, _, number = setting.partition("=")
         if name not in rewards:
@@ -129,16 +120,3 @@ def _configured(own: dict[str, Reward], config: RewardsConfig) -> dict[str, Rewa
         except ValueError:
             raise ValueError(f"rewards.weights: {setting!r} is not component=number") from None
     return rewards
-
-
-def _user_class(name: str) -> type[Task]:
-    path, _, class_name = name.rpartition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"task {name!r}: no file {path!r}; give path/to/file.py:ClassName")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ValueError(f"task {name!r}: {path} defines no class {class_name} that extends grpo.tasks.Task")
-    return found

@@ -6,9 +6,7 @@ data/code.jsonl, which were written for this project: a quarter each for validat
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from grpo.config import DataConfig, RewardsConfig
@@ -16,9 +14,8 @@ from grpo.records import Problem
 from grpo.rewards import Reward
 from grpo.rewards.code import parses, read_tests, runs, tests_passed
 from grpo.rewards.sandbox import find_sandbox
-from grpo.tasks.rows import RowTask
+from grpo.tasks.rows import DATA, RowTask
 
-EMBEDDED = Path(__file__).parent / "data" / "code.jsonl"
 WALL_SHARE = 0.6  # of rewards.timeout_s for a program: the rest is for putting the walls up, on a busy machine
 
 
@@ -26,12 +23,11 @@ class Code(RowTask):
     """Constructing it tests the sandbox; ValueError where there is none (see rewards.sandbox)."""
 
     name = "code"
+    embedded = DATA / "code.jsonl"
     instruction = "Write the Python function that is asked for. Answer with one code block and nothing else."
 
     def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
         super().__init__(data, rewards)
-        if not self.data.path:
-            self.data = replace(self.data, path=str(EMBEDDED), validation_fraction=0.25)
         rewards = rewards or RewardsConfig()
         sandbox = find_sandbox(rewards.sandbox, WALL_SHARE * rewards.timeout_s)
         self.rewards = {
@@ -39,11 +35,6 @@ class Code(RowTask):
             "runs": Reward(partial(runs, sandbox=sandbox), 0.2, batch_size=1),
             "correctness": Reward(partial(tests_passed, sandbox=sandbox), 0.7, batch_size=1),
         }
-
-    @cached_property
-    def exemplars(self) -> tuple[Problem, ...]:
-        """Eight of the training problems; the prompter leaves the problem itself out."""
-        return tuple(self.split("train")[:8])
 
     def _problem(self, id: str, where: str, row: dict[str, Any]) -> Problem:
         question, code = row.get("prompt") or row.get("text"), row.get("code") or row.get("canonical_solution") or ""

@@ -7,36 +7,25 @@ are no medical advice.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
 from grpo.rewards import Reward
 from grpo.rewards.keywords import keyword_reward
-from grpo.tasks.rows import RowTask
-
-EMBEDDED = Path(__file__).parent / "data" / "keywords.jsonl"
+from grpo.tasks.rows import DATA, RowTask
 
 
 class Keywords(RowTask):
     """Full marks (accuracy) are all groups, in prose and where they belong."""
 
     name = "keywords"
+    embedded = DATA / "keywords.jsonl"
     instruction = "Answer in full sentences, with the headings `Diagnosis:` and `Therapy:`."
 
     def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
         super().__init__(data, rewards)
-        if not self.data.path:
-            self.data = replace(self.data, path=str(EMBEDDED), validation_fraction=0.25)
         self.rewards = {"correctness": Reward(keyword_reward, 1.0)}
-
-    @cached_property
-    def exemplars(self) -> tuple[Problem, ...]:
-        """The first training problems; the prompter leaves the problem itself out."""
-        return tuple(self.split("train")[:8])
 
     def _problem(self, id: str, where: str, row: dict[str, Any]) -> Problem:
         groups, headings = row.get("groups"), row.get("sections")

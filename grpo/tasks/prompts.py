@@ -79,28 +79,22 @@ def _messages(task: Task, problem: Problem, shots: Sequence[Problem]) -> list[di
 
 
 def _draw_exemplars(task: Task, prompt: PromptConfig) -> list[Problem]:
-    """The built-in ones, or one more than asked for from the training split: the problem itself may be among them."""
+    """The built-in ones; or of the training split, with questions that differ, one more than asked for: the problem
+    itself may be among them."""
     if prompt.shots == 0:
         return []
     if prompt.exemplars == "builtin":
         needed, candidates = prompt.shots, list(task.exemplars)
     else:
-        needed = prompt.shots + 1
-        candidates = _distinct_training_problems(task, needed, prompt.exemplar_seed)
+        needed, train, by_question = prompt.shots + 1, task.split("train"), {}
+        size = ENDLESS_POOL if getattr(train, "endless", False) else len(train)
+        for i in random.Random(prompt.exemplar_seed).sample(range(size), size):
+            if len(by_question) < needed:
+                by_question.setdefault(train[i].question, train[i])
+        candidates = list(by_question.values())
     if len(candidates) < needed:
         raise ValueError(
             f"prompt.shots={prompt.shots} needs {needed} exemplars; task {task.name!r} has {len(candidates)} "
             f"({prompt.exemplars}); lower --prompt.shots"
         )
     return candidates
-
-
-def _distinct_training_problems(task: Task, count: int, seed: int) -> list[Problem]:
-    train = task.split("train")
-    size = ENDLESS_POOL if getattr(train, "endless", False) else len(train)
-    chosen: dict[str, Problem] = {}
-    for i in random.Random(seed).sample(range(size), size):
-        chosen.setdefault(train[i].question, train[i])
-        if len(chosen) == count:
-            break
-    return list(chosen.values())

@@ -1,7 +1,6 @@
 """Problems that are rows of local JSONL, JSON or Parquet files, or of a data set on the hub.
 
-A path and a split go in, Problems come out; every error names the file and the row. Read by the tasks gsm8k
-and jsonl.
+A path and a split go in, Problems come out; every error names the file and the row. Under all tasks but word_problems.
 """
 
 from __future__ import annotations
@@ -9,14 +8,18 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
 from grpo.tasks import Task
 
 Row = tuple[str, str, dict[str, Any]]  # problem id, where it stands (for errors), columns
+DATA = Path(__file__).parent / "data"  # what comes with the package
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -30,8 +33,18 @@ class RowTask(Task):
 
     question_column: str
     answer_column: str
-    column_remedy = ""  # how a user names another column, where that is possible
     hub: tuple[str, str | None] | None = None  # data set and configuration that an empty data.path stands for
+    embedded: Path | None = None  # or a file, of which a quarter each is held out
+
+    def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
+        super().__init__(data, rewards)
+        if self.embedded and not self.data.path:
+            self.data = replace(self.data, path=str(self.embedded), validation_fraction=0.25)
+
+    @cached_property
+    def exemplars(self) -> tuple[Problem, ...]:
+        """The first eight training problems; the prompter leaves the problem itself out."""
+        return tuple(self.split("train")[:8])
 
     def read_answer(self, text: str) -> tuple[str, str]:
         """(reference answer, worked solution) of an answer column; ValueError where it has no number."""
@@ -41,29 +54,24 @@ class RowTask(Task):
         return [self._problem(*row) for row in self._rows(split)]
 
     def _rows(self, split: str) -> list[Row]:
-        path, fraction, seed = Path(self.data.path), self.data.validation_fraction, self.data.split_seed
-        if self.data.path and path.is_file():
-            parts = hold_out(read_file(path), fraction, seed, parts=2)
-        else:
-            read = self._reader(path)
-            if split == "test":
-                return read("test")
-            parts = hold_out(read("train"), fraction, seed, parts=1)
-        return parts[self.splits.index(split)]
+        fraction, seed, part = self.data.validation_fraction, self.data.split_seed, self.splits.index(split)
+        if self.data.path and Path(self.data.path).is_file():
+            return hold_out(read_file(Path(self.data.path)), fraction, seed, parts=2)[part]
+        rows = self._read("test" if split == "test" else "train")
+        return rows if split == "test" else hold_out(rows, fraction, seed, parts=1)[part]
 
-    def _reader(self, path: Path) -> Callable[[str], list[Row]]:
-        """What reads the "train" and "test" rows of data.path: a folder, a hub id, or the task's own default."""
-        if not self.data.path and self.hub is None:
+    def _read(self, name: str) -> list[Row]:
+        """The "train" or "test" rows of data.path: a folder, a hub id, or the task's own default."""
+        path = self.data.path
+        if not path and self.hub is None:
             raise ValueError(f"task {self.name!r} needs --data.path: a folder with train and test files, or one file")
-        if not self.data.path:
-            return lambda name: read_hub(*self.hub, name)
-        if path.is_dir():
-            return lambda name: read_folder(path, name)
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", self.data.path) and path.suffix not in SUFFIXES:
-            return lambda name: read_hub(self.data.path, None, name)
-        raise ValueError(
-            f"data.path={self.data.path!r} does not exist; give a folder, a {', '.join(SUFFIXES)} file or a hub id"
-        )
+        if not path:
+            return read_hub(*self.hub, name)
+        if Path(path).is_dir():
+            return read_folder(Path(path), name)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and Path(path).suffix not in SUFFIXES:
+            return read_hub(path, None, name)
+        raise ValueError(f"data.path={path!r} does not exist; give a folder, a {', '.join(SUFFIXES)} file or a hub id")
 
     def _problem(self, id: str, where: str, row: dict[str, Any]) -> Problem:
         question, answer = (self._text(row, column, where) for column in (self.question_column, self.answer_column))
@@ -77,7 +85,8 @@ class RowTask(Task):
     def _text(self, row: dict[str, Any], column: str, where: str) -> str:
         if column not in row:
             raise ValueError(
-                f"{where}: no column {column!r} among {sorted(row)}; task {self.name!r} needs it{self.column_remedy}"
+                f"{where}: no column {column!r} among {sorted(row)}; task jsonl takes other names, from "
+                "--data.prompt_column and --data.answer_column"
             )
         value = row[column]
         if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
@@ -113,40 +122,33 @@ def read_file(path: Path) -> list[Row]:
     if path.suffix == ".parquet":
         rows = [(f"{path} row {i}", row) for i, row in enumerate(_parquet_rows(path))]
     elif path.suffix == ".json" and path.read_bytes().lstrip()[:1] == b"[":
-        rows = [(f"{path} row {i}", row) for i, row in enumerate(_json_rows(path))]
+        rows = [_object(row, f"{path} row {i}") for i, row in enumerate(_parse(path.read_bytes(), str(path)))]
     else:
-        rows = [(f"{path} line {number}", row) for number, row in read_jsonl(path)]
+        rows = read_jsonl(path)
     return [(f"{path.stem}/{i}", where, row) for i, (where, row) in enumerate(rows)]
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of each line that is not blank; ValueError names the line that is no object."""
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("FILE line 7", object) of each line that is not blank; ValueError names the line that is no object."""
     if not path.is_file():
         raise ValueError(f"no file {str(path)!r}; give a JSONL file, one object a line")
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
-            yield number, _object(line, f"{path} line {number}")
+            where = f"{path} line {number}"
+            yield _object(_parse(line, where), where)
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def _parse(content: bytes, where: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-        raise ValueError(f"{where} is not JSON ({error}): {line[:60]!r}") from None
+        raise ValueError(f"{where} is not JSON ({error}): {content[:60]!r}") from None
+
+
+def _object(row: Any, where: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is not a JSON object with columns: {line[:60]!r}")
-    return row
-
-
-def _json_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} row {i} is not a JSON object with columns: {str(row)[:60]!r}")
-    return rows
+        raise ValueError(f"{where} is not a JSON object with columns: {str(row)[:60]!r}")
+    return where, row
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,16 +1,48 @@
-"""The problem stream: which problems a training step works on, and what it remembers of them."""
+"""The problem stream: which problems a training step works on, and what it remembers of them.
+
+A curriculum chooses, pure, which problems of a split an epoch visits. The order stays random, so that no step is all
+easy or all hard. A problem's rate is the share of its completions that were correct at its last visit, or None.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 from grpo.records import Problem
-from grpo.tasks.curriculum import CURRICULA
+
+Rates = Sequence[float | None]
 
 ENDLESS_STRIDE = 1 << 20  # problems of an endless split that one seed may call its own
+LEAST_CHANCE = 0.1  # one epoch in ten: a rate that is never measured again stays wrong while the policy moves on
+STATE = ("position", "seed", "epoch", "skipped", "queue", "rates")
+
+
+def drop_solved(rates: Rates, target: float, rng: random.Random) -> list[bool]:
+    """Without those that every completion solved; all of them again where none is left."""
+    unsolved = [rate != 1.0 for rate in rates]
+    return unsolved if any(unsolved) else [True] * len(rates)
+
+
+def target_rate(rates: Rates, target: float, rng: random.Random) -> list[bool]:
+    """Each with the chance 1 - |rate - target| / max(target, 1 - target), at least LEAST_CHANCE; 1 for a new one.
+
+    A rate of 0 or 1 has no spread and teaches nothing; the spread is largest at 0.5.
+    """
+    widest = max(target, 1 - target)
+    draws = [rng.random() for _ in rates]
+    nearness = [1.0 if rate is None else 1 - abs(rate - target) / widest for rate in rates]
+    return [draw < max(LEAST_CHANCE, near) for draw, near in zip(draws, nearness, strict=True)]
+
+
+CURRICULA: dict[str, Callable[[Rates, float, random.Random], list[bool]]] = {
+    "none": lambda rates, target, rng: [True] * len(rates),
+    "drop_solved": drop_solved,
+    "target_rate": target_rate,
+}
 
 
 class ProblemStream:
@@ -55,7 +87,7 @@ class ProblemStream:
             self.epoch, self.skipped = self.epoch + 1, len(order) - len(self.queue)
         return self.queue.pop()
 
-    def remember(self, rates: Sequence[float | None]) -> None:
+    def remember(self, rates: Rates) -> None:
         """Pass rates of the problems of the last take, in their order; None where nothing could be judged."""
         if not self.is_endless:
             for place, rate in zip(self.taken, rates, strict=True):
@@ -69,9 +101,7 @@ class ProblemStream:
         return {"problems/epoch": self.epoch} | {f"problems/{k}": n / len(self.rates) for k, n in shares.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("position", "seed", "epoch", "skipped")
-        lists = {"queue": list(self.queue), "rates": list(self.rates)}
-        return {name: getattr(self, name) for name in names} | lists | {"problems": len(self.rates)}
+        return {name: copy(getattr(self, name)) for name in STATE} | {"problems": len(self.rates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on at the saved position; ValueError where the stream is not the one that was saved."""
@@ -82,5 +112,4 @@ class ProblemStream:
                     f"the checkpoint's problem stream has {key}={state[key]}, this run {key}={own[key]}; "
                     "resume with the same data and seed"
                 )
-        self.position, self.epoch, self.skipped = state["position"], state["epoch"], state["skipped"]
-        self.queue, self.rates = list(state["queue"]), list(state["rates"])
+        vars(self).update({name: state[name] for name in STATE})

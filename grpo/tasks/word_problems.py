@@ -8,10 +8,9 @@
 
 Problem i of a split is a pure function of the level, the split's name and i: nothing is stored, nothing is loaded. The
 splits are apart by equation chain, on all levels together: a chain (3*4=12, 12+1=13) is hashed to test, validation or
-training.
-Disjoint texts would not do: with other names and objects, four fifths of the test chains were also in training.
-What is for training is parted once more, by text, into `solved`, whose worked solutions supervised training
-learns from (grpo.base), and `train`, where reinforcement learning meets other problems and only their answers.
+training. Disjoint texts would not do: with other names and objects, four fifths of the test chains were in training,
+too. What is for training is parted once more, by text, into `solved`, whose worked solutions supervised training learns
+from (grpo.base), and `train`, where reinforcement learning meets other problems and only their answers.
 """
 
 from __future__ import annotations
@@ -118,10 +117,11 @@ class EndlessProblems:
 
 def distinct_problems(split: str, level: Level) -> list[Problem]:
     """The fixed list of a finite split: its first SIZES[split] problems with texts that differ."""
-    endless, by_question, i = EndlessProblems(split, level), {}, 0
-    while len(by_question) < SIZES[split]:
-        by_question.setdefault(endless[i].question, endless[i])
-        i += 1
+    by_question: dict[str, Problem] = {}
+    for problem in EndlessProblems(split, level):
+        by_question.setdefault(problem.question, problem)
+        if len(by_question) == SIZES[split]:
+            break
     return list(by_question.values())
 
 

@@ -4,7 +4,7 @@
 program against tests in it. Linux only.
 """
 
-from grpo.rewards.sandbox.box import Sandbox, SandboxError, find_sandbox
-from grpo.rewards.sandbox.judge import Verdict, judge_program
+from grpo.rewards.sandbox.box import Sandbox, SandboxError
+from grpo.rewards.sandbox.judge import Verdict, find_sandbox, judge_program
 
 __all__ = ["Sandbox", "SandboxError", "Verdict", "find_sandbox", "judge_program"]

@@ -1,34 +1,22 @@
-"""Which walls there are on this machine, whether they hold, and a process behind them. Used by the judge.
-
-The self-test attacks: it forks past the limit, fills memory and disk, opens the network, reads a planted secret, and
-makes itself root of a new namespace. Walls that let one through are no sandbox here.
-"""
+"""Walls on this machine, and a process behind them. Used by the judge."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from grpo.rewards.sandbox import guest
 
-logger = logging.getLogger(__name__)
-
-HERE = Path(__file__).parent
+LAUNCHER = Path(__file__).with_name("launcher.py")
 ISOLATED = ("-I", "-S", "-B")  # no environment, no user site, no site-packages, no files written
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
@@ -62,14 +50,9 @@ class Sandbox:
     @contextmanager
     def start(self) -> Iterator[subprocess.Popen]:
         """A guest that has said hello, behind the walls; SandboxError without. At the end nothing of it is left."""
-        process = subprocess.Popen(
-            [sys.executable, *ISOLATED, str(HERE / "launcher.py"), json.dumps(self._settings())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={},
-            cwd="/",
-        )
+        command = [sys.executable, *ISOLATED, str(LAUNCHER), json.dumps(self._settings())]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen(command, **pipes, env={}, cwd="/")
         try:
             _wait_for_hello(process)
             yield process
@@ -140,9 +123,8 @@ def _wait_for_hello(process: subprocess.Popen) -> None:
             if guest.receive(process.stdout, limit=100) != {"hello": 1}:
                 raise SandboxError("the sandbox said something else than hello")
     except EOFError:
-        raise SandboxError(
-            process.stderr.read().decode(errors="replace").strip()[-500:] or "it ended at once"
-        ) from None
+        said = process.stderr.read().decode(errors="replace").strip()[-500:]
+        raise SandboxError(said or "it ended at once") from None
     except Expired:
         raise SandboxError(f"nothing started within {START_TIMEOUT_S} s") from None
 
@@ -156,130 +138,5 @@ def _stop(process: subprocess.Popen) -> None:
         process.kill()  # everything inside dies with it
         process.wait()
     for pipe in (process.stdin, process.stdout, process.stderr):
-        try:
+        with suppress(BrokenPipeError):  # a message that nobody reads any more
             pipe.close()
-        except BrokenPipeError:  # a message that nobody reads any more
-            continue
-
-
-ATTACKS = """
-def answers():
-    return 42
-
-def fork_past(limit):
-    import os, time
-    for count in range(limit):
-        try:
-            if os.fork() == 0:
-                time.sleep(2)
-                os._exit(0)
-        except OSError:
-            return False
-    return True
-
-def allocate(mib):
-    return len(bytearray(mib << 20)) > 0
-
-def write_past(mib):
-    import os
-    made, written = [], 0
-    for folder in ("/tmp", "/dev", "/dev/shm", "/var/tmp", "/"):
-        for i in range(mib):
-            try:
-                with open(f"{folder}/grpo_self_test_{i}", "xb", buffering=0) as file:
-                    made.append(file.name)
-                    written += file.write(bytes(1 << 20))
-            except OSError:
-                break
-    for name in made:
-        os.remove(name)
-    return written > mib << 20
-
-def connect(port):
-    import socket
-    socket.create_connection(("127.0.0.1", port), timeout=1)
-    return True
-
-def find(path, secret):
-    import os, pathlib
-    places = [path, *pathlib.Path("/proc").glob("*/environ")]
-    seen = [str(dict(os.environ))]
-    for place in places:
-        try:
-            seen.append(pathlib.Path(place).read_text(errors="replace"))
-        except OSError:
-            pass
-    return any(secret in text for text in seen)
-
-def become_root():
-    import ctypes
-    return ctypes.CDLL(None).unshare(0x10000000) == 0
-"""
-
-
-def self_test(sandbox: Sandbox) -> list[str]:
-    """What the walls let through; nothing is what a sandbox must answer. SandboxError where they cannot be put up."""
-    secret = secrets.token_hex(16)
-    with (
-        tempfile.NamedTemporaryFile("w", prefix="grpo_secret_") as file,
-        socket.create_server(("127.0.0.1", 0)) as host,
-    ):
-        file.write(secret)
-        file.flush()
-        os.chmod(file.name, 0o644)
-        attacks = {
-            "more processes than its limit": ("fork_past", 3 * sandbox.processes + 10),
-            "more memory than its limit": ("allocate", 2 * sandbox.memory_mib),
-            "more on disk than its quota": ("write_past", 2 * sandbox.quota_mib),
-            "the network": ("connect", host.getsockname()[1]),
-            "a file of the user": ("find", file.name, secret),
-            "root rights in a new namespace": ("become_root",),
-        }
-        if _attack(sandbox, "answers") != 42:
-            raise SandboxError("an honest program got no answer")
-        return [
-            name for name, (function, *arguments) in attacks.items() if _attack(sandbox, function, *arguments) is True
-        ]
-
-
-def _attack(sandbox: Sandbox, function: str, *arguments: object) -> object:
-    """What one of ATTACKS answers, or None where it was stopped."""
-    with sandbox.start() as process:
-        try:
-            with deadline(START_TIMEOUT_S):
-                guest.send(process.stdin, ATTACKS)
-                guest.receive(process.stdout)
-                guest.send(
-                    process.stdin,
-                    {"function": function, "arguments": guest.encode(list(arguments)), "keywords": {"dict": []}},
-                )
-                return guest.receive(process.stdout).get("value")
-        except (EOFError, OSError, Expired):
-            return None
-
-
-@lru_cache
-def find_sandbox(setting: str, wall_s: float) -> Sandbox:
-    """The sandbox that config field rewards.sandbox asks for, tested once a process; ValueError where there is none."""
-    if setting == "unsafe_subprocess":
-        logger.warning("rewards.sandbox=unsafe_subprocess: code of the model can reach your files and the network")
-        return Sandbox(setting, wall_s)
-    bubblewrap, failures = shutil.which("bwrap"), []
-    backends = {"bubblewrap": bubblewrap, "namespaces": "namespaces"}
-    for name in backends if setting == "auto" else [setting]:
-        if backends[name] is None:
-            failures.append(f"{name}: bwrap is not installed")
-            continue
-        sandbox = Sandbox(backends[name], wall_s)
-        try:
-            let_through = self_test(sandbox)
-        except SandboxError as error:
-            failures.append(f"{name}: {error}")
-            continue
-        if not let_through:
-            return sandbox
-        failures.append(f"{name}: lets through {', '.join(let_through)}")
-    raise ValueError(
-        f"code of the model would run unprotected here ({'; '.join(failures)}); install bubblewrap, allow user "
-        "namespaces or run as root; --rewards.sandbox unsafe_subprocess does without, on a machine that you can lose"
-    )

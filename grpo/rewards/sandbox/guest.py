@@ -1,6 +1,6 @@
 """Inside the sandbox: takes a program, then calls its functions as asked. Its source is passed to a fresh interpreter.
 
-Frames over a pipe, each a length and JSON: out {"hello"}; in the program; out {} or {"raised": name}; then in
+Lines of JSON over a pipe: out {"hello"}; in the program; out {} or {"raised": name}; then in
 {"function", "arguments", "keywords"} and out {"value"} or {"raised"}, until the pipe closes. The program shares this
 process, so it can answer what it likes; but it never sees an expected value, and every answer is compared outside,
 in grpo.rewards.sandbox.judge, which uses `encode` and `decode` of this file too.
@@ -8,11 +8,8 @@ in grpo.rewards.sandbox.judge, which uses `encode` and `decode` of this file too
 
 import json
 import os
-import struct
 import sys
-from functools import partial
 
-HEADER = struct.Struct(">I")
 TAGGED = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
@@ -56,39 +53,29 @@ def decode(value):
 
 
 def send(file, message):
-    write(file, json.dumps(message).encode())
+    write(file, json.dumps(message))
 
 
-def write(file, data):
-    file.write(HEADER.pack(len(data)) + data)
+def write(file, line):
+    file.write(line.encode() + b"\n")
     file.flush()
 
 
-def receive(file, limit=1 << 30):
-    """The next message; EOFError where the pipe has closed, ValueError where it is too long or no JSON."""
-    header = file.read(HEADER.size)
-    if len(header) < HEADER.size:
+def receive(file, limit=-1):
+    """The next message; EOFError where the pipe has closed or it is longer than `limit` bytes, ValueError: no JSON."""
+    line = file.readline(limit)
+    if not line.endswith(b"\n"):
         raise EOFError
-    (size,) = HEADER.unpack(header)
-    if size > limit:
-        raise ValueError(f"a message of {size} bytes, more than {limit}")
-    data = file.read(size)
-    if len(data) < size:
-        raise EOFError
-    return json.loads(data)
+    return json.loads(line)
 
 
-def attempt(action):
-    """The answer of an action as JSON, or the name of what it raised: anything, SystemExit included."""
+def attempt(file, action):
+    """Send the result of an action, or the name of what it raised: anything, SystemExit included."""
     try:
-        return json.dumps(action()).encode()
+        line = json.dumps(action())
     except BaseException as error:
-        return json.dumps({"raised": type(error).__name__}).encode()
-
-
-def answer(names, call):
-    arguments, keywords = decode(call["arguments"]), decode(call["keywords"])
-    return {"value": encode(names[call["function"]](*arguments, **keywords))}
+        line = json.dumps({"raised": type(error).__name__})
+    write(file, line)
 
 
 def serve():
@@ -104,13 +91,17 @@ def serve():
         exec(compile(source, "solution.py", "exec"), names)
         return {}
 
-    write(answers, attempt(load))
+    def answer():
+        arguments, keywords = decode(call["arguments"]), decode(call["keywords"])
+        return {"value": encode(names[call["function"]](*arguments, **keywords))}
+
+    attempt(answers, load)
     while True:
         try:
             call = receive(calls)
         except EOFError:
             os._exit(0)  # not sys.exit: threads and exit handlers of the program would keep it
-        write(answers, attempt(partial(answer, names, call)))
+        attempt(answers, answer)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,31 @@ own, no exception class of its own, no pickle. Arguments and answers must theref
 bytes, lists, tuples, sets, dicts, None); a function that changes its arguments in place changes a copy.
 
 Tests come with the data set and are trusted as a reward function is: only programs run behind the walls.
+
+Whether the walls hold is judged first, by programs that attack: they fork past the limit, fill memory and disk, open
+the network, read a planted secret, and make themselves root of a new namespace. Walls that let one through are none.
 """
 
 from __future__ import annotations
 
 import builtins
+import logging
+import os
+import secrets
+import shutil
+import socket
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-from grpo.rewards.sandbox.box import Expired, Sandbox, deadline
+from grpo.rewards.sandbox.box import START_TIMEOUT_S, Expired, Sandbox, SandboxError, deadline
 from grpo.rewards.sandbox.guest import decode, encode, receive, send
+
+logger = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES = 1 << 20
 
@@ -54,7 +66,7 @@ def judge_program(
         passed, crashed = 0, False
         try:
             with deadline(sandbox.wall_s):
-                if not _loads(process, program):
+                if "raised" in _exchange(process, program):
                     return Verdict(False, 0, len(tests))
                 for test in tests:
                     try:
@@ -67,10 +79,6 @@ def judge_program(
         except (_Dead, Expired):
             crashed = True
     return Verdict(not crashed, passed, len(tests))
-
-
-def _loads(process: subprocess.Popen, program: str) -> bool:
-    return "raised" not in _exchange(process, program)
 
 
 def _stand_in(process: subprocess.Popen, name: str) -> Any:
@@ -106,3 +114,108 @@ def _builtin_exception(name: Any) -> Exception:
         with suppress(TypeError):  # one that takes other arguments, such as UnicodeDecodeError
             return kind("raised by the program")
     return ProgramError(str(name)[:80])
+
+
+ATTACKS = """
+def is_there():
+    return True
+
+def fork_past(limit):
+    import os, time
+    for count in range(limit):
+        if os.fork() == 0:
+            time.sleep(2)
+            os._exit(0)
+    return True
+
+def allocate(mib):
+    return len(bytearray(mib << 20)) > 0
+
+def write_past(mib):
+    import os
+    made, written = [], 0
+    for folder in ("/tmp", "/dev", "/dev/shm", "/var/tmp", "/"):
+        for i in range(mib):
+            try:
+                with open(f"{folder}/grpo_self_test_{i}", "xb", buffering=0) as file:
+                    made.append(file.name)
+                    written += file.write(bytes(1 << 20))
+            except OSError:
+                break
+    for name in made:
+        os.remove(name)
+    return written > mib << 20
+
+def connect(port):
+    import socket
+    socket.create_connection(("127.0.0.1", port), timeout=1)
+    return True
+
+def find(path, secret):
+    import os, pathlib
+    places = [path, *pathlib.Path("/proc").glob("*/environ")]
+    seen = [str(dict(os.environ))]
+    for place in places:
+        try:
+            seen.append(pathlib.Path(place).read_text(errors="replace"))
+        except OSError:
+            pass
+    return any(secret in text for text in seen)
+
+def become_root():
+    import ctypes
+    return ctypes.CDLL(None).unshare(0x10000000) == 0
+"""
+
+
+def self_test(sandbox: Sandbox) -> list[str]:
+    """What the walls let through; nothing is what a sandbox must answer. SandboxError where they cannot be put up."""
+    secret = secrets.token_hex(16)
+    with (
+        tempfile.NamedTemporaryFile("w", prefix="grpo_secret_") as file,
+        socket.create_server(("127.0.0.1", 0)) as host,
+    ):
+        file.write(secret)
+        file.flush()
+        os.chmod(file.name, 0o644)
+        attacks = {
+            "more processes than its limit": f"fork_past({3 * sandbox.processes + 10})",
+            "more memory than its limit": f"allocate({2 * sandbox.memory_mib})",
+            "more on disk than its quota": f"write_past({2 * sandbox.quota_mib})",
+            "the network": f"connect({host.getsockname()[1]})",
+            "a file of the user": f"find({file.name!r}, {secret!r})",
+            "root rights in a new namespace": "become_root()",
+        }
+        patient = replace(sandbox, wall_s=START_TIMEOUT_S)  # slow is not stopped
+
+        def succeeds(call: str) -> bool:
+            name = call.partition("(")[0]
+            return judge_program(patient, ATTACKS, "", [f"assert {call} is True"], [name]).passed == 1
+
+        if not succeeds("is_there()"):
+            raise SandboxError("an honest program got no answer")
+        return [name for name, call in attacks.items() if succeeds(call)]
+
+
+@lru_cache
+def find_sandbox(setting: str, wall_s: float) -> Sandbox:
+    """The sandbox that config field rewards.sandbox asks for, tested once a process; ValueError where there is none."""
+    if setting == "unsafe_subprocess":
+        logger.warning("rewards.sandbox=unsafe_subprocess: code of the model can reach your files and the network")
+        return Sandbox(setting, wall_s)
+    failures = []
+    for name in ("bubblewrap", "namespaces") if setting == "auto" else (setting,):
+        backend = shutil.which("bwrap") if name == "bubblewrap" else name
+        try:
+            if backend is None:
+                raise SandboxError("bwrap is not installed")
+            let_through = self_test(sandbox := Sandbox(backend, wall_s))
+            if not let_through:
+                return sandbox
+            raise SandboxError(f"lets through {', '.join(let_through)}")
+        except SandboxError as error:
+            failures.append(f"{name}: {error}")
+    raise ValueError(
+        f"code of the model would run unprotected here ({'; '.join(failures)}); install bubblewrap, allow user "
+        "namespaces or run as root; --rewards.sandbox unsafe_subprocess does without, on a machine that you can lose"
+    )

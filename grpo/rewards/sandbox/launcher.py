@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from io import TextIOBase
 
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
@@ -99,20 +100,6 @@ def become(uid: int) -> None:
     system("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its own uid_map would belong to root
 
 
-def close_user_namespaces(proc: int) -> None:
-    """No namespace inside: there the program would be root again, with file systems of any size to mount."""
-    write(proc, "sys/user/max_user_namespaces", "0")
-
-
-def no_shared_memory(proc: int) -> None:
-    """System V segments and queues outlive what made them and count against no limit of a process."""
-    for name in ("shmall", "msgmni"):
-        try:
-            write(proc, f"sys/kernel/{name}", "0")
-        except OSError:
-            return  # before Linux 5.19 these belong to the outer root, whatever the namespace
-
-
 def set_limits(limits: dict[str, int]) -> None:
     """Resource limits by name, such as {"RLIMIT_CPU": 5}, soft and hard; one that is lower already stays."""
     for name, value in limits.items():
@@ -128,14 +115,17 @@ def run(settings: dict) -> None:
     backend, command, is_root = settings["backend"], settings["command"], os.geteuid() == 0
     if backend == "namespaces":
         proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
-        no_shared_memory(proc)
+        with suppress(OSError):  # before Linux 5.19 these belong to the outer root, whatever the namespace
+            for name in ("shmall", "msgmni"):  # System V segments outlive what made them and count against no limit
+                write(proc, f"sys/kernel/{name}", "0")
         build_root(settings["folders"], settings["masked"], settings["quota_mib"])
         if is_root:
             become(settings["uid"])
             set_limits(settings["limits"])
             system("unshare", CLONE_NEWUSER)
             map_user(proc, settings["uid"], settings["uid"])
-        close_user_namespaces(proc)
+        # No namespace inside: there the program would be root again, with file systems of any size to mount.
+        write(proc, "sys/user/max_user_namespaces", "0")
     elif backend != "unsafe_subprocess" and is_root:
         become(settings["uid"])
     set_limits(settings["limits"])
