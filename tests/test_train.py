@@ -45,8 +45,9 @@ DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), *SMALL]
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A working directory of its own, so that the cache of base models starts empty."""
+    """A working directory of its own, so that the cache of base models starts empty; with a tiny model in it."""
     folder = tmp_path_factory.mktemp("train")
+    save_tiny_model(folder / "model", context=4096)
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -209,23 +210,9 @@ def test_a_curriculum_is_the_same_on_two_ranks_and_after_a_resume(workplace):
 def test_gsm8k_from_local_files_with_a_local_model_takes_the_real_path(workplace):
     """configs/gsm8k.yaml on CPU: 8-shot prompts, a byte-level tokenizer, three steps of a model that knows nothing."""
     write_gsm8k_files(workplace / "data")
-    save_tiny_model(workplace / "model", context=4096)
-    options = [
-        "--config",
-        str(ROOT / "configs" / "gsm8k.yaml"),
-        "--model.path",
-        "model",
-        "--data.path",
-        "data",
-        "--num-steps=3",
-    ]
-    options += [
-        "--rollout.prompts-per-step=2",
-        "--rollout.group-size=2",
-        "--rollout.max-new-tokens=8",
-        "--run-dir",
-        "gsm8k",
-    ]
+    options = ["--config", str(ROOT / "configs" / "gsm8k.yaml"), "--model.path", "model", "--data.path", "data"]
+    options += ["--rollout.prompts-per-step=2", "--rollout.group-size=2", "--rollout.max-new-tokens=8"]
+    options += ["--num-steps=3", "--run-dir", "gsm8k"]
     options += ["--eval.every=2", "--eval.validation-problems=2", "--eval.test-problems=2"]
     assert train.main(options) == 0
     rows = read_metrics(workplace / "gsm8k")
