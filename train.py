@@ -150,14 +150,13 @@ def run_command(command: Command, world: World) -> int:
     """The whole job; the exit status."""
     if world.is_writer:
         print(command.source, flush=True)
-    command = replace(command, config=settle(command.config, world.size))
-    config = command.config
+    config, objective = settle(command.config, world.size)
     if command.dry_run:
         if world.is_writer:
             print(dry_run_report(config, world.size, model_facts(config, world.device)))
         return 0
-    run_dir, goes_on_from = open_run(command, world)
-    run = build(config, world, run_dir)
+    run_dir, goes_on_from = open_run(replace(command, config=config), world)
+    run = build(config, objective, world, run_dir)
     with run.pool, closing(run.log):
         if goes_on_from:
             load_checkpoint(run, goes_on_from)

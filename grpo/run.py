@@ -29,6 +29,7 @@ from grpo.sharding import distribute
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
 from grpo.tasks.stream import ProblemStream
+from grpo.tasks.word_problems import WordProblems
 from grpo.update import Updater, make_optimizer
 from kernels import dispatch_table
 
@@ -61,18 +62,25 @@ class Run:
     steps_done: int = 0
 
 
-def settle(config: Config, world_size: int) -> Config:
-    """`config` with its objective resolved. ValueError for what cannot work, before a run folder is made."""
+def settle(config: Config, world_size: int) -> tuple[Config, Objective]:
+    """The objective, and `config` with every choice of it written out.
+
+    ValueError for what cannot work, before a run folder is made.
+    """
     check(config, world_size)
     objective = resolve(**asdict(config.objective))
     check_steps(objective, config.batch.passes * config.batch.minibatches)
     trackers.chosen(config.track)
     if config.model.path:
         load_model_config(config.model.path)
-    return replace(config, objective=ObjectiveConfig(preset=config.objective.preset, **asdict(objective)))
+    elif not isinstance(make_task(config.task, config.data, config.rewards), WordProblems):
+        message = f"task {config.task} without model.path: the embedded model knows word_problems only; name one"
+        raise ValueError(message)
+    stated = ObjectiveConfig(preset=config.objective.preset, **asdict(objective))
+    return replace(config, objective=stated), objective
 
 
-def build(config: Config, world: World, run_dir: Path) -> Run:
+def build(config: Config, objective: Objective, world: World, run_dir: Path) -> Run:
     """Every part of the run, in the order in which mistakes are cheapest to find."""
     settings = {key: get(config, key) for key in known_keys()}
     log = RunLogger(run_dir, is_writer=world.is_writer, track=trackers.chosen(config.track), config=settings)
@@ -88,7 +96,6 @@ def build(config: Config, world: World, run_dir: Path) -> Run:
     prompter = Prompter(task, config.prompt, policy.tokenizer, **lengths)
     for problems in splits:
         prompter.check(problems)
-    objective = resolve(**asdict(config.objective))
     module, wrapped, reference, moving = build_models(config, world, policy, objective)
     log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")
     layout, why = choose_layout(config.batch.layout, policy.model)

@@ -276,3 +276,5 @@ def test_dry_run_prints_the_batch_and_the_memory_and_makes_nothing(workplace, ca
     printed = capsys.readouterr().out
     assert "4 prompts x 4 = 16 completions" in printed and "memory per rank" in printed
     assert not Path("dry").exists()
+    status, error = refusal(capsys, [*DEMO, "--task", "gsm8k", "--dry-run"])
+    assert status == 2 and "task gsm8k without model.path: the embedded model knows word_problems only" in error
