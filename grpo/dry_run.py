@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from grpo.base import model_config
-from grpo.config import Config, to_dict
+from grpo.config import Config, dump
 from grpo.lora import LoraLinear, Nf4, add_adapters
 from grpo.policy import choose_precision, load_model_config
 from grpo.tasks.word_problems import LEVELS
@@ -76,8 +75,7 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
 def dry_run_report(config: Config, world_size: int, model: ModelFacts) -> str:
     """The resolved config, the effective batch and the estimated memory of a rank, as text for the terminal."""
     memory = memory_estimate(config, world_size, model)
-    resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
-    lines = [resolved, *_effective_batch(config, world_size, model), "", "memory per rank, estimated, GiB"]
+    lines = [dump(config), *_effective_batch(config, world_size, model), "", "memory per rank, estimated, GiB"]
     lines += [f"  {name:<34}{size / 2**30:>10.3f}" for name, size in memory.items()]
     lines += [f"  {'total':<34}{sum(memory.values()) / 2**30:>10.3f}", "", *_by_strategy(config, model)]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import torch
 from grpo import base, checkpoint, lora, trackers
 from grpo.attention import choose_layout
 from grpo.command_line import Command
-from grpo.config import Config, ObjectiveConfig, get, known_keys, load, save
+from grpo.config import Config, ObjectiveConfig, flat, load, save
 from grpo.config_check import changes, check
 from grpo.distributed import World
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate
@@ -82,7 +82,7 @@ def settle(config: Config, world_size: int) -> tuple[Config, Objective]:
 
 def build(config: Config, objective: Objective, world: World, run_dir: Path) -> Run:
     """Every part of the run, in the order in which mistakes are cheapest to find."""
-    settings = {key: get(config, key) for key in known_keys()}
+    settings = flat(asdict(config))
     log = RunLogger(run_dir, is_writer=world.is_writer, track=trackers.chosen(config.track), config=settings)
     task = make_task(config.task, config.data, config.rewards)
     splits = [task.split(name) for name in ("train", "validation", "test")]

@@ -37,7 +37,7 @@ ARROWS = {  # room of grpo: the rooms that it may import
     "dry_run": "base config lora policy tasks",
     "run": ALL,
     "results": "base checkpoint evaluation policy run",
-    "report": "metrics records",
+    "report": "config metrics records",
     "trackers": "",
 }
 FILES = {  # single files that may see more than their room: the command line of the rewards room
