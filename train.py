@@ -25,7 +25,7 @@ from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS
 from grpo.logprobs import check_packing
-from grpo.metrics import completion_records, length_metrics
+from grpo.metrics import completion_records, length_metrics, training_seconds
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
 from grpo.rewards import refuse_unscored, score_groups
@@ -64,7 +64,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     run.log.log_completions(step, completion_records(everyones, scores, advantages, run.token_text))
     drawing = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
     drawing |= {"groups_dropped": 1 - len(everyones) / len(drawn), **run.stream.metrics()}
-    return {**drawn_scores.means(), **drawing, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
+    drawing |= length_metrics(drawn, training_seconds(timer.recent))
+    return {**drawn_scores.means(), **drawing, **metrics, "lr": lr}
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores]:

@@ -36,7 +36,7 @@ ARROWS = {  # room of grpo: the rooms that it may import
     "metrics": "live records trackers",
     "dry_run": "base config lora policy tasks",
     "run": ALL,
-    "results": "base checkpoint evaluation policy run",
+    "results": "base checkpoint evaluation metrics policy run",
     "report": "config metrics records",
     "trackers": "",
 }

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from grpo import live
+from grpo import live, metrics
 from grpo.live import Progress, sparkline
 from grpo.metrics import PhaseTimer, RunLogger
 
@@ -63,8 +63,9 @@ def test_the_lines_below_say_where_the_run_stands(clock, capsys):
     ]
 
 
-def test_the_rows_of_the_table_stay_above_what_is_rewritten(tmp_path, capsys):
-    logger = RunLogger(tmp_path, is_writer=True, is_terminal=True, config={"num_steps": 2})
+def test_the_rows_of_the_table_stay_above_what_is_rewritten(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "can_show", lambda: True)
+    logger = RunLogger(tmp_path, is_writer=True, config={"num_steps": 2})
     with logger.timer("rollout"):
         logger.say("a word during a phase")
     logger.log({"step": 1, "reward": 0.5})
