@@ -8,15 +8,12 @@ the memory that its inputs fill; the limit is that of the matmuls alone at 800 T
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib
 import json
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +22,7 @@ from torch import Tensor
 
 import kernels
 from kernels.linear_logprob.reference import linear_logprob as checkpointed
-from kernels.measure import device_name
+from kernels.measure import alternate, bench_parser, device_name, versions
 
 MATMULS = {"values": 1, "frozen head": 2, "training": 3}  # of 2TDV flops: the least that a job can need
 SUSTAINED_FLOPS = 800e12  # of one H100, dense bf16
@@ -44,25 +41,6 @@ class Inputs(NamedTuple):
     weight: Tensor
     target: Tensor
     coefficient: Tensor
-
-
-@dataclass
-class Result:
-    """Milliseconds of each repeat, the peak of one run, and errors against the definition in higher precision."""
-
-    rows: int
-    width: int
-    vocabulary: int
-    job: str
-    contender: str
-    milliseconds: list[float]
-    peak_mib: float
-    limit_fraction: float | None  # on CUDA: time of the matmuls alone / time taken
-    gradient_error: float | None  # ||found - exact|| / ||exact|| over 64 rows of the hidden states' gradient
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.milliseconds)
 
 
 def ratio_loss(logprobs: Tensor, coefficient: Tensor) -> Tensor:
@@ -197,19 +175,6 @@ def run_once(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor | N
     return inputs.hidden.grad
 
 
-def seconds_of(function: Callable[[Inputs], Tensor], inputs: Inputs) -> float:
-    """One run, waited for."""
-    if not inputs.hidden.is_cuda:
-        start = time.process_time()
-        run_once(function, inputs)
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run_once(function, inputs)
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def peak_of(function: Callable[[Inputs], Tensor], inputs: Inputs) -> float:
     """MiB that one run adds to what is there before it. On CPU from the kernel's high-water mark (Linux)."""
     inputs.hidden.grad = inputs.weight.grad = None
@@ -239,76 +204,60 @@ def exact_gradient(inputs: Inputs, rows: int = 64) -> Tensor:
 
 
 def measure(
-    job: str, functions: dict[str, Callable], shape: tuple[int, int, int], repeats: int, device
-) -> list[Result]:
-    """Every contender of one job at one shape."""
+    job: str, functions: dict[str, Callable], shape: tuple[int, int, int], repeats: int, device: torch.device
+) -> list[dict[str, object]]:
+    """A row for every contender of one job at one shape.
+
+    limit_fraction: on CUDA, time of the matmuls alone / time taken.  gradient_error: ||found - exact|| / ||exact|| over
+    64 rows of the hidden states' gradient.
+    """
     rows, width, vocabulary = shape
     inputs = make_inputs(*shape, job, device)
     exact = exact_gradient(inputs) if job != "values" else None
-    peaks, errors = {}, dict.fromkeys(functions)
-    for name, function in list(functions.items()):  # also warms up
+    peaks, errors = {}, {}
+    for name, function in functions.items():  # also warms up
         try:
             peaks[name] = peak_of(function, inputs)
         except (RuntimeError, ImportError, TypeError, ValueError) as error:
             if name not in PEERS:
                 raise
             print(f"without {name}: {error}")  # a peer that does not run here must not cost our own numbers
-            del functions[name]
             continue
         if exact is not None and name != "Liger fused GRPO":
             found = inputs.hidden.grad[: len(exact)].to(exact.dtype)
             errors[name] = ((found - exact).norm() / exact.norm()).item()
-    seconds = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            seconds[name].append(seconds_of(function, inputs))
-    limit = MATMULS[job] * 2 * rows * width * vocabulary / SUSTAINED_FLOPS
-    return [
-        Result(
-            *shape,
-            job,
-            name,
-            [1e3 * value for value in seconds[name]],
-            peaks[name],
-            limit / statistics.median(seconds[name]) if device.type == "cuda" else None,
-            errors[name],
-        )
-        for name in functions
-    ]
+    calls = {name: partial(run_once, functions[name], inputs) for name in peaks}
+    limit_ms = 1e3 * MATMULS[job] * 2 * rows * width * vocabulary / SUSTAINED_FLOPS
+    results = []
+    for name, milliseconds in alternate(calls, device, repeats, in_graph=False).items():
+        median = statistics.median(milliseconds)
+        result = {"rows": rows, "width": width, "vocabulary": vocabulary, "job": job, "contender": name}
+        result |= {"milliseconds": milliseconds, "median_ms": median, "peak_mib": peaks[name]}
+        result |= {"limit_fraction": limit_ms / median if device.type == "cuda" else None}
+        results.append(result | {"gradient_error": errors.get(name)})
+    return results
 
 
-def show(results: list[Result]) -> None:
+def show(results: list[dict]) -> None:
+    """The table of one job at one shape."""
     first = results[0]
-    print(f"\n{first.job}: T={first.rows:,} D={first.width:,} V={first.vocabulary:,}")
+    print(f"\n{first['job']}: T={first['rows']:,} D={first['width']:,} V={first['vocabulary']:,}")
     print(f"{'':<24}{'median ms':>10}{'least':>10}{'most':>10}{'peak MiB':>10}{'of limit':>10}{'gradient error':>16}")
-    for result in results:
-        limit = "" if result.limit_fraction is None else f"{result.limit_fraction:.0%}"
-        error = "" if result.gradient_error is None else f"{result.gradient_error:.1e}"
-        print(
-            f"{result.contender:<24}{result.median:>10.1f}{min(result.milliseconds):>10.1f}"
-            f"{max(result.milliseconds):>10.1f}{result.peak_mib:>10.0f}{limit:>10}{error:>16}"
-        )
-
-
-def versions() -> dict[str, str | None]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    for row in results:
+        limit = "" if row["limit_fraction"] is None else f"{row['limit_fraction']:.0%}"
+        error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
+        times = (row["median_ms"], min(row["milliseconds"]), max(row["milliseconds"]))
+        cells = [f"{row['contender']:<24}", *(f"{time:>10.1f}" for time in times), f"{row['peak_mib']:>10.0f}"]
+        print("".join(cells) + f"{limit:>10}{error:>16}")
 
 
 def main() -> None:
     """Measure every job and shape that is asked for; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = bench_parser(__doc__, repeats=5)
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("T", "D", "V"))
     parser.add_argument("--job", choices=MATMULS, nargs="+", default=list(MATMULS))
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     if device.type == "cpu":
         torch.set_num_threads(1)
     jobs, skipped = contenders(device)
@@ -317,11 +266,11 @@ def main() -> None:
     results = []
     for shape in options.shape or SHAPES[device.type]:
         for job in options.job:
-            found = measure(job, dict(jobs[job]), tuple(shape), options.repeats, device)
+            found = measure(job, jobs[job], tuple(shape), options.repeats, device)
             show(found)
             results += found
-    rows = [asdict(result) | {"median_ms": result.median} for result in results]
-    print(json.dumps({"device": device_name(device), "versions": versions(), "skipped": skipped, "results": rows}))
+    facts = {"device": device_name(device), "versions": versions(PACKAGES), "skipped": skipped}
+    print(json.dumps(facts | {"results": results}))
 
 
 if __name__ == "__main__":
