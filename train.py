@@ -29,7 +29,7 @@ from grpo.metrics import completion_records, length_metrics, training_seconds
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
 from grpo.rewards import refuse_unscored, score_groups
-from grpo.run import Run, build, load_checkpoint, open_run, save_checkpoint, settle, validate
+from grpo.run import Run, load_checkpoint, open_run, save_checkpoint, settle, validate
 from grpo.update import fill_frozen, learning_rate, update_policy
 
 
@@ -157,7 +157,7 @@ def run_command(command: Command, world: World) -> int:
             print(dry_run_report(config, world.size, model_facts(config, world.device)))
         return 0
     run_dir, goes_on_from = open_run(replace(command, config=config), world)
-    run = build(config, objective, world, run_dir)
+    run = Run(config, objective, world, run_dir)
     with run.pool, closing(run.log):
         if goes_on_from:
             load_checkpoint(run, goes_on_from)

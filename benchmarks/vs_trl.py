@@ -135,7 +135,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
     """train.py's own parts and step."""
     from grpo.config import Config, from_dict
     from grpo.distributed import start
-    from grpo.run import build, settle
+    from grpo.run import Run, settle
 
     config: Config = from_dict(
         {
@@ -165,7 +165,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
     with redirect_stdout(sys.stderr):
         (folder / "run").mkdir()
         world = start()
-        run = build(*settle(config, world.size), world, folder / "run")
+        run = Run(*settle(config, world.size), world, folder / "run")
         with run.pool:
             answer(ready=True)
             for step in range(1, steps + 1):
