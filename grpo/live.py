@@ -43,7 +43,7 @@ class Progress:
         """A phase begins: its name is shown at once."""
         if self.is_shown:
             self._phase, self._begun_at = phase, time.monotonic()
-            self._draw([phase])
+            self._show([phase, *self._standing])
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if not self.is_shown or time.monotonic() - self._drawn_at < INTERVAL_S:
@@ -52,7 +52,8 @@ class Progress:
         share = done / max(total, 1)
         left = f", {_clock(seconds / share - seconds)} left" if share else ""
         bar = ("━" * round(30 * share)).ljust(30, "─")
-        self._draw([f"{self._phase:<10} {bar} {share:4.0%}  {done:,}/{total:,}{left}  {note}"])
+        line = f"{self._phase:<10} {bar} {share:4.0%}  {done:,}/{total:,}{left}  {note}"
+        self._show([line, *self._standing])
 
     def step_done(self, row: Mapping[str, Any]) -> None:
         """Takes a row of metrics.jsonl into what is shown below the bar."""
@@ -74,22 +75,15 @@ class Progress:
     def close(self) -> None:
         """Leave the screen as if nothing had been drawn."""
         if self._num_lines:
-            self._write(self._erasing())
-            self._num_lines = 0
+            self._show([])
 
-    def _draw(self, lines: list[str]) -> None:
+    def _show(self, lines: list[str]) -> None:
+        """These lines in the place of those that are on the screen."""
         width = shutil.get_terminal_size().columns - 1  # a line that wraps would be two to erase
-        lines = [line[:width] for line in lines + self._standing]
-        self._write(self._erasing() + "".join(line + "\n" for line in lines))
-        self._num_lines, self._drawn_at = len(lines), time.monotonic()
-
-    def _erasing(self) -> str:
-        return f"\x1b[{self._num_lines}F\x1b[J" if self._num_lines else ""
-
-    @staticmethod
-    def _write(text: str) -> None:
-        sys.stdout.write(text)
+        erasing = f"\x1b[{self._num_lines}F\x1b[J" if self._num_lines else ""
+        sys.stdout.write(erasing + "".join(line[:width] + "\n" for line in lines))
         sys.stdout.flush()
+        self._num_lines, self._drawn_at = len(lines), time.monotonic()
 
 
 def sparkline(values: Sequence[float], width: int = 30) -> str:
