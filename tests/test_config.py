@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from grpo import command_line, dry_run
 from grpo import config as config_module
@@ -16,17 +17,13 @@ from grpo.config_check import FIXED, FREE, changes, check
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = flat(asdict(Config()))
+SIZES = {"num_hidden_layers": 2, "num_key_value_heads": 2}
 FACTS = dry_run.ModelFacts(
     num_parameters=1000,
     num_trained=1000,
     num_in_4_bits=0,
     num_in_layers=600,
-    num_layers=2,
-    num_kv_heads=2,
-    head_dim=8,
-    hidden_size=32,
-    intermediate_size=64,
-    vocab_size=100,
+    shape=Qwen2Config(**SIZES, hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=100),
     bytes_per_element=2,
     has_reference=True,
     prompt_tokens=10,
@@ -406,16 +403,7 @@ def test_the_report_compares_strategies_on_one_rank_and_on_eight():
 
 
 def test_the_activation_estimate_is_within_a_quarter_of_what_a_qwen2_keeps_for_backward():
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    shape = Qwen2Config(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
+    shape = Qwen2Config(**SIZES, hidden_size=128, intermediate_size=512, num_attention_heads=4, vocab_size=64)
     model = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa").model
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -428,7 +416,7 @@ def test_the_activation_estimate_is_within_a_quarter_of_what_a_qwen2_keeps_for_b
         model(torch.zeros(4, 64, dtype=torch.long))
     measured = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
     config = replace(Config(), batch=replace(Config().batch, tokens_per_micro_batch=4 * 64))
-    facts = replace(FACTS, num_layers=2, hidden_size=128, intermediate_size=512, bytes_per_element=4)
+    facts = replace(FACTS, shape=shape, bytes_per_element=4)
     assert dry_run.memory_estimate(config, 1, facts)["activations of a micro-batch"] == pytest.approx(
         measured, rel=0.25
     )
