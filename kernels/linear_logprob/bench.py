@@ -43,34 +43,37 @@ class Inputs(NamedTuple):
     coefficient: Tensor
 
 
+Contender = Callable[[Inputs], Tensor]  # -> loss, one number
+
+
 def ratio_loss(logprobs: Tensor, coefficient: Tensor) -> Tensor:
     return coefficient * torch.exp(logprobs - logprobs.detach())
 
 
-def eager(inputs: Inputs) -> Tensor:
+def by_logprobs(logprobs_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
+    """The loss by a function (hidden, weight, target) -> log-probs."""
+    return lambda inputs: ratio_loss(logprobs_of(*inputs[:3]), inputs.coefficient).sum()
+
+
+@by_logprobs
+def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """All logits at once."""
-    logits = (inputs.hidden @ inputs.weight.t()).to(torch.promote_types(inputs.hidden.dtype, torch.float32))
-    logprobs = torch.log_softmax(logits, -1).gather(1, inputs.target[:, None])[:, 0]
-    return ratio_loss(logprobs, inputs.coefficient).sum()
+    logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    return torch.log_softmax(logits, -1).gather(1, target[:, None])[:, 0]
 
 
-def recomputed(inputs: Inputs) -> Tensor:
+@by_logprobs
+def recomputed(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """reference.py: blocks of rows, each computed again in the backward pass."""
-    logprobs, _ = checkpointed(inputs.hidden, inputs.weight, inputs.target, temperature=1.0)
-    return ratio_loss(logprobs, inputs.coefficient).sum()
+    return checkpointed(hidden, weight, target, temperature=1.0)[0]
 
 
-def any_loss(impl: str) -> Callable[[Inputs], Tensor]:
+def any_loss(impl: str) -> Contender:
     """Modes A, B and D, by what needs a gradient."""
-
-    def run(inputs: Inputs) -> Tensor:
-        logprobs, _ = kernels.linear_logprob(*inputs[:3], temperature=1.0, impl=impl)
-        return ratio_loss(logprobs, inputs.coefficient).sum()
-
-    return run
+    return by_logprobs(lambda *inputs: kernels.linear_logprob(*inputs, temperature=1.0, impl=impl)[0])
 
 
-def folded(impl: str) -> Callable[[Inputs], Tensor]:
+def folded(impl: str) -> Contender:
     """Mode C."""
 
     def run(inputs: Inputs) -> Tensor:
@@ -80,32 +83,21 @@ def folded(impl: str) -> Callable[[Inputs], Tensor]:
     return run
 
 
-def trl_chunked() -> Callable[[Inputs], Tensor]:
+def trl_chunked() -> Contender:
     """What TRL's GRPO runs since 1.16."""
     importlib.import_module("trl.trainer.utils")  # which its backward imports: better missed now than then
-    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-
-    def run(inputs: Inputs) -> Tensor:
-        logprobs = function.apply(
-            inputs.hidden, inputs.weight, None, inputs.target, 1.0, 32_768, None, 1.0, ("entropy",)
-        )
-        return ratio_loss(logprobs[0], inputs.coefficient).sum()
-
-    return run
+    head = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    options = (1.0, 32_768, None, 1.0, ("entropy",))
+    return by_logprobs(lambda hidden, weight, target: head.apply(hidden, weight, None, target, *options)[0])
 
 
-def liger_scaled() -> Callable[[Inputs], Tensor]:
+def liger_scaled() -> Contender:
     module = importlib.import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
-    function = module.LigerFusedLinearScaledCrossEntropyFunction
-
-    def run(inputs: Inputs) -> Tensor:
-        loss, _ = function.apply(*inputs[:3], 1.0, -100, 1, True)
-        return ratio_loss(-loss, inputs.coefficient).sum()
-
-    return run
+    head = module.LigerFusedLinearScaledCrossEntropyFunction
+    return by_logprobs(lambda *inputs: -head.apply(*inputs, 1.0, -100, 1, True)[0])
 
 
-def liger_grpo(length: int = 128) -> Callable[[Inputs], Tensor]:
+def liger_grpo(length: int = 128) -> Contender:
     """Rows as sequences of 128 tokens, each with one advantage, so its gradient is of a loss of its own."""
     make = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
     function = make(beta=0.0, compiled=True, use_ref_model=False, loss_type="bnpo")
@@ -118,9 +110,9 @@ def liger_grpo(length: int = 128) -> Callable[[Inputs], Tensor]:
     return run
 
 
-def apple_cce() -> Callable[[Inputs], Tensor]:
-    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda inputs: ratio_loss(-function(*inputs[:3], reduction="none"), inputs.coefficient).sum()
+def apple_cce() -> Contender:
+    head = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return by_logprobs(lambda *inputs: -head(*inputs, reduction="none"))
 
 
 PEERS = {  # name: (how to make it, whether it needs CUDA, jobs)
@@ -132,12 +124,10 @@ PEERS = {  # name: (how to make it, whether it needs CUDA, jobs)
 }
 
 
-def contenders(device: torch.device) -> tuple[dict[str, dict[str, Callable]], dict[str, str]]:
+def contenders(device: torch.device) -> tuple[dict[str, dict[str, Contender]], dict[str, str]]:
     """By job: name -> function; and why others were left out."""
-    own = {"eager": eager, "recomputed": recomputed}
-    implementations = ["torch", "triton"] if device.type == "cuda" else ["torch"]
-    jobs = {job: dict(own) for job in MATMULS}
-    for impl in implementations:
+    jobs = {job: {"eager": eager, "recomputed": recomputed} for job in MATMULS}
+    for impl in ("torch", "triton") if device.type == "cuda" else ("torch",):
         jobs["values"][f"A {impl}"] = jobs["frozen head"][f"B {impl}"] = jobs["training"][f"D {impl}"] = any_loss(impl)
         jobs["frozen head"][f"C {impl}"] = jobs["training"][f"C {impl}"] = folded(impl)
     skipped = {}
@@ -149,9 +139,8 @@ def contenders(device: torch.device) -> tuple[dict[str, dict[str, Callable]], di
             function = make()
         except ImportError as error:
             skipped[name] = str(error)
-            continue
-        for job in own_jobs:
-            jobs[job][name] = function
+        else:
+            jobs |= {job: jobs[job] | {name: function} for job in own_jobs}
     return jobs, skipped
 
 
@@ -165,7 +154,7 @@ def make_inputs(rows: int, width: int, vocabulary: int, job: str, device: torch.
     return Inputs(hidden.requires_grad_(job != "values"), weight.requires_grad_(job == "training"), target, coefficient)
 
 
-def run_once(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor | None:
+def run_once(function: Contender, inputs: Inputs) -> Tensor | None:
     """Forward and, where anything needs a gradient, backward. Returns the hidden states' gradient."""
     inputs.hidden.grad = inputs.weight.grad = None
     with torch.set_grad_enabled(inputs.hidden.requires_grad):
@@ -175,7 +164,7 @@ def run_once(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor | N
     return inputs.hidden.grad
 
 
-def peak_of(function: Callable[[Inputs], Tensor], inputs: Inputs) -> float:
+def peak_of(function: Contender, inputs: Inputs) -> float:
     """MiB that one run adds to what is there before it. On CPU from the kernel's high-water mark (Linux)."""
     inputs.hidden.grad = inputs.weight.grad = None
     if inputs.hidden.is_cuda:
@@ -204,7 +193,7 @@ def exact_gradient(inputs: Inputs, rows: int = 64) -> Tensor:
 
 
 def measure(
-    job: str, functions: dict[str, Callable], shape: tuple[int, int, int], repeats: int, device: torch.device
+    job: str, functions: dict[str, Contender], shape: tuple[int, int, int], repeats: int, device: torch.device
 ) -> list[dict[str, object]]:
     """A row for every contender of one job at one shape.
 
