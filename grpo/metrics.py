@@ -125,12 +125,7 @@ class RunLogger:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        is_writer: bool,
-        track: Sequence[str] = (),
-        config: Mapping[str, Any] | None = None,
+        self, run_dir: Path, *, is_writer: bool, track: Sequence[str] = (), config: Mapping[str, Any] | None = None
     ):
         self.run_dir = run_dir
         self.is_writer = is_writer
