@@ -88,33 +88,19 @@ def training_seconds(seconds: Mapping[str, float], prefix: str = "") -> float:
     return sum(seconds.get(prefix + phase, 0.0) for phase in TRAINING_PHASES)
 
 
-class Console:
-    """A table with one aligned row a step; the heading comes again every 20 rows. width: the last columns beyond it
-    are left out, so that no row of a terminal is two."""
-
-    def __init__(self, width: float = math.inf) -> None:
-        self.width = width
-        self.num_rows = 0
-        self.columns: dict[str, tuple[str, str]] = {}
-
-    def lines(self, row: dict[str, Any]) -> list[str]:
-        """The text for one step: sometimes a heading, then its row. A missing value is left blank."""
-        if not self.columns:
-            components = {key: (key.removeprefix("reward/"), ".3f") for key in row if key.startswith("reward/")}
-            first = ("step", "reward")
-            chosen = {key: COLUMNS[key] for key in first} | components | COLUMNS
-            columns = {key: (heading.rjust(8), form) for key, (heading, form) in chosen.items()}
-            ends = accumulate(1 + len(heading) for heading, _ in columns.values())
-            self.columns = {key: columns[key] for key, end in zip(columns, ends, strict=True) if end - 1 <= self.width}
-        cells = []
-        for key, (heading, form) in self.columns.items():
-            value = row.get(key)
-            cells.append(("" if value is None else format(value, form)).rjust(len(heading)))
-        lines = [" ".join(cells)]
-        if self.num_rows % 20 == 0:
-            lines.insert(0, " ".join(heading for heading, _ in self.columns.values()))
-        self.num_rows += 1
-        return lines
+def table_row(row: Mapping[str, Any], width: float = math.inf) -> tuple[str, str]:
+    """Heading and cells of one step, aligned. A missing value is left blank; the last columns beyond `width` are left
+    out, so that no row of a terminal is two."""
+    components = {key: (key.removeprefix("reward/"), ".3f") for key in row if key.startswith("reward/")}
+    columns = {key: COLUMNS[key] for key in ("step", "reward")} | components | COLUMNS
+    headings, cells = [], []
+    for key, (heading, form) in columns.items():
+        heading, value = heading.rjust(8), row.get(key)
+        if len(" ".join([*headings, heading])) > width:
+            break
+        headings.append(heading)
+        cells.append(("" if value is None else format(value, form)).rjust(len(heading)))
+    return " ".join(headings), " ".join(cells)
 
 
 class RunLogger:
@@ -133,7 +119,8 @@ class RunLogger:
         is_terminal = can_show()
         self.progress = Progress(is_writer and is_terminal, self._config.get("num_steps", 0))
         self.timer = PhaseTimer(self.progress)
-        self._console = Console(shutil.get_terminal_size().columns if is_terminal else math.inf)
+        self._width = shutil.get_terminal_size().columns if is_terminal else math.inf
+        self._num_rows = 0  # of the table; its heading comes again every 20 rows
         self._trackers: dict[str, Tracker] = {}
         self._tracker_ids: dict[str, str] = {}
         self._last_step = 0
@@ -152,7 +139,7 @@ class RunLogger:
             print(text, flush=True)
 
     def log(self, row: dict[str, float | int | None]) -> None:
-        """One training step: a line in metrics.jsonl, scalars for the trackers, a row on the console."""
+        """One training step: a line in metrics.jsonl, scalars for the trackers, a row of the table on the console."""
         if not self.is_writer:
             return
         if not self._is_placed:
@@ -165,8 +152,9 @@ class RunLogger:
             tracker.log(row["step"], scalars)
         self._last_step = row["step"]
         self.progress.step_done(row)
-        for line in self._console.lines(row):
-            self.say(line)
+        heading, cells = table_row(row, self._width)
+        self.say(f"{heading}\n{cells}" if self._num_rows % 20 == 0 else cells)
+        self._num_rows += 1
 
     def _open_trackers(self) -> dict[str, Tracker]:
         for name in self._track:
