@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
@@ -95,8 +96,6 @@ def sparkline(values: Sequence[float], width: int = 30) -> str:
     return "".join(LEVELS[round((mean - low) * scale)] for mean in means)
 
 
-def _clock(seconds: float) -> str:
-    """65 -> 1:05."""
-    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _clock(seconds: float) -> timedelta:
+    """To whole seconds: 65.2 is shown as 0:01:05."""
+    return timedelta(seconds=round(max(seconds, 0.0)))

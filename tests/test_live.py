@@ -44,7 +44,7 @@ def test_a_phase_shows_its_bar_and_leaves_the_screen_clean(clock, capsys):
         drawn = capsys.readouterr().out
     assert screen(begun) == ["rollout"]
     (line,) = screen(begun + drawn)
-    assert line.split() == ["rollout", "━" * 22 + "─" * 8, "75%", "3/4,", "0:01", "left", "a", "note"]
+    assert line.split() == ["rollout", "━" * 22 + "─" * 8, "75%", "3/4,", "0:00:01", "left", "a", "note"]
     assert screen(begun + drawn + capsys.readouterr().out) == []
 
 
@@ -57,7 +57,7 @@ def test_the_lines_below_say_where_the_run_stands(clock, capsys):
     progress.begin("rollout")
     assert screen(capsys.readouterr().out) == [
         "rollout",
-        "step 3 of 50, 2.00 s a step, 1:34 left",
+        "step 3 of 50, 2.00 s a step, 0:01:34 left",
         "▁▃█ reward 0.400   ▁ validation accuracy 50.0%",
         "seconds: rollout 1.50, update 0.25",
     ]
