@@ -78,11 +78,8 @@ class Scores:
     def means(self) -> dict[str, float]:
         """Mean total over what could be scored, and of each component over what it judged."""
         components = {f"reward/{name}": self.components[..., k].nanmean().item() for k, name in enumerate(self.names)}
-        return {
-            "reward": self.total[self.scored].mean().item(),
-            **components,
-            "unscored": 1 - self.scored.float().mean().item(),
-        }
+        unscored = 1 - self.scored.float().mean().item()
+        return {"reward": self.total[self.scored].mean().item(), **components, "unscored": unscored}
 
     def pass_rates(self, component: str) -> list[float | None]:
         """Of each group, the share of completions to which the component gave 1 or more; None where it judged none."""
