@@ -319,13 +319,20 @@ class Config:
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """Nested plain values -> Config; what is left out keeps its default.
+def from_dict(values: Any, section: type = Config, prefix: str = "") -> Any:
+    """Nested plain values -> Config, or one `section` of it; what is left out keeps its default.
 
     An integer may stand for a float and a list for a tuple. Raises ValueError that names the dotted key: for an
     unknown one together with the nearest known, for a wrong type with the value and what was expected.
     """
-    return _build(Config, values, "")
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix[:-1] or 'config'}={values!r} is no section; expected keys with values")
+    kinds = typing.get_type_hints(section)
+    for name in values:
+        if name not in kinds:
+            known = [prefix + sibling for sibling in kinds] + known_keys()
+            raise ValueError(f"unknown key {prefix}{name}{nearest(f'{prefix}{name}', known)}")
+    return section(**{name: _convert(kinds[name], value, prefix + name) for name, value in values.items()})
 
 
 def load(path: Path | str) -> Config:
@@ -372,22 +379,11 @@ def nearest(key: str, known: list[str], dashes: str = "") -> str:
     return f"; the nearest is {dashes}{matches[0]}" if matches else ""
 
 
-def _build(section: type, values: Any, prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix[:-1] or 'config'}={values!r} is no section; expected keys with values")
-    kinds = typing.get_type_hints(section)
-    for name in values:
-        if name not in kinds:
-            known = [prefix + sibling for sibling in kinds] + known_keys()
-            raise ValueError(f"unknown key {prefix}{name}{nearest(f'{prefix}{name}', known)}")
-    return section(**{name: _convert(kinds[name], value, prefix + name) for name, value in values.items()})
-
-
 def _convert(kind: Any, value: Any, key: str) -> Any:
     """`value` as the annotated type of its field, or ValueError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
-        return _build(kind, value, key + ".")
+        return from_dict(value, kind, key + ".")
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(arguments[0], value, key)  # X | None is the only union in use
     if origin is tuple and isinstance(value, list | tuple):
