@@ -294,6 +294,10 @@ def test_settings_that_do_not_go_together_are_refused(values, message):
         check(from_dict(values), world_size=1)
 
 
+def test_a_reward_of_ones_own_may_be_the_only_one():
+    check(from_dict({"rewards": {"format_weight": 0, "correctness_weight": 0, "functions": ["a.py:b"]}}), world_size=1)
+
+
 # --- going on with another config ---
 
 
