@@ -20,12 +20,11 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from grpo import checkpoint, distributed, lora
-from grpo.config import Config, DataConfig, PromptConfig, load
+from grpo.config import Config, DataConfig, RolloutConfig, load
 from grpo.distributed import World
 from grpo.evaluation import evaluate, result_table
 from grpo.live import Progress, can_show
 from grpo.metrics import PhaseTimer, environment
-from grpo.policy import Policy
 from grpo.rewards.__main__ import report, score_file
 from grpo.rewards.pool import Pool, make_pool
 from grpo.rollout import EVALUATION, Sampler, Sampling
@@ -42,28 +41,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--model",
-        action="append",
-        default=[],
-        help="run folder, checkpoint folder, model folder or hub id; twice to compare",
-    )
+    models = "run folder, checkpoint folder, model folder or hub id; twice to compare"
+    add("--model", action="append", default=[], help=models)
     add("--task", help="gsm8k, word_problems, jsonl or file.py:ClassName; default: the task of the run folder")
     add("--completions", help="score the completions of this JSONL file (`completion`, `answer`) instead of generating")
     add("--data.path", dest="data_path", help="where the task's problems are (see train.py --help)")
     add("--split", choices=("test", "validation", "train"), default="test", help="which problems (default: test)")
-    add(
-        "--shots",
-        type=int,
-        nargs="+",
-        help="worked exemplars in the prompt, one evaluation each (default: the run's, or 8)",
-    )
-    add(
-        "--prompt.style",
-        dest="style",
-        choices=("plain", "chat"),
-        help="plain text or the chat template (default: the run's, or plain)",
-    )
+    add("--shots", type=int, nargs="+", help="exemplars in the prompt, one evaluation each (default: the run's, or 8)")
+    style = "plain text or the chat template (default: the run's, or plain)"
+    add("--prompt.style", dest="style", choices=("plain", "chat"), help=style)
     add("--limit", type=int, help="evaluate the first N problems only")
     add("--samples", type=int, default=1, help="completions of each problem (default: 1, greedy)")
     add("--temperature", type=float, help="default: 0 with one sample, else 1")
@@ -74,10 +60,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
     add("--impl", choices=("auto", "torch", "triton"), default="auto", help="kernels (default: auto)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: bf16 on CUDA, else fp32")
-    add(
-        "--output",
-        help="JSON file of results, the chart beside it (default: runs/eval-TASK-TIME.json); with --completions, JSONL",
-    )
+    output = "JSON file of results, the chart beside it (default: runs/eval-TASK-TIME.json); with --completions, JSONL"
+    add("--output", help=output)
     options = parser.parse_args(argv)
     if bool(options.model) == bool(options.completions):
         parser.error("name either --model (to generate) or --completions FILE.jsonl (to score)")
@@ -85,7 +69,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--completions needs --task and --output FILE.jsonl")
     if options.samples < 1 or (options.limit is not None and options.limit < 1):
         parser.error(f"--samples {options.samples} and --limit {options.limit} must be 1 or more")
-    options.temperature = (0.0 if options.samples == 1 else 1.0) if options.temperature is None else options.temperature
+    if options.temperature is None:
+        options.temperature = 0.0 if options.samples == 1 else 1.0
     if options.samples > 1 and options.temperature == 0:
         parser.error(f"--samples {options.samples} with --temperature 0: all would be equal; use a temperature above 0")
     return options
@@ -102,10 +87,8 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     resolved = [resolve_model(name) for name in options.model]
     run = next((config for _, config in resolved if config), None)
     if run is None and not options.task:
-        raise ValueError(
-            "--task is missing: none of the models is a run folder that would tell; pass --task gsm8k, for example"
-        )
-    config = run or Config(prompt=PromptConfig(), rollout=replace(Config().rollout, max_new_tokens=400))
+        raise ValueError("--task is missing: no model is a run folder that would tell; pass --task gsm8k, for example")
+    config = run or Config(rollout=RolloutConfig(max_new_tokens=400))
     if options.task and options.task != config.task:
         config = replace(config, task=options.task, data=DataConfig())
     if options.data_path:
@@ -117,12 +100,6 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     return [path for path, _ in resolved], config
 
 
-def make_prompter(config: Config, task: Task, policy: Policy, shots: int) -> Prompter:
-    prompt = replace(config.prompt, shots=shots)
-    new_tokens = config.rollout.max_new_tokens
-    return Prompter(task, prompt, policy.tokenizer, context_length=policy.context_length, max_new_tokens=new_tokens)
-
-
 def evaluate_model(
     path: str, options: argparse.Namespace, config: Config, task: Task, world: World, pool: Pool
 ) -> dict[int, dict]:
@@ -131,7 +108,11 @@ def evaluate_model(
     policy = lora.load(path, precision=options.precision, device=world.device)
     problems = task.split(options.split)[: options.limit]
     problems = [replace(problem, index=i) for i, problem in enumerate(problems)]
-    prompters = {shots: make_prompter(config, task, policy, shots) for shots in options.shots or [config.prompt.shots]}
+    lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
+    prompters = {
+        shots: Prompter(task, replace(config.prompt, shots=shots), policy.tokenizer, **lengths)
+        for shots in options.shots or [config.prompt.shots]
+    }
     prompted = {shots: [prompter(problem) for problem in problems] for shots, prompter in prompters.items()}
     results = {}
     for shots, questions in prompted.items():
@@ -172,12 +153,9 @@ def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
     for i, (model, by_shots) in enumerate(results.items()):
         places = [place + (i - (len(results) - 1) / 2) * width for place in range(len(by_shots))]
         heights = [entry["accuracy"] for entry in by_shots.values()]
-        bounds = [entry["interval"] for entry in by_shots.values()]
-        errors = [
-            [h - low for h, (low, _) in zip(heights, bounds, strict=True)],
-            [high - h for h, (_, high) in zip(heights, bounds, strict=True)],
-        ]
-        bars = axes.bar(places, heights, width, yerr=errors, capsize=3, label=model)
+        below = [entry["accuracy"] - entry["interval"][0] for entry in by_shots.values()]
+        above = [entry["interval"][1] - entry["accuracy"] for entry in by_shots.values()]
+        bars = axes.bar(places, heights, width, yerr=[below, above], capsize=3, label=model)
         axes.bar_label(bars, [f"{height:.0%}" for height in heights], padding=3)
     first = next(iter(results.values()))
     axes.set(xticks=range(len(first)), xticklabels=[f"{shots} shots" for shots in first], ylabel="accuracy")
@@ -194,27 +172,18 @@ def run(options: argparse.Namespace, world: World) -> None:
     task.split(options.split)
     output = Path(options.output or f"runs/eval-{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
+    loaded = dict(zip(options.model, paths, strict=True))
     with make_pool(config.rewards) as pool:
-        results = {
-            name: evaluate_model(path, options, config, task, world, pool)
-            for name, path in zip(options.model, paths, strict=True)
-        }
+        results = {name: evaluate_model(path, options, config, task, world, pool) for name, path in loaded.items()}
     if not world.is_writer:
         return
     rows = {f"{name}, {shots} shots": entry for name, by_shots in results.items() for shots, entry in by_shots.items()}
     print(result_table(rows))
     dispatch = {op: choice.impl for op, choice in dispatch_table(options.impl, world.device).items()}
-    record = {
-        "task": config.task,
-        "split": options.split,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "max_new_tokens": config.rollout.max_new_tokens,
-        "loaded": dict(zip(options.model, paths, strict=True)),
-        "models": results,
-        "environment": environment(seed=options.seed, world_size=world.size, dispatch=dispatch),
-    }
+    record = {"task": config.task, "split": options.split, "max_new_tokens": config.rollout.max_new_tokens}
+    record |= {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
+    record |= {"loaded": loaded, "models": results}
+    record["environment"] = environment(seed=options.seed, world_size=world.size, dispatch=dispatch)
     output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     draw_chart(results, output.with_suffix(".png"))
     print(f"written: {output} and {output.with_suffix('.png')}")

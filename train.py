@@ -25,11 +25,11 @@ from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS
 from grpo.logprobs import check_packing
-from grpo.metrics import completion_records, length_metrics
+from grpo.metrics import completion_records, length_metrics, training_seconds
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
 from grpo.rewards import refuse_unscored, score_groups
-from grpo.run import Run, build, load_checkpoint, open_run, save_checkpoint, settle, validate
+from grpo.run import Run, load_checkpoint, open_run, save_checkpoint, settle, validate
 from grpo.update import fill_frozen, learning_rate, update_policy
 
 
@@ -64,7 +64,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     run.log.log_completions(step, completion_records(everyones, scores, advantages, run.token_text))
     drawing = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
     drawing |= {"groups_dropped": 1 - len(everyones) / len(drawn), **run.stream.metrics()}
-    return {**drawn_scores.means(), **drawing, **length_metrics(drawn, timer.since_taken()), **metrics, "lr": lr}
+    drawing |= length_metrics(drawn, training_seconds(timer.recent))
+    return {**drawn_scores.means(), **drawing, **metrics, "lr": lr}
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
@@ -150,14 +151,13 @@ def run_command(command: Command, world: World) -> int:
     """The whole job; the exit status."""
     if world.is_writer:
         print(command.source, flush=True)
-    command = replace(command, config=settle(command.config, world.size))
-    config = command.config
+    config, objective = settle(command.config, world.size)
     if command.dry_run:
         if world.is_writer:
             print(dry_run_report(config, world.size, model_facts(config, world.device)))
         return 0
-    run_dir, goes_on_from = open_run(command, world)
-    run = build(config, world, run_dir)
+    run_dir, goes_on_from = open_run(replace(command, config=config), world)
+    run = Run(config, objective, world, run_dir)
     with run.pool, closing(run.log):
         if goes_on_from:
             load_checkpoint(run, goes_on_from)

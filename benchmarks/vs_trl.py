@@ -135,7 +135,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
     """train.py's own parts and step."""
     from grpo.config import Config, from_dict
     from grpo.distributed import start
-    from grpo.run import build
+    from grpo.run import Run, settle
 
     config: Config = from_dict(
         {
@@ -164,7 +164,8 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
     train_step = runpy.run_path(str(ROOT / "train.py"))["train_step"]
     with redirect_stdout(sys.stderr):
         (folder / "run").mkdir()
-        run = build(config, start(), folder / "run")
+        world = start()
+        run = Run(*settle(config, world.size), world, folder / "run")
         with run.pool:
             answer(ready=True)
             for step in range(1, steps + 1):

@@ -227,8 +227,6 @@ def prepare_base(
     `before_habit/`: the model that still shows its working. Written under a staging name and renamed, so a
     folder that exists is whole. One process calls this; the others wait.
     """
-    if not isinstance(task, WordProblems):
-        raise ValueError(f"task {task.name} without model.path: the embedded model knows word_problems only; name one")
     identity = json.dumps([task.name, task.version, task.data.level, asdict(base), seed])
     folder = Path(cache_dir) / f"{task.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.exists():

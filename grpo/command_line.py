@@ -1,13 +1,13 @@
-"""The command line of train.py: a YAML file, then typed overrides of any of its keys."""
+"""The command line of train.py: a YAML file, then typed overrides of any of its keys, such as `--optim.lr 5e-6`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import typing
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 from grpo.config import CONFIGS, Config, known_keys, load, nearest
 
@@ -41,16 +41,14 @@ class Command:
 
 
 def parse_command(argv: list[str]) -> Command:
-    """The command line of train.py: a YAML file, then typed overrides such as `--optim.lr 5e-6` on top of it.
-
-    Dashes and underscores are the same. A mistake prints one line, with the nearest option where one is unknown,
-    and exits with status 2.
-    """
+    """Dashes and underscores are the same. A mistake prints one line, with the nearest option where one is unknown,
+    and exits with status 2."""
     try:
         path, source = _base_config(argv)
         options, config = _override(argv, load(path))
     except ValueError as error:
-        _exit(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     if options.preset is not None:
         config = replace(config, objective=replace(config.objective, preset=options.preset))
     return Command(config, path, source, options.run_dir, options.resume, options.dry_run)
@@ -84,14 +82,12 @@ def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
     """Parse the whole command line over `config`; the help shows every field with its docstring and its value there."""
     import tyro
 
-    flat = tyro.conf.arg(name="")
-    fields = [("options", Annotated[RunOptions, flat]), ("config", Annotated[Config, flat])]
-    both = make_dataclass("Train", fields, frozen=True)
+    unprefixed = tyro.conf.arg(name="")
     parsed, unknown = tyro.cli(
-        both,
+        tuple[Annotated[RunOptions, unprefixed], Annotated[Config, unprefixed]],
         prog="train.py",
         description="Train a language model with GRPO. Every option below the first five is a key of the config.",
-        default=both(RunOptions(), config),
+        default=(RunOptions(), config),
         args=argv,
         return_unknown_args=True,
     )
@@ -100,9 +96,4 @@ def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
         known = [key.replace("_", "-") for key in [*typing.get_type_hints(RunOptions), *known_keys()]]
         name = option.split("=")[0].lstrip("-").replace("_", "-")
         raise ValueError(f"unknown option {option}{nearest(name, known, dashes='--')}; --help shows them all")
-    return parsed.options, parsed.config
-
-
-def _exit(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    return parsed

@@ -2,19 +2,20 @@
 
 Imports nothing of ours. `load` reads YAML, `save` writes it. An unknown key is an error that names the nearest one; the
 docstring under a field is its line in `--help`. A field that is None takes its value from somewhere stated in its
-docstring. The command line is in grpo.command_line, what is refused in grpo.config_check.
+docstring; a number must lie in the interval beside its type, each item of a pair, too. The command line is in
+grpo.command_line, what else is refused in grpo.config_check.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
@@ -35,11 +36,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    rank: int = 0
+    rank: Annotated[int, "[0, inf)"] = 0
     """Rank of low-rank adapters (LoRA, arXiv:2106.09685), which are then all that is trained; 0: full fine-tuning."""
-    alpha: float = 16.0
+    alpha: Annotated[float, "(0, inf)"] = 16.0
     """What the adapters add is scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: Annotated[float, "[0, 1)"] = 0.0
     """Dropout of what the adapters read, in the passes that form gradients; above 0 needs batch.layout=padded."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
@@ -61,13 +62,13 @@ class DataConfig:
     """Column that holds the question (task `jsonl`)."""
     answer_column: str = "answer"
     """Column that holds the reference answer (task `jsonl`)."""
-    validation_fraction: float = 0.1
+    validation_fraction: Annotated[float, "(0, 1)"] = 0.1
     """Share of the training file held out for validation, drawn with `split_seed`."""
     split_seed: int = 0
     """Seed of the train/validation split. Apart from `seed`, so that runs with different seeds share one split."""
     curriculum: Literal["none", "drop_solved", "target_rate"] = "none"
     """Which training problems an epoch visits, by the share of correct completions at their last visit. drop_solved: not those where it was 1. target_rate: the nearer to `target_rate`, the more often. Not for an endless split (task `word_problems`)."""
-    target_rate: float = 0.5
+    target_rate: Annotated[float, "(0, 1)"] = 0.5
     """Curriculum target_rate: the share of correct completions that is sought. At 0.5 groups have the most spread."""
 
 
@@ -75,7 +76,7 @@ class DataConfig:
 class PromptConfig:
     style: Literal["plain", "chat"] = "plain"
     """plain: text with few-shot exemplars, for base models. chat: the tokenizer's chat template, for instruct models."""
-    shots: int = 8
+    shots: Annotated[int, "[0, 8]"] = 8
     """Worked exemplars before the question, 0 to 8."""
     exemplars: Literal["builtin", "train"] = "builtin"
     """builtin: eight short ones written for this project. train: drawn from the training split with `exemplar_seed`, never the problem itself."""
@@ -85,9 +86,9 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class RewardsConfig:
-    format_weight: float = 0.5
+    format_weight: Annotated[float, "[0, inf)"] = 0.5
     """Weight of the `format` component."""
-    correctness_weight: float = 1.0
+    correctness_weight: Annotated[float, "[0, inf)"] = 1.0
     """Weight of the `correctness` component."""
     require_finish: bool = True
     """Pay nothing to a completion that ran into the length limit. Without it, text that never ends can earn (seen: length goes to the limit, accuracy to 0)."""
@@ -95,13 +96,13 @@ class RewardsConfig:
     """Further components: path/to/file.py:function or module:function, each `(completions, **columns) -> list of float or None`; named after the function, weight 1."""
     weights: tuple[str, ...] = ()
     """Weights over the task's own and over 1: component=number, such as parses=0.1."""
-    workers: int = 0
+    workers: Annotated[int, "[0, inf)"] = 0
     """Processes of each rank that score; 0: this rank's share of the cores, at most 16."""
-    timeout_s: float = 5.0
+    timeout_s: Annotated[float, "(0, inf)"] = 5.0
     """Seconds that one call of a reward function may take. Who takes longer is killed and its completions are tried one by one; what is late alone is unscored."""
-    step_timeout_s: float = 600.0
+    step_timeout_s: Annotated[float, "(0, inf)"] = 600.0
     """Seconds that all scoring of a step may take on one rank; what is not scored by then is unscored. The other ranks wait so long: less than distributed.timeout_s."""
-    max_unscored: float = 0.25
+    max_unscored: Annotated[float, "[0, 1]"] = 0.25
     """Share of a step's completions that may go unscored (error or timeout) before the run ends."""
     sandbox: Literal["auto", "bubblewrap", "namespaces", "unsafe_subprocess"] = "auto"
     """Where code of the model runs (task `code`). auto: bubblewrap, else Linux namespaces, whichever stops every attack of a self-test; else the task is refused. unsafe_subprocess: limits on time and memory only, with your files and network in reach."""
@@ -109,23 +110,23 @@ class RewardsConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    prompts_per_step: int = 16
+    prompts_per_step: Annotated[int, "[1, inf)"] = 16
     """Prompts per training step, over all ranks (P)."""
-    group_size: int = 8
+    group_size: Annotated[int, "[1, inf)"] = 8
     """Completions of each prompt (G)."""
-    max_new_tokens: int = 40
+    max_new_tokens: Annotated[int, "[1, inf)"] = 40
     """Longest completion, in tokens."""
-    temperature: float = 1.0
+    temperature: Annotated[float, "(0, inf)"] = 1.0
     """Divides the logits, while sampling and in the loss alike. 0 is greedy (evaluation only)."""
     top_p: float = 1.0
     """Nucleus sampling. Training wants 1: the loss must see the distribution that was sampled."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all. Training wants 0."""
-    max_sequences: int = 512
+    max_sequences: Annotated[int, "[1, inf)"] = 512
     """Sequences decoded at a time on one rank; more are done in turns."""
-    prefill_tokens: int = 16384
+    prefill_tokens: Annotated[int, "[1, inf)"] = 16384
     """Prompt tokens per prefill pass."""
-    kv_gib: float | None = None
+    kv_gib: Annotated[float | None, "(0, inf)"] = None
     """Most memory for keys and values while sampling, in GiB; where it is short, sequences take turns. None: 30 % of the device's memory. Only what a rollout can use is allocated; on CUDA it stays between rollouts if it is at most 20 % of the memory."""
     cuda_graph: bool = True
     """Replay whole decode steps as CUDA graphs. Where a model cannot be captured, it says why and goes on without."""
@@ -143,17 +144,17 @@ class ObjectiveConfig:
     """Per-token objective: clip, dual_clip, sequence, sequence_token, cispo, sapo, reinforce, or your own my_file.py:my_function."""
     aggregation: str | None = None
     """Token weights: sequence_mean, token_mean or constant."""
-    clip_low: float | None = None
+    clip_low: Annotated[float | None, "(0, 1]"] = None
     """Ratio clip range below 1."""
-    clip_high: float | None = None
+    clip_high: Annotated[float | None, "(0, inf)"] = None
     """Ratio clip range above 1; of cispo: the weight is capped at 1 + clip_high."""
-    ratio_cap: float | None = None
+    ratio_cap: Annotated[float | None, "(1, inf)"] = None
     """dual_clip: largest ratio that pulls where the advantage is negative; above 1 + clip_high."""
-    tau_positive: float | None = None
+    tau_positive: Annotated[float | None, "(0, inf)"] = None
     """sapo: steepness of the gate where the advantage is positive."""
-    tau_negative: float | None = None
+    tau_negative: Annotated[float | None, "(0, inf)"] = None
     """sapo: steepness of the gate where it is not."""
-    beta: float | None = None
+    beta: Annotated[float | None, "[0, inf)"] = None
     """Coefficient of the KL to the reference; 0 loads no reference."""
     kl_estimator: str | None = None
     """Estimator of the KL: k1, k2 or k3. docs/objectives.md shows what the gradient of each is."""
@@ -161,13 +162,13 @@ class ObjectiveConfig:
     """loss: per token. reward: its sum over the completion is taken from the reward before advantages are made (k1 only)."""
     kl_corrected: bool | None = None
     """Multiply the KL in the loss by the ratio, so that its gradient is that of KL(policy || reference), off-policy too."""
-    ref_refresh_every: int | None = None
+    ref_refresh_every: Annotated[int | None, "[0, inf)"] = None
     """Bring the reference nearer to the policy after every this many training steps; 0: it stays as it was loaded. In bf16 it then has fp32 masters of its own: 4 bytes a parameter."""
-    ref_mix: float | None = None
+    ref_mix: Annotated[float | None, "(0, 1]"] = None
     """How near: reference <- (1 - ref_mix) reference + ref_mix policy. 1 is a copy, less a moving average."""
-    entropy_bonus: float | None = None
+    entropy_bonus: Annotated[float | None, "[0, inf)"] = None
     """Coefficient of the mean token entropy, weighted as the surrogate is, which is then maximised too. The exact entropy of every distribution, not that of the token drawn."""
-    entropy_share: float | None = None
+    entropy_share: Annotated[float | None, "(0, 1]"] = None
     """Share of tokens, those of highest entropy over the whole optimizer step, that contribute a gradient (arXiv:2506.01939: 0.2); 1: all. The denominators stay."""
     mask_truncated: bool | None = None
     """Leave completions that ran into the length limit out of the loss and its denominators; they stay in their group's mean."""
@@ -175,13 +176,13 @@ class ObjectiveConfig:
     """Correction of sampler against training log-probs: none, token_truncate, sequence_truncate (weights, at most mismatch_cap) or sequence_mask (sequences outside 1/cap to cap are left out)."""
     mismatch_level: Literal["mean", "sum"] | None = None
     """Log-ratio of a sequence. sum: the unbiased weight, which rejects long completions more and more. mean: biased as a weight, right for rejection."""
-    mismatch_cap: float | None = None
+    mismatch_cap: Annotated[float | None, "(1, inf)"] = None
     """Largest weight; above 1."""
     dynamic_sampling: bool | None = None
     """Draw further prompts in place of groups without spread, until the step is full of groups that teach."""
-    max_draws: int | None = None
+    max_draws: Annotated[int | None, "[1, inf)"] = None
     """dynamic_sampling: rollouts per step at most; if the step is not full then, groups without spread fill it."""
-    overlong_share: float | None = None
+    overlong_share: Annotated[float | None, "[0, 1]"] = None
     """Last part of rollout.max_new_tokens over which a penalty grows from 0 to 1 reward; 0: no penalty."""
 
 
@@ -189,41 +190,41 @@ class ObjectiveConfig:
 class BatchConfig:
     layout: Literal["auto", "packed", "padded"] = "auto"
     """packed: whole groups in one row, each prompt computed once. padded: a row per sequence, the prompt in each. auto: packed, but padded for a model whose layers cannot share a prompt. Speed and memory only."""
-    tokens_per_micro_batch: int = 16384
+    tokens_per_micro_batch: Annotated[int, "[1, inf)"] = 16384
     """Tokens, as laid out, of one forward and backward pass on one rank. Memory only: it cannot change the gradient."""
-    minibatches: int = 1
+    minibatches: Annotated[int, "[1, inf)"] = 1
     """Optimizer steps per pass over a rollout: contiguous blocks of prompts."""
-    passes: int = 1
+    passes: Annotated[int, "[1, inf)"] = 1
     """Passes over each rollout. With more than one optimizer step in all, old log-probs come from a pass of the training forward."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 2e-4
+    lr: Annotated[float, "(0, inf)"] = 2e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or cosine to 0 at the last step."""
-    warmup: float = 0.1
+    warmup: Annotated[float, "[0, 1]"] = 0.1
     """Linear warm-up, as a fraction of num_steps."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: Annotated[tuple[float, float], "[0, 1)"] = (0.9, 0.99)
     """AdamW moment decays. 0.99 rather than 0.999: runs are short."""
-    eps: float = 1e-8
+    eps: Annotated[float, "(0, inf)"] = 1e-8
     """AdamW denominator offset."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, "[0, inf)"] = 0.0
     """Decoupled weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, "(0, inf)"] = 1.0
     """Gradients are scaled down to this norm."""
-    max_skipped_steps: int = 3
+    max_skipped_steps: Annotated[int, "[0, inf)"] = 3
     """Optimizer steps in a row that are skipped because their loss or gradient is not finite; one more ends the run."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: int = 10
+    every: Annotated[int, "[0, inf)"] = 10
     """Validate every this many steps; 0 never. The best checkpoint is kept by validation accuracy."""
-    validation_problems: int = 200
+    validation_problems: Annotated[int, "[1, inf)"] = 200
     """Validation problems per evaluation (greedy)."""
-    test_problems: int = 200
+    test_problems: Annotated[int, "[0, inf)"] = 200
     """Test problems, evaluated before and after training only; 0 skips the test."""
 
 
@@ -231,9 +232,9 @@ class EvalConfig:
 class DistributedConfig:
     strategy: Literal["ddp", "zero1", "fsdp"] = "ddp"
     """What ranks share out. ddp: nothing. zero1: fp32 masters and Adam moments, with the gradients of ddp to the bit. fsdp: gradients too, and the bf16 copy that samples is there for the rollout alone (docs/scale.md). One rank has everything in any case."""
-    timeout_s: float = 1800.0
+    timeout_s: Annotated[float, "(0, inf)"] = 1800.0
     """Seconds that ranks wait for each other; then the run ends with a message that names the rank that did not answer."""
-    term_grace_s: float = 25.0
+    term_grace_s: Annotated[float, "(0, inf)"] = 25.0
     """Seconds that a step may still take after SIGTERM; then the run leaves on its last checkpoint. Below torchrun's 30, after which it kills."""
 
 
@@ -249,7 +250,7 @@ class BaseConfig:
     """Attention heads."""
     intermediate_size: int = 256
     """MLP width."""
-    num_solutions: int = 0
+    num_solutions: Annotated[int, "[0, inf)"] = 0
     """Worked solutions that supervised training may see, again and again; 0: a fresh one every time."""
     unseen_words: tuple[str, ...] = ()
     """Words of which no question has any whose worked solution supervised training may see; GRPO meets them."""
@@ -289,11 +290,11 @@ class Config:
     """word_problems (embedded), gsm8k, jsonl (any file with a prompt and an answer column), code or keywords (rows with tests or key terms; small embedded sets)."""
     seed: int = 0
     """Seeds initialisation, the order of problems and every sampled token."""
-    num_steps: int = 50
+    num_steps: Annotated[int, "[1, inf)"] = 50
     """Training steps: rollouts."""
-    save_every: int = 25
+    save_every: Annotated[int, "[1, inf)"] = 25
     """Checkpoint every this many steps; one is always written at the end."""
-    keep_last: int = 2
+    keep_last: Annotated[int, "[1, inf)"] = 2
     """Checkpoints kept besides the best one."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """Kernels: auto decides by device, dtype and shape, and says what it chose."""
@@ -301,78 +302,29 @@ class Config:
     """CUDA: only operations that give the same bits every time, so that a resumed run repeats the lost steps exactly; slower. On CPU it is always so."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
     """Trackers that get every metric besides metrics.jsonl, and the completions as tables where they can: tensorboard, wandb, mlflow, trackio. None: tensorboard where it is installed."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    rewards: RewardsConfig = field(default_factory=RewardsConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    base: BaseConfig = field(default_factory=BaseConfig)
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    base: BaseConfig = BaseConfig()
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """The config as nested plain values."""
-    return asdict(config)
-
-
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """Nested plain values -> Config; what is left out keeps its default.
+def from_dict(values: Any, section: type = Config, prefix: str = "") -> Any:
+    """Nested plain values -> Config, or one `section` of it; what is left out keeps its default.
 
     An integer may stand for a float and a list for a tuple. Raises ValueError that names the dotted key: for an
     unknown one together with the nearest known, for a wrong type with the value and what was expected.
     """
-    return _build(Config, values, "")
-
-
-def load(path: Path | str) -> Config:
-    """The config in a YAML file; an error names the file."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return from_dict({} if values is None else values)
-    except OSError as error:
-        raise ValueError(f"cannot read config {path}: {error.strerror}; there are: {', '.join(_shipped())}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def save(config: Config, path: Path | str) -> None:
-    """Write every field, defaults included; `load` gives the same config back."""
-    unfinished = Path(path).with_suffix(".tmp")  # a kill in between must not leave half a file: runs resume with it
-    unfinished.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-    unfinished.replace(path)
-
-
-def known_keys(section: type = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of a value, in reading order: task, ..., model.path, ..."""
-    keys = []
-    for name, kind in typing.get_type_hints(section).items():
-        keys += known_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
-    return keys
-
-
-def get(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def nearest(key: str, known: list[str], dashes: str = "") -> str:
-    """`; the nearest is ...` or nothing: the known key with the same last part, else the one spelled most alike."""
-    same_leaf = [candidate for candidate in known if candidate.split(".")[-1] == key.split(".")[-1]]
-    matches = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; the nearest is {dashes}{matches[0]}" if matches else ""
-
-
-def _build(section: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix[:-1] or 'config'}={values!r} is no section; expected keys with values")
     kinds = typing.get_type_hints(section)
@@ -383,11 +335,55 @@ def _build(section: type, values: Any, prefix: str) -> Any:
     return section(**{name: _convert(kinds[name], value, prefix + name) for name, value in values.items()})
 
 
+def load(path: Path | str) -> Config:
+    """The config in a YAML file; an error names the file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return from_dict({} if values is None else values)
+    except OSError as error:
+        shipped = sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.yaml"))
+        raise ValueError(f"cannot read config {path}: {error.strerror}; there are: {', '.join(shipped)}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def dump(config: Config) -> str:
+    """Every field as YAML, defaults included; `load` gives the same config back."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def save(config: Config, path: Path | str) -> None:
+    """Write what `dump` says."""
+    unfinished = Path(path).with_suffix(".tmp")  # a kill in between must not leave half a file: runs resume with it
+    unfinished.write_text(dump(config), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys, in reading order: task, ..., model.path, ..."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of a value."""
+    return list(flat(asdict(Config())))
+
+
+def nearest(key: str, known: list[str], dashes: str = "") -> str:
+    """`; the nearest is ...` or nothing: the known key with the same last part, else the one spelled most alike."""
+    same_leaf = [candidate for candidate in known if candidate.split(".")[-1] == key.split(".")[-1]]
+    matches = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; the nearest is {dashes}{matches[0]}" if matches else ""
+
+
 def _convert(kind: Any, value: Any, key: str) -> Any:
     """`value` as the annotated type of its field, or ValueError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
-        return _build(kind, value, key + ".")
+        return from_dict(value, kind, key + ".")
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(arguments[0], value, key)  # X | None is the only union in use
     if origin is tuple and isinstance(value, list | tuple):
@@ -397,23 +393,10 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
             return tuple(_convert(part, item, key) for part, item in zip(kinds, value, strict=True))
     if origin is Literal and value in arguments and not isinstance(value, bool):
         return value
-    if kind is float and _is_number(value):
-        return float(value)
+    if kind is float and type(value) in (int, float, str):  # str: YAML 1.1 reads 1e-6, without a point, as text
+        with suppress(ValueError):
+            return float(value)
     if type(value) is kind:  # exactly: True is no int
         return value
     expected = f"one of {', '.join(map(repr, arguments))}" if origin is Literal else getattr(kind, "__name__", kind)
     raise ValueError(f"{key}={value!r} is {type(value).__name__}; expected {expected}")
-
-
-def _is_number(value: Any) -> bool:
-    """Also of text: YAML 1.1 reads 1e-6 as text, because it has no decimal point."""
-    if isinstance(value, str):
-        try:
-            return math.isfinite(float(value))
-        except ValueError:
-            return False
-    return type(value) in (int, float)
-
-
-def _shipped() -> list[str]:
-    return sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.yaml"))

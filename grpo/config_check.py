@@ -4,64 +4,10 @@ run that goes on cannot change."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from typing import Any, get_type_hints
 
-from grpo.config import Config, get, known_keys
-
-INTERVALS = {
-    "num_steps": "[1, inf)",
-    "save_every": "[1, inf)",
-    "keep_last": "[1, inf)",
-    "lora.rank": "[0, inf)",
-    "lora.alpha": "(0, inf)",
-    "lora.dropout": "[0, 1)",
-    "data.validation_fraction": "(0, 1)",
-    "data.target_rate": "(0, 1)",
-    "prompt.shots": "[0, 8]",
-    "rewards.format_weight": "[0, inf)",
-    "rewards.correctness_weight": "[0, inf)",
-    "rewards.workers": "[0, inf)",
-    "rewards.timeout_s": "(0, inf)",
-    "rewards.step_timeout_s": "(0, inf)",
-    "rewards.max_unscored": "[0, 1]",
-    "rollout.prompts_per_step": "[1, inf)",
-    "rollout.group_size": "[1, inf)",
-    "rollout.max_new_tokens": "[1, inf)",
-    "rollout.temperature": "(0, inf)",
-    "rollout.max_sequences": "[1, inf)",
-    "rollout.prefill_tokens": "[1, inf)",
-    "rollout.kv_gib": "(0, inf)",
-    "objective.clip_low": "(0, 1]",
-    "objective.clip_high": "(0, inf)",
-    "objective.ratio_cap": "(1, inf)",
-    "objective.tau_positive": "(0, inf)",
-    "objective.tau_negative": "(0, inf)",
-    "objective.beta": "[0, inf)",
-    "objective.ref_refresh_every": "[0, inf)",
-    "objective.ref_mix": "(0, 1]",
-    "objective.entropy_bonus": "[0, inf)",
-    "objective.entropy_share": "(0, 1]",
-    "objective.mismatch_cap": "(1, inf)",
-    "objective.max_draws": "[1, inf)",
-    "objective.overlong_share": "[0, 1]",
-    "batch.tokens_per_micro_batch": "[1, inf)",
-    "batch.minibatches": "[1, inf)",
-    "batch.passes": "[1, inf)",
-    "optim.lr": "(0, inf)",
-    "optim.warmup": "[0, 1]",
-    "optim.betas": "[0, 1)",
-    "optim.eps": "(0, inf)",
-    "optim.weight_decay": "[0, inf)",
-    "optim.max_grad_norm": "(0, inf)",
-    "optim.max_skipped_steps": "[0, inf)",
-    "eval.every": "[0, inf)",
-    "eval.validation_problems": "[1, inf)",
-    "eval.test_problems": "[0, inf)",
-    "distributed.timeout_s": "(0, inf)",
-    "distributed.term_grace_s": "(0, inf)",
-    "base.num_solutions": "[0, inf)",
-}
-"""Where each number must lie. A pair is checked item by item; None passes."""
-
+from grpo.config import Config, flat
 
 FIXED = ("task", "seed", "model.path", "model.precision", "lora", "data.validation_fraction", "data.split_seed", "base")
 """Keys and sections that the state in a checkpoint depends on: a run that goes on keeps them."""
@@ -82,13 +28,13 @@ FREE = (
 def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     """`key: old -> new` of each value that a run that goes on has changed: harmless ones, and those that change what it
     learns from here on. ValueError where the checkpoint would not fit any more."""
-    differing = [key for key in known_keys() if get(before, key) != get(now, key)]
-    text = {key: f"{key}: {get(before, key)!r} -> {get(now, key)!r}" for key in differing}
+    old, new = flat(asdict(before)), flat(asdict(now))
+    text = {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]}
     is_in = lambda key, table: any(f"{key}.".startswith(f"{entry}.") for entry in table)  # noqa: E731
-    fixed = [text[key] for key in differing if is_in(key, FIXED)]
+    fixed = [line for key, line in text.items() if is_in(key, FIXED)]
     if fixed:
         raise ValueError(f"a run that goes on cannot change {'; '.join(fixed)}; start another run with these values")
-    free = [text[key] for key in differing if is_in(key, FREE)]
+    free = [line for key, line in text.items() if is_in(key, FREE)]
     return free, [line for line in text.values() if line not in free]
 
 
@@ -99,12 +45,15 @@ def check(config: Config, world_size: int) -> None:
         raise ValueError("\n".join(mistakes))
 
 
-def _outside_intervals(config: Config) -> Iterator[str]:
-    for key, interval in INTERVALS.items():
-        value = get(config, key)
+def _outside_intervals(section: Any, prefix: str = "") -> Iterator[str]:
+    for name, kind in get_type_hints(type(section), include_extras=True).items():
+        value = getattr(section, name)
+        if is_dataclass(value):
+            yield from _outside_intervals(value, f"{name}.")
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        if not all(_lies_in(number, interval) for number in numbers):
-            yield f"{key}={value} is outside {interval}; choose a value inside"
+        for interval in getattr(kind, "__metadata__", ()):
+            if not all(_lies_in(number, interval) for number in numbers):
+                yield f"{prefix}{name}={value} is outside {interval}; choose a value inside"
 
 
 def _lies_in(number: float, interval: str) -> bool:
@@ -155,5 +104,6 @@ def _contradictions(config: Config) -> Iterator[str]:
     scoring, waiting = config.rewards.step_timeout_s, config.distributed.timeout_s
     if scoring >= waiting:
         yield f"rewards.step_timeout_s={scoring}: ranks wait {waiting} s (distributed.timeout_s); choose less than that"
-    if config.rewards.format_weight == 0 and config.rewards.correctness_weight == 0:
+    rewards = config.rewards
+    if not (rewards.format_weight or rewards.correctness_weight or rewards.functions or rewards.weights):
         yield "rewards.format_weight=0 and rewards.correctness_weight=0: nothing is rewarded; raise one of them"

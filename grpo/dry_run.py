@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from grpo.base import model_config
-from grpo.config import Config, to_dict
+from grpo.config import Config, dump
 from grpo.lora import LoraLinear, Nf4, add_adapters
 from grpo.policy import choose_precision, load_model_config
 from grpo.tasks.word_problems import LEVELS
@@ -28,12 +27,7 @@ class ModelFacts:
     num_trained: int  # fewer under LoRA
     num_in_4_bits: int  # of the frozen ones
     num_in_layers: int  # the rest: embeddings, last norm and head
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
+    shape: PretrainedConfig  # layers, heads, widths, vocabulary
     bytes_per_element: int  # of the forward pass: 2 in bf16, 4 in fp32
     has_reference: bool  # beta > 0
     prompt_tokens: int  # length assumed of a prompt
@@ -43,14 +37,13 @@ class ModelFacts:
 def model_facts(config: Config, device: torch.device) -> ModelFacts:
     """Sizes of the configured model, from its config alone (parameters are counted on the meta device)."""
     path = config.model.path
-    model = load_model_config(path) if path else model_config(config.base, vocab_size=EMBEDDED_VOCABULARY)
+    shape = load_model_config(path) if path else model_config(config.base, vocab_size=EMBEDDED_VOCABULARY)
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(model)
+        whole = AutoModelForCausalLM.from_config(shape)
     if config.lora.rank:
         add_adapters(whole, replace(config.lora, quantize="none"))
     parameters = list(whole.parameters())
     adapted = [layer.weight for layer in whole.modules() if isinstance(layer, LoraLinear)]
-    heads = model.num_attention_heads
     prompt_tokens = QUESTION_TOKENS + EXEMPLAR_TOKENS * config.prompt.shots
     if config.task == "word_problems":
         prompt_tokens = LEVELS[config.data.level].prompt_tokens
@@ -60,24 +53,18 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
         num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         num_in_4_bits=sum(weight.numel() for weight in adapted if config.lora.quantize == "nf4"),
         num_in_layers=sum(parameter.numel() for parameter in whole.base_model.layers.parameters()),
-        num_layers=model.num_hidden_layers,
-        num_kv_heads=getattr(model, "num_key_value_heads", None) or heads,
-        head_dim=getattr(model, "head_dim", None) or model.hidden_size // heads,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        vocab_size=model.vocab_size,
+        shape=shape,
         bytes_per_element=2 if is_bf16 else 4,
         has_reference=bool(config.objective.beta),
         prompt_tokens=prompt_tokens,
-        logit_chunk_tokens=rows_per_chunk(model.vocab_size, device.type),
+        logit_chunk_tokens=rows_per_chunk(shape.vocab_size, device.type),
     )
 
 
 def dry_run_report(config: Config, world_size: int, model: ModelFacts) -> str:
     """The resolved config, the effective batch and the estimated memory of a rank, as text for the terminal."""
     memory = memory_estimate(config, world_size, model)
-    resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
-    lines = [resolved, *_effective_batch(config, world_size, model), "", "memory per rank, estimated, GiB"]
+    lines = [dump(config), *_effective_batch(config, world_size, model), "", "memory per rank, estimated, GiB"]
     lines += [f"  {name:<34}{size / 2**30:>10.3f}" for name, size in memory.items()]
     lines += [f"  {'total':<34}{sum(memory.values()) / 2**30:>10.3f}", "", *_by_strategy(config, model)]
     return "\n".join(lines)
@@ -133,22 +120,24 @@ def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[
     Activations kept for the backward pass, per token and layer: 8 tensors as wide as the model and 4 as wide as the
     MLP (SwiGLU); with checkpointing only the layer's input, and one layer at a time in full.
     """
-    rollout, size = config.rollout, model.bytes_per_element
+    rollout, shape, size = config.rollout, model.shape, model.bytes_per_element
     sequences = min(rollout.max_sequences, rollout.prompts_per_step * rollout.group_size // world_size)
     groups = math.ceil(sequences / rollout.group_size)
     cached_tokens = groups * model.prompt_tokens + sequences * rollout.max_new_tokens
-    layer = (8 * model.hidden_size + 4 * model.intermediate_size) * size
-    checkpointed = model.num_layers * model.hidden_size * size + layer
-    activation = checkpointed if config.model.gradient_checkpointing else model.num_layers * layer
+    kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    layer = (8 * shape.hidden_size + 4 * shape.intermediate_size) * size
+    checkpointed = shape.num_hidden_layers * shape.hidden_size * size + layer
+    activation = checkpointed if config.model.gradient_checkpointing else shape.num_hidden_layers * layer
     copies, passing = weights_estimate(config, world_size, model)
     update = {"activations of a micro-batch": activation * config.batch.tokens_per_micro_batch}
     if passing:
         update = {f"activations, or {' or '.join(passing)}": max(*update.values(), *passing.values())}
     return copies | {
-        "KV cache": 2 * model.num_layers * model.num_kv_heads * model.head_dim * size * cached_tokens,
+        "KV cache": 2 * shape.num_hidden_layers * kv_heads * head_dim * size * cached_tokens,
         **update,
-        "logits of a chunk": 4 * model.vocab_size * model.logit_chunk_tokens,
-        "logits of a decoding step": 2 * 4 * model.vocab_size * sequences,
+        "logits of a chunk": 4 * shape.vocab_size * model.logit_chunk_tokens,
+        "logits of a decoding step": 2 * 4 * shape.vocab_size * sequences,
     }
 
 
@@ -173,7 +162,8 @@ def weights_estimate(config: Config, world_size: int, model: ModelFacts) -> tupl
         (passing if strategy == "fsdp" else stays)["working copy" + ", bf16" * (size < 4)] = size * trained
     if strategy == "fsdp":  # what is outside the layers and two layers, with their gradients
         outside = model.num_parameters - model.num_in_layers
-        stays["gathered weights and gradients"] = 2 * size * (outside + 2 * model.num_in_layers // model.num_layers)
+        two_layers = 2 * model.num_in_layers // model.shape.num_hidden_layers
+        stays["gathered weights and gradients"] = 2 * size * (outside + two_layers)
     if model.has_reference:  # shares the frozen base
         (passing if config.model.reference_offload else stays)["frozen reference"] = size * trained
     if config.objective.ref_refresh_every and size < 4:

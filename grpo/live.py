@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
@@ -43,7 +44,7 @@ class Progress:
         """A phase begins: its name is shown at once."""
         if self.is_shown:
             self._phase, self._begun_at = phase, time.monotonic()
-            self._draw([phase])
+            self._show([phase, *self._standing])
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if not self.is_shown or time.monotonic() - self._drawn_at < INTERVAL_S:
@@ -52,7 +53,8 @@ class Progress:
         share = done / max(total, 1)
         left = f", {_clock(seconds / share - seconds)} left" if share else ""
         bar = ("━" * round(30 * share)).ljust(30, "─")
-        self._draw([f"{self._phase:<10} {bar} {share:4.0%}  {done:,}/{total:,}{left}  {note}"])
+        line = f"{self._phase:<10} {bar} {share:4.0%}  {done:,}/{total:,}{left}  {note}"
+        self._show([line, *self._standing])
 
     def step_done(self, row: Mapping[str, Any]) -> None:
         """Takes a row of metrics.jsonl into what is shown below the bar."""
@@ -74,22 +76,15 @@ class Progress:
     def close(self) -> None:
         """Leave the screen as if nothing had been drawn."""
         if self._num_lines:
-            self._write(self._erasing())
-            self._num_lines = 0
+            self._show([])
 
-    def _draw(self, lines: list[str]) -> None:
+    def _show(self, lines: list[str]) -> None:
+        """These lines in the place of those that are on the screen."""
         width = shutil.get_terminal_size().columns - 1  # a line that wraps would be two to erase
-        lines = [line[:width] for line in lines + self._standing]
-        self._write(self._erasing() + "".join(line + "\n" for line in lines))
-        self._num_lines, self._drawn_at = len(lines), time.monotonic()
-
-    def _erasing(self) -> str:
-        return f"\x1b[{self._num_lines}F\x1b[J" if self._num_lines else ""
-
-    @staticmethod
-    def _write(text: str) -> None:
-        sys.stdout.write(text)
+        erasing = f"\x1b[{self._num_lines}F\x1b[J" if self._num_lines else ""
+        sys.stdout.write(erasing + "".join(line[:width] + "\n" for line in lines))
         sys.stdout.flush()
+        self._num_lines, self._drawn_at = len(lines), time.monotonic()
 
 
 def sparkline(values: Sequence[float], width: int = 30) -> str:
@@ -101,8 +96,6 @@ def sparkline(values: Sequence[float], width: int = 30) -> str:
     return "".join(LEVELS[round((mean - low) * scale)] for mean in means)
 
 
-def _clock(seconds: float) -> str:
-    """65 -> 1:05."""
-    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _clock(seconds: float) -> timedelta:
+    """To whole seconds: 65.2 is shown as 0:01:05."""
+    return timedelta(seconds=round(max(seconds, 0.0)))

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from grpo.live import Progress, can_show
-from grpo.records import Completion, Group, Scores
+from grpo.records import Group, Scores
 from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
 DEFINITIONS = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -63,7 +63,7 @@ class PhaseTimer:
     def __init__(self, progress: Progress):
         self.progress = progress
         self.totals: dict[str, float] = {}  # of the whole run
-        self._since_taken: dict[str, float] = {}
+        self.recent: dict[str, float] = {}  # since `take`
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -74,78 +74,53 @@ class PhaseTimer:
         finally:
             self.progress.close()
             seconds = time.perf_counter() - start
-            for record in (self.totals, self._since_taken):
+            for record in (self.totals, self.recent):
                 record[phase] = record.get(phase, 0.0) + seconds
-
-    def since_taken(self) -> float:
-        """Seconds of training (rollout, score, update) since `take`."""
-        return sum(self._since_taken.get(phase, 0.0) for phase in TRAINING_PHASES)
-
-    def training_seconds(self) -> float:
-        """Seconds of training in the whole run; evaluation, checkpoints and the base model do not count."""
-        return sum(self.totals.get(phase, 0.0) for phase in TRAINING_PHASES)
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call, as `seconds/<phase>`."""
-        taken = {f"seconds/{phase}": seconds for phase, seconds in self._since_taken.items()}
-        self._since_taken = {}
-        return taken
+        taken, self.recent = self.recent, {}
+        return {f"seconds/{phase}": seconds for phase, seconds in taken.items()}
 
 
-class Console:
-    """A table with one aligned row a step; the heading comes again every 20 rows. width: the last columns beyond it
-    are left out, so that no row of a terminal is two."""
+def training_seconds(seconds: Mapping[str, float], prefix: str = "") -> float:
+    """Of seconds by phase those of rollout, score and update; evaluation, checkpoints and the base do not count."""
+    return sum(seconds.get(prefix + phase, 0.0) for phase in TRAINING_PHASES)
 
-    def __init__(self, width: float = math.inf) -> None:
-        self.width = width
-        self.num_rows = 0
-        self.columns: dict[str, tuple[str, str]] = {}
 
-    def lines(self, row: dict[str, Any]) -> list[str]:
-        """The text for one step: sometimes a heading, then its row. A missing value is left blank."""
-        if not self.columns:
-            components = {key: (key.removeprefix("reward/"), ".3f") for key in row if key.startswith("reward/")}
-            first = ("step", "reward")
-            chosen = {key: COLUMNS[key] for key in first} | components | COLUMNS
-            columns = {key: (heading.rjust(8), form) for key, (heading, form) in chosen.items()}
-            ends = accumulate(1 + len(heading) for heading, _ in columns.values())
-            self.columns = {key: columns[key] for key, end in zip(columns, ends, strict=True) if end - 1 <= self.width}
-        cells = [self._cell(row.get(key), form).rjust(len(heading)) for key, (heading, form) in self.columns.items()]
-        lines = [" ".join(cells)]
-        if self.num_rows % 20 == 0:
-            lines.insert(0, " ".join(heading for heading, _ in self.columns.values()))
-        self.num_rows += 1
-        return lines
-
-    @staticmethod
-    def _cell(value: Any, form: str) -> str:
-        return "" if value is None else format(int(value) if form == "d" else value, form)
+def table_row(row: Mapping[str, Any], width: float = math.inf) -> tuple[str, str]:
+    """Heading and cells of one step, aligned. A missing value is left blank; the last columns beyond `width` are left
+    out, so that no row of a terminal is two."""
+    components = {key: (key.removeprefix("reward/"), ".3f") for key in row if key.startswith("reward/")}
+    columns = {key: COLUMNS[key] for key in ("step", "reward")} | components | COLUMNS
+    headings, cells = [], []
+    for key, (heading, form) in columns.items():
+        heading, value = heading.rjust(8), row.get(key)
+        if len(" ".join([*headings, heading])) > width:
+            break
+        headings.append(heading)
+        cells.append(("" if value is None else format(value, form)).rjust(len(heading)))
+    return " ".join(headings), " ".join(cells)
 
 
 class RunLogger:
     """Writes metrics.jsonl, completions/, env.json, summary.json and curves.png; prints the table; feeds the trackers.
 
     track: names of trackers, opened at the first step that they get.  config: every setting by its dotted key, for
-    them.  is_terminal: the live view is drawn; by default, where standard output can show it. Raises ValueError where
-    another process is writing in the same folder.
+    them. ValueError where another process is writing in the same folder.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        is_writer: bool,
-        is_terminal: bool | None = None,
-        track: Sequence[str] = (),
-        config: Mapping[str, Any] | None = None,
+        self, run_dir: Path, *, is_writer: bool, track: Sequence[str] = (), config: Mapping[str, Any] | None = None
     ):
         self.run_dir = run_dir
         self.is_writer = is_writer
         self._track, self._config = tuple(track), config or {}
-        is_terminal = can_show() if is_terminal is None else is_terminal
+        is_terminal = can_show()
         self.progress = Progress(is_writer and is_terminal, self._config.get("num_steps", 0))
         self.timer = PhaseTimer(self.progress)
-        self._console = Console(shutil.get_terminal_size().columns if is_terminal else math.inf)
+        self._width = shutil.get_terminal_size().columns if is_terminal else math.inf
+        self._num_rows = 0  # of the table; its heading comes again every 20 rows
         self._trackers: dict[str, Tracker] = {}
         self._tracker_ids: dict[str, str] = {}
         self._last_step = 0
@@ -164,7 +139,7 @@ class RunLogger:
             print(text, flush=True)
 
     def log(self, row: dict[str, float | int | None]) -> None:
-        """One training step: a line in metrics.jsonl, scalars for the trackers, a row on the console."""
+        """One training step: a line in metrics.jsonl, scalars for the trackers, a row of the table on the console."""
         if not self.is_writer:
             return
         if not self._is_placed:
@@ -177,8 +152,9 @@ class RunLogger:
             tracker.log(row["step"], scalars)
         self._last_step = row["step"]
         self.progress.step_done(row)
-        for line in self._console.lines(row):
-            self.say(line)
+        heading, cells = table_row(row, self._width)
+        self.say(f"{heading}\n{cells}" if self._num_rows % 20 == 0 else cells)
+        self._num_rows += 1
 
     def _open_trackers(self) -> dict[str, Tracker]:
         for name in self._track:
@@ -205,11 +181,11 @@ class RunLogger:
         if self.is_writer:
             (self.run_dir / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    def draw_curves(self, *, start_accuracy: float | None = None, supervised: Points = ()) -> None:
-        """curves.png from metrics.jsonl (see `draw_curves`); without matplotlib a line says how to get it."""
+    def draw_curves(self, **more: Any) -> None:
+        """curves.png (see the function `draw_curves`); without matplotlib a line says how to get it."""
         if self.is_writer:
             try:
-                draw_curves(self.run_dir, start_accuracy=start_accuracy, supervised=supervised)
+                draw_curves(self.run_dir, **more)
             except ModuleNotFoundError as error:
                 self.say(f"curves.png is not drawn: {error.name} is not installed (pip install matplotlib)")
 
@@ -255,7 +231,7 @@ def completion_records(
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
             values = scores.components[p, g].tolist()
-            yield {
+            record = {
                 "problem": group.problem.id,
                 "sample": completion.sample,
                 "prompt": group.problem.prompt,
@@ -266,13 +242,11 @@ def completion_records(
                 "status": dict(zip(scores.names, scores.status[p][g], strict=True)),
                 "reward": scores.total[p, g].item(),
                 "advantage": advantages[p, g].item(),
-                **(_token_record(completion, token_text) if p < GROUPS_WITH_TOKENS else {}),
             }
-
-
-def _token_record(completion: Completion, token_text: Callable[[int], str]) -> dict[str, list]:
-    texts = [token_text(token) for token in completion.ids]
-    return {"tokens": texts, "logprobs": [round(logprob, 3) for logprob in completion.logprobs]}
+            if p < GROUPS_WITH_TOKENS:
+                record["tokens"] = [token_text(token) for token in completion.ids]
+                record["logprobs"] = [round(logprob, 3) for logprob in completion.logprobs]
+            yield record
 
 
 def token_texts(tokenizer: Any) -> Callable[[int], str]:
@@ -362,9 +336,11 @@ def draw_curves(run_dir: Path, *, start_accuracy: float | None = None, supervise
 
 
 def _draw_accuracy(axes: Any, rows: list[dict[str, Any]], start_accuracy: float | None, supervised: Points) -> None:
-    steps, accuracies = _points(rows, "validation/accuracy")
-    seconds = dict(zip((row["step"] for row in rows), training_seconds(rows), strict=True))
-    places = [seconds[step] for step in steps] if supervised else steps
+    places, accuracies = _points(rows, "validation/accuracy")
+    if supervised:
+        seconds = accumulate(training_seconds(row, "seconds/") for row in rows)
+        at_step = dict(zip((row["step"] for row in rows), seconds, strict=True))
+        places = [at_step[step] for step in places]
     if start_accuracy is not None:
         places, accuracies = [0, *places], [start_accuracy, *accuracies]
     axes.plot(places, accuracies, marker="o", label="GRPO")
@@ -379,11 +355,6 @@ def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
     return [row["step"] for row in present], [row[key] for row in present]
 
 
-def training_seconds(rows: list[dict[str, Any]]) -> list[float]:
-    """Seconds of training up to and with each row; evaluation and checkpoints do not count."""
-    return list(accumulate(sum(row.get(f"seconds/{phase}", 0.0) for phase in TRAINING_PHASES) for row in rows))
-
-
 def documented_keys() -> dict[str, str]:
     """What docs/metrics.md says of each key that it defines; `<...>` in a key stands for a name."""
     text = DEFINITIONS.read_text(encoding="utf-8")
@@ -395,8 +366,3 @@ def definition(key: str) -> str | None:
     """What docs/metrics.md says of a logged key; None where it says nothing."""
     patterns = {re.sub(r"<[^>]+>", "[^/]+", re.escape(known)): text for known, text in documented_keys().items()}
     return next((text for pattern, text in patterns.items() if re.fullmatch(pattern, key)), None)
-
-
-def undocumented(keys: Iterable[str]) -> list[str]:
-    """Those of the keys that docs/metrics.md does not define."""
-    return [key for key in keys if definition(key) is None]

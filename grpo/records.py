@@ -8,13 +8,12 @@ prompts, G completions of each, N = P * G sequences, T completion tokens (always
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:  # reward workers import this module, and must start without loading torch
     import torch
     from torch import Tensor
 
-FINISH_REASONS = ("eos", "stop", "length")
 OK, ABSTAIN, TIMEOUT, ERROR = "ok", "abstain", "timeout", "error"
 
 
@@ -39,7 +38,7 @@ class Completion:
     ids: list[int]
     logprobs: list[float]  # of each id under the distribution that it was drawn from (tempered, truncated), natural log
     text: str
-    finish: str  # one of FINISH_REASONS
+    finish: str  # eos, stop or length
     sample: int  # 0 .. G-1
 
 
@@ -79,11 +78,8 @@ class Scores:
     def means(self) -> dict[str, float]:
         """Mean total over what could be scored, and of each component over what it judged."""
         components = {f"reward/{name}": self.components[..., k].nanmean().item() for k, name in enumerate(self.names)}
-        return {
-            "reward": self.total[self.scored].mean().item(),
-            **components,
-            "unscored": 1 - self.scored.float().mean().item(),
-        }
+        unscored = 1 - self.scored.float().mean().item()
+        return {"reward": self.total[self.scored].mean().item(), **components, "unscored": unscored}
 
     def pass_rates(self, component: str) -> list[float | None]:
         """Of each group, the share of completions to which the component gave 1 or more; None where it judged none."""
@@ -107,17 +103,20 @@ def join_scores(draws: list[Scores]) -> Scores:
 
 def merge_scores(shares: list[Scores]) -> Scores:
     """Scores of all ranks from each rank's own: prompt i was on rank i mod W."""
-    import torch
+    each = len(shares[0].status)
+    return join_scores(shares).pick([rank * each + i for i in range(each) for rank in range(len(shares))])
 
-    size = len(shares)
-    whole = lambda name: torch.stack([getattr(share, name) for share in shares], 1).flatten(0, 1)  # noqa: E731
-    status = [shares[i % size].status[i // size] for i in range(sum(len(share.status) for share in shares))]
-    first = shares[0]
-    return Scores(first.names, first.weights, whole("components"), status, whole("total"), whole("scored"))
+
+class Movable:
+    """A record that holds tensors, or records of them."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same record with every tensor on `device`."""
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})
 
 
 @dataclass
-class TokenColumns:
+class TokenColumns(Movable):
     """What is known of each completion token of a micro-batch: flat [T], in the order of its sequences.
 
     `weight` is final: splitting, packing or accumulating multiplies nothing more, except the world size
@@ -127,9 +126,7 @@ class TokenColumns:
     target: Tensor  # [T] int64: the token
     sequence: Tensor  # [T] int64: its row among the sequences of this micro-batch
     sampler: Tensor  # [T] fp32 log-prob as drawn
-    old: Tensor | None = (
-        None  # [T] fp32 log-prob under the policy at the start of the update; None: use the current one
-    )
+    old: Tensor | None = None  # [T] fp32 log-prob at the start of the update; None: use the current one
     ref: Tensor | None = None  # [T] fp32 log-prob under the frozen reference; None: not asked for
     entropy: Tensor | None = None  # [T] fp32 at the start of the update, nats; None: not asked for
     advantage: Tensor | None = None  # [T] fp32
@@ -138,22 +135,16 @@ class TokenColumns:
     active: Tensor | None = None  # [T] bool: contributes a gradient
     head_rows: Tensor | None = None  # int64: tokens of weight other than 0, ascending; None: all of them
 
-    def to(self, device: torch.device | str) -> TokenColumns:
-        """The same columns on `device`."""
-        return TokenColumns(**_moved(self, device))
-
 
 @dataclass(frozen=True, eq=False)
-class SharedPrefix:
+class SharedPrefix(Movable):
     """How the tokens of one packed row of length L see each other.
 
     The row holds groups one after the other: each its prompt, once, then its completions without their last token.
     A token attends to the prompt of its group and to its own completion. Positions restart after the prompt.
     """
 
-    groups: list[
-        tuple[slice, list[slice]]
-    ]  # rows of the prompt and of each completion; a one-token completion has none
+    groups: list[tuple[slice, list[slice]]]  # rows of prompt and completions; a one-token completion has none
     group: Tensor  # [L] int64, counted in this row
     completion: Tensor  # [L] int64: 0 in a prompt, then 1, 2, ... in its group
     position: Tensor  # [L] int64
@@ -164,13 +155,9 @@ class SharedPrefix:
     longest_query: int
     longest_key: int
 
-    def to(self, device: torch.device | str) -> SharedPrefix:
-        """The same layout with every tensor on `device`."""
-        return SharedPrefix(**_moved(self, device))
-
 
 @dataclass
-class MicroBatch:
+class MicroBatch(Movable):
     """One forward and backward pass: one packed row, or a row per sequence, padded on the right.
 
     Positions are explicit. `source[t]` is the flat row (of the [rows * length] hidden states) that predicts token t:
@@ -184,15 +171,6 @@ class MicroBatch:
     sequences: list[tuple[int, int]]  # (group, sample) of each sequence, group counted in this rank's list
     shared_prefix: SharedPrefix | None = None  # None: padded rows
     is_dummy: bool = False  # weight 0 everywhere; only keeps the ranks in step
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch with every tensor on `device`."""
-        return MicroBatch(**_moved(self, device))
-
-
-def _moved(record: Any, device: torch.device | str) -> dict[str, Any]:
-    """The fields of a record, tensors and records of tensors on `device`."""
-    return {name: value.to(device) if hasattr(value, "to") else value for name, value in vars(record).items()}
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from grpo.config import flat
 from grpo.metrics import definition, read_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -63,11 +64,10 @@ def collect(folders: Sequence[Path], evals: Iterable[Path] = (), *, steps: int, 
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    configs = [_flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))) for folder in folders]
+    configs = [flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))) for folder in folders]
     runs = [_run(*pair, steps=steps, groups=groups) for pair in zip(names, folders, strict=True)]
-    different = [
-        key for key in dict.fromkeys(key for c in configs for key in c) if len({str(c.get(key)) for c in configs}) > 1
-    ]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    different = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     return {
         "runs": runs,
         "groups": _seeds_together(configs),
@@ -118,10 +118,8 @@ def _completions(folder: Path, *, steps: int, groups: int) -> dict[str, Any]:
     """Groups of evenly spread steps, the first and the last among them: prompt once, then what differs."""
     files = {int(path.stem.removeprefix("step_")): path for path in (folder / "completions").glob("step_*.jsonl")}
     known = sorted(files)
-    last = len(known) - 1
-    chosen = (
-        known if len(known) <= steps else sorted({known[round(i * last / max(1, steps - 1))] for i in range(steps)})
-    )
+    count, last = min(steps, len(known)), len(known) - 1
+    chosen = [known[round(i * last / max(1, count - 1))] for i in range(count)]
     shown = [group for step in chosen for group in _groups(step, files[step])[:groups]]
     return {"completions": shown, "steps_shown": len(chosen), "steps_recorded": len(known)}
 
@@ -143,14 +141,6 @@ def _seeds_together(configs: list[dict[str, Any]]) -> list[list[int]]:
     for i, config in enumerate(configs):
         groups.setdefault(json.dumps({**config, "seed": None}, sort_keys=True), []).append(i)
     return list(groups.values())
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys -> dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from grpo import base, checkpoint
 from grpo.evaluation import Evaluation, result_table
+from grpo.metrics import training_seconds
 from grpo.policy import load_policy
 from grpo.run import Run, evaluate_greedily, validate
 
@@ -62,7 +63,7 @@ def supervised_result(run: Run) -> tuple[dict, list]:
     if settings.habit_steps:
         model = load_policy(str(run.base_folder / "before_habit"), precision="fp32", device=device).model
     else:
-        seconds = log.timer.training_seconds()
+        seconds = training_seconds(log.timer.totals)
         log.say(f"supervised training, continued for the {seconds:.0f} s that GRPO took")
         options = {"seconds": seconds, "seed": run.config.seed, "device": str(device), "progress": log.progress}
         with log.timer("supervised"):

@@ -1,13 +1,12 @@
 """A run: every part that a step needs, built once, evaluated, and saved to be gone on with.
 
 The only file of this package that sees every room. train.py, which has the loop, and grpo.results, which tells what
-came of it, work on the `Run` that `build` returns.
+came of it, work on a `Run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from grpo import base, checkpoint, lora, trackers
 from grpo.attention import choose_layout
 from grpo.command_line import Command
-from grpo.config import Config, ObjectiveConfig, get, known_keys, load, save
+from grpo.config import Config, ObjectiveConfig, flat, load, save
 from grpo.config_check import changes, check
 from grpo.distributed import World
 from grpo.evaluation import CORRECTNESS, Evaluation, evaluate
@@ -23,121 +22,93 @@ from grpo.logprobs import LogprobModel, PolicyModule
 from grpo.metrics import RunLogger, environment, token_texts
 from grpo.objectives import Objective, check_steps, resolve
 from grpo.policy import MovingReference, Policy, load_model_config, load_reference
-from grpo.rewards.pool import Pool, make_pool
+from grpo.rewards.pool import make_pool
 from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
 from grpo.sharding import distribute
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
 from grpo.tasks.stream import ProblemStream
+from grpo.tasks.word_problems import WordProblems
 from grpo.update import Updater, make_optimizer
 from kernels import dispatch_table
 
 BASE_CACHE = Path(".cache") / "base"
 
 
-@dataclass
-class Run:
-    """Everything that a step needs, built once; the fields from `best` on change as the run goes on."""
+def settle(config: Config, world_size: int) -> tuple[Config, Objective]:
+    """The objective, and `config` with every choice of it written out.
 
-    config: Config
-    world: World
-    log: RunLogger
-    task: Task
-    prompter: Prompter
-    stream: ProblemStream
-    policy: Policy
-    module: PolicyModule
-    layout: str  # of micro-batches: packed or padded
-    reference: LogprobModel | None
-    moving: MovingReference | None  # the weights of the reference, where it is refreshed
-    sampler: Sampler
-    pool: Pool  # the worker processes that score
-    token_text: Callable[[int], str]  # for people to read
-    updater: Updater
-    writer: checkpoint.Writer
-    base_folder: Path | None  # of the embedded base model
-    best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
-    before: dict | None = None  # what the untrained model scored
-    steps_done: int = 0
-
-
-def settle(config: Config, world_size: int) -> Config:
-    """`config` with its objective resolved. ValueError for what cannot work, before a run folder is made."""
+    ValueError for what cannot work, before a run folder is made.
+    """
     check(config, world_size)
     objective = resolve(**asdict(config.objective))
     check_steps(objective, config.batch.passes * config.batch.minibatches)
     trackers.chosen(config.track)
     if config.model.path:
         load_model_config(config.model.path)
-    return replace(config, objective=ObjectiveConfig(preset=config.objective.preset, **asdict(objective)))
+    elif not isinstance(make_task(config.task, config.data, config.rewards), WordProblems):
+        message = f"task {config.task} without model.path: the embedded model knows word_problems only; name one"
+        raise ValueError(message)
+    stated = ObjectiveConfig(preset=config.objective.preset, **asdict(objective))
+    return replace(config, objective=stated), objective
 
 
-def build(config: Config, world: World, run_dir: Path) -> Run:
-    """Every part of the run, in the order in which mistakes are cheapest to find."""
-    settings = {key: get(config, key) for key in known_keys()}
-    log = RunLogger(run_dir, is_writer=world.is_writer, track=trackers.chosen(config.track), config=settings)
-    task = make_task(config.task, config.data, config.rewards)
-    splits = [task.split(name) for name in ("train", "validation", "test")]
-    curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
-    stream = ProblemStream(splits[0], seed=config.seed, **curriculum)
-    base_folder = None if config.model.path else prepare_base(config, task, world, log)
-    path = str(base_folder or config.model.path)
-    where = {"precision": config.model.precision, "device": world.device}
-    policy = lora.load(path, config.lora, **where, seed=config.seed)
-    lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
-    prompter = Prompter(task, config.prompt, policy.tokenizer, **lengths)
-    for problems in splits:
-        prompter.check(problems)
-    objective = resolve(**asdict(config.objective))
-    module, wrapped, reference, moving = build_models(config, world, policy, objective)
-    log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")
-    layout, why = choose_layout(config.batch.layout, policy.model)
-    log.say(f"layout of micro-batches: {layout} ({why})")
-    optim = config.optim
-    adamw = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-    optimizer = make_optimizer(policy.trained, optim.lr, **adamw, own=list(policy.own.values()))
-    run = Run(
-        config=config,
-        world=world,
-        log=log,
-        task=task,
-        prompter=prompter,
-        stream=stream,
-        policy=policy,
-        module=module,
-        layout=layout,
-        reference=reference,
-        moving=moving,
-        sampler=make_sampler(config, policy.model, prompter, log),
-        pool=make_pool(config.rewards),
-        token_text=token_texts(policy.tokenizer),
-        updater=Updater(
-            wrapped,
-            optimizer,
-            objective,
-            world,
-            optim.max_grad_norm,
-            policy.refresh,
-            config.batch.tokens_per_micro_batch,
-            optim.max_skipped_steps,
-            log.say,
-        ),
-        writer=checkpoint.Writer(run_dir, keep_last=config.keep_last),
-        base_folder=base_folder,
-    )
-    describe(run)
-    return run
+class Run:
+    """Everything that a step needs, built once, in the order in which mistakes are cheapest to find."""
+
+    def __init__(self, config: Config, objective: Objective, world: World, run_dir: Path):
+        self.config, self.world = config, world
+        tracked = trackers.chosen(config.track)
+        self.log = RunLogger(run_dir, is_writer=world.is_writer, track=tracked, config=flat(asdict(config)))
+        self.task = make_task(config.task, config.data, config.rewards)
+        splits = [self.task.split(name) for name in ("train", "validation", "test")]
+        curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
+        self.stream = ProblemStream(splits[0], seed=config.seed, **curriculum)
+        is_embedded = not config.model.path
+        self.base_folder = prepare_base(config, self.task, world, self.log) if is_embedded else None
+        where = {"precision": config.model.precision, "device": world.device}
+        policy = lora.load(str(self.base_folder or config.model.path), config.lora, **where, seed=config.seed)
+        lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
+        self.policy, self.prompter = policy, Prompter(self.task, config.prompt, policy.tokenizer, **lengths)
+        for problems in splits:
+            self.prompter.check(problems)
+        # moving: the weights of the reference, where it is refreshed
+        self.module, wrapped, self.reference, self.moving = build_models(config, world, policy, objective)
+        self.log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")
+        self.layout, why = choose_layout(config.batch.layout, policy.model)  # of micro-batches: packed or padded
+        self.log.say(f"layout of micro-batches: {self.layout} ({why})")
+        optim = config.optim
+        adamw = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+        self.updater = Updater(
+            module=wrapped,
+            optimizer=make_optimizer(policy.trained, optim.lr, **adamw, own=list(policy.own.values())),
+            objective=objective,
+            world=world,
+            max_grad_norm=optim.max_grad_norm,
+            refresh=policy.refresh,
+            tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+            max_skipped_steps=optim.max_skipped_steps,
+            say=self.log.say,
+        )
+        self.sampler = make_sampler(config, policy.model, self.prompter, self.log)
+        self.pool = make_pool(config.rewards)  # the worker processes that score
+        self.token_text = token_texts(policy.tokenizer)  # for people to read
+        self.writer = checkpoint.Writer(run_dir, keep_last=config.keep_last)
+        # What changes as the run goes on:
+        self.best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
+        self.before: dict | None = None  # what the untrained model scored
+        self.steps_done = 0
+        describe(config, world, self.log)
 
 
-def describe(run: Run) -> None:
+def describe(config: Config, world: World, log: RunLogger) -> None:
     """config.yaml and env.json, and one line about the run."""
-    config, world, run_dir = run.config, run.world, run.log.run_dir
     dispatch = {op: choice._asdict() for op, choice in dispatch_table(config.impl, world.device).items()}
     if world.is_writer:
-        save(config, run_dir / "config.yaml")
-    run.log.write_json("env.json", environment(seed=config.seed, world_size=world.size, dispatch=dispatch))
+        save(config, log.run_dir / "config.yaml")
+    log.write_json("env.json", environment(seed=config.seed, world_size=world.size, dispatch=dispatch))
     kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
-    run.log.say(f"run folder {run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
+    log.say(f"run folder {log.run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
 
 
 def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Path:
@@ -192,10 +163,9 @@ def make_sampler(
         stop=prompter.stop_strings,
         stream=EVALUATION if greedy else TRAINING,
     )
-    limits = {name: getattr(rollout, name) for name in ("max_sequences", "prefill_tokens", "kv_gib")}
-    limits |= {"cuda_graph": rollout.cuda_graph, "compile": rollout.compile}
-    options = {"seed": config.seed, "impl": config.impl, "progress": log.progress}
-    return Sampler(model, prompter.tokenizer, sampling, **limits, **options)
+    limits = ("max_sequences", "prefill_tokens", "kv_gib", "cuda_graph", "compile")
+    options = {name: getattr(rollout, name) for name in limits} | {"seed": config.seed, "impl": config.impl}
+    return Sampler(model, prompter.tokenizer, sampling, **options, progress=log.progress)
 
 
 def validate(run: Run, step: int) -> dict[str, float]:
@@ -232,31 +202,21 @@ def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
         goes_on = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)
         checkpoint.open_run_dir(path, resume=bool(command.resume) or is_restart)
         if goes_on:
-            list_changes(load(path / "config.yaml"), command.config)
+            harmless, others = changes(load(path / "config.yaml"), command.config)
+            for line in harmless:
+                print(f"changed: {line}", flush=True)
+            for line in others:
+                print(f"CHANGED, and the lost steps are not repeated as they were: {line}", flush=True)
         return path, checkpoint.newest_whole(path) if goes_on else None
 
     return world.after_writer("run_dir", choose)
 
 
-def list_changes(before: Config, now: Config) -> None:
-    """Say what a run that goes on does differently from here on; ValueError where it cannot."""
-    harmless, others = changes(before, now)
-    for line in harmless:
-        print(f"changed: {line}", flush=True)
-    for line in others:
-        print(f"CHANGED, and the lost steps are not repeated as they were: {line}", flush=True)
-
-
 def parts(run: Run) -> dict:
     """What has a state, by its name in a checkpoint."""
-    named = {
-        "policy": run.policy,
-        "optimizer": run.updater.optimizer,
-        "updater": run.updater,
-        "stream": run.stream,
-        "log": run.log,
-    }
-    return named | ({"reference": run.moving} if run.moving else {})
+    named = {"policy": run.policy, "optimizer": run.updater.optimizer, "updater": run.updater}
+    named |= {"stream": run.stream, "log": run.log, "reference": run.moving}
+    return {name: part for name, part in named.items() if part is not None}
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -284,7 +244,6 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     run.best = world.after_writer("best", recall)
     run.before, run.steps_done = state["before"], state["step"]
     run.log.say(f"going on from {folder}")
-    if len(state["by_rank"]) != world.size:
-        run.log.say(
-            f"{world.size} ranks where {len(state['by_rank'])} were: the same batches, sums rounded differently"
-        )
+    before = len(state["by_rank"])
+    if before != world.size:
+        run.log.say(f"{world.size} ranks where {before} were: the same batches, sums rounded differently")

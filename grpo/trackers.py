@@ -1,9 +1,11 @@
 """Trackers that get what metrics.jsonl gets: TensorBoard, Weights & Biases, MLflow and trackio, by name.
 
 Called by grpo.metrics.RunLogger on rank 0. A library is imported when its tracker is opened; where it sends things is
-set by its own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR ...). A tracker has an `id` by which
-a resumed run goes on in the same place. Steps that a killed run lost and repeats are hidden in TensorBoard; elsewhere
-they may come twice.
+set by its own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR ...). Steps that a killed run lost
+and repeats are hidden in TensorBoard; elsewhere they may come twice.
+
+A tracker is made with the run folder, every setting by its dotted key, the `id` that it had in the run that goes on
+(None for a new one), and the first step that it will log; rows of completions have COMPLETION_COLUMNS.
 """
 
 from __future__ import annotations
@@ -11,26 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 PROJECT = "grpo"
 COMPLETION_COLUMNS = ("problem", "sample", "prompt", "completion", "answer", "finish_reason", "reward", "advantage")
-
-
-class Tracker(Protocol):
-    """config: every setting by its dotted key.  run_id: of the run that goes on, None for a new one.  next_step: the
-    first that it will log."""
-
-    id: str
-
-    def __init__(self, run_dir: Path, config: Mapping[str, Any], run_id: str | None, next_step: int): ...
-
-    def log(self, step: int, scalars: dict[str, float]) -> None: ...
-
-    def log_completions(self, step: int, rows: list[list[Any]]) -> None:
-        """A table with COMPLETION_COLUMNS."""
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -110,12 +96,8 @@ class Trackio(WeightsAndBiases):
         self.id = self._run.name
 
 
-TRACKERS: dict[str, type[Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "mlflow": MLflow,
-    "trackio": Trackio,
-}
+Tracker = TensorBoard | WeightsAndBiases | MLflow
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow, "trackio": Trackio}
 
 
 def chosen(names: Sequence[str] | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -20,12 +20,18 @@ from kernels import resolve
 CALLS = 10  # in a graph
 
 
-def alternate(contenders: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of a call, `repeats` times by turns: of the clock on CUDA, of the process on CPU."""
-    time_one = {name: (_graph if device.type == "cuda" else _eager)(call) for name, call in contenders.items()}
+def alternate(
+    contenders: dict[str, Callable], device: torch.device, repeats: int, *, in_graph: bool = True
+) -> dict[str, list[float]]:
+    """Milliseconds of a call, `repeats` times by turns: of the clock on CUDA, of the process on CPU.
+
+    in_graph: on CUDA without the launches.
+    """
+    time_one = _eager if device.type == "cpu" else _graph if in_graph else _waited_for
+    clocks = {name: time_one(call) for name, call in contenders.items()}
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
-        for name, run in time_one.items():
+        for name, run in clocks.items():
             taken[name].append(run())
     return taken
 
@@ -37,6 +43,17 @@ def _eager(call: Callable) -> Callable[[], float]:
         start = time.process_time()
         call()
         return 1e3 * (time.process_time() - start)
+
+    return run
+
+
+def _waited_for(call: Callable) -> Callable[[], float]:
+    def run() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
 
     return run
 
@@ -77,26 +94,37 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Of packages."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
 def hardware(device: torch.device) -> dict[str, object]:
     """Where it was measured, for the last line."""
-    versions = {}
-    for name in ("torch", "triton"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
     facts = {"device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version()}
-    return facts | versions
+    return facts | versions(("torch", "triton"))
 
 
-def run_bench(description: str, op: str, measure: Callable[[torch.device, int], list[dict]]) -> None:
-    """The command line of a small op's bench: `measure(device, repeats)` shows its tables, the last line is JSON."""
+def bench_parser(description: str, repeats: int) -> argparse.ArgumentParser:
+    """The options that every bench of an op has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
-    device = torch.device(options.device)
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    return parser
+
+
+def run_bench(description: str, op: str, shapes: dict[str, list], measure: Callable[..., dict]) -> None:
+    """A small op's bench: `measure(shape, device, repeats)` shows a table for each shape; the last line is JSON."""
+    options = bench_parser(description, repeats=9).parse_args()
+    device = options.device
     if device.type == "cpu":
         torch.set_num_threads(1)
         print(f"without triton: {resolve(op, 'auto', device).why}")
-    print(json.dumps({**hardware(device), "results": measure(device, options.repeats)}))
+    results = [measure(shape, device, options.repeats) for shape in shapes[device.type]]
+    print(json.dumps({**hardware(device), "results": results}))

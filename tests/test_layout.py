@@ -36,8 +36,8 @@ ARROWS = {  # room of grpo: the rooms that it may import
     "metrics": "live records trackers",
     "dry_run": "base config lora policy tasks",
     "run": ALL,
-    "results": "base checkpoint evaluation policy run",
-    "report": "metrics records",
+    "results": "base checkpoint evaluation metrics policy run",
+    "report": "config metrics records",
     "trackers": "",
 }
 FILES = {  # single files that may see more than their room: the command line of the rewards room

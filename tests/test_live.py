@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from grpo import live
+from grpo import live, metrics
 from grpo.live import Progress, sparkline
 from grpo.metrics import PhaseTimer, RunLogger
 
@@ -44,7 +44,7 @@ def test_a_phase_shows_its_bar_and_leaves_the_screen_clean(clock, capsys):
         drawn = capsys.readouterr().out
     assert screen(begun) == ["rollout"]
     (line,) = screen(begun + drawn)
-    assert line.split() == ["rollout", "━" * 22 + "─" * 8, "75%", "3/4,", "0:01", "left", "a", "note"]
+    assert line.split() == ["rollout", "━" * 22 + "─" * 8, "75%", "3/4,", "0:00:01", "left", "a", "note"]
     assert screen(begun + drawn + capsys.readouterr().out) == []
 
 
@@ -57,14 +57,15 @@ def test_the_lines_below_say_where_the_run_stands(clock, capsys):
     progress.begin("rollout")
     assert screen(capsys.readouterr().out) == [
         "rollout",
-        "step 3 of 50, 2.00 s a step, 1:34 left",
+        "step 3 of 50, 2.00 s a step, 0:01:34 left",
         "▁▃█ reward 0.400   ▁ validation accuracy 50.0%",
         "seconds: rollout 1.50, update 0.25",
     ]
 
 
-def test_the_rows_of_the_table_stay_above_what_is_rewritten(tmp_path, capsys):
-    logger = RunLogger(tmp_path, is_writer=True, is_terminal=True, config={"num_steps": 2})
+def test_the_rows_of_the_table_stay_above_what_is_rewritten(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "can_show", lambda: True)
+    logger = RunLogger(tmp_path, is_writer=True, config={"num_steps": 2})
     with logger.timer("rollout"):
         logger.say("a word during a phase")
     logger.log({"step": 1, "reward": 0.5})

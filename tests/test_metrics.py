@@ -8,7 +8,7 @@ import torch
 
 from grpo import metrics
 from grpo.live import Progress
-from grpo.metrics import Console, PhaseTimer, RunLogger
+from grpo.metrics import PhaseTimer, RunLogger
 from grpo.records import Completion, Group, Problem, Scores
 
 
@@ -18,7 +18,7 @@ def row(step: int, **more: float) -> dict[str, float]:
 
 @pytest.fixture
 def logger(tmp_path):
-    logger = RunLogger(tmp_path, is_writer=True, is_terminal=False)
+    logger = RunLogger(tmp_path, is_writer=True)
     yield logger
     logger.close()
 
@@ -35,7 +35,7 @@ def test_a_resumed_run_repeats_no_line_and_loses_none(logger, tmp_path):
     state = json.loads(json.dumps(logger.state_dict()))
     logger.log(row(2, reward=9.0))
     logger.close()
-    resumed = RunLogger(tmp_path, is_writer=True, is_terminal=False)
+    resumed = RunLogger(tmp_path, is_writer=True)
     resumed.load_state_dict(state)
     resumed.log(row(2))
     resumed.log(row(3))
@@ -47,7 +47,7 @@ def test_a_resumed_run_repeats_no_line_and_loses_none(logger, tmp_path):
 def test_a_run_that_begins_again_in_its_folder_keeps_no_old_line(logger, tmp_path):
     logger.log(row(1, reward=9.0))
     logger.close()
-    again = RunLogger(tmp_path, is_writer=True, is_terminal=False)
+    again = RunLogger(tmp_path, is_writer=True)
     again.log(row(1))
     again.log(row(2))
     again.close()
@@ -61,11 +61,12 @@ def test_metrics_shorter_than_the_checkpoint_says_are_refused(logger):
 
 def test_a_second_writer_in_the_same_folder_is_refused(logger, tmp_path):
     with pytest.raises(ValueError, match="is in use by another process; use another --run-dir"):
-        RunLogger(tmp_path, is_writer=True, is_terminal=False)
+        RunLogger(tmp_path, is_writer=True)
 
 
-def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
-    logger = RunLogger(tmp_path, is_writer=False, is_terminal=True)
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "can_show", lambda: True)
+    logger = RunLogger(tmp_path, is_writer=False)
     logger.log(row(1))
     logger.log_completions(1, [{"completion": "x"}])
     logger.write_json("env.json", {})
@@ -87,9 +88,10 @@ def test_without_matplotlib_a_run_goes_on(logger, tmp_path, monkeypatch, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_the_table_is_aligned_and_its_heading_comes_again_every_20_rows():
-    console = Console()
-    lines = [line for step in range(1, 42) for line in console.lines(row(step))]
+def test_the_table_is_aligned_and_its_heading_comes_again_every_20_rows(logger, capsys):
+    for step in range(1, 42):
+        logger.log(row(step))
+    lines = capsys.readouterr().out.splitlines()
     headings = [i for i, line in enumerate(lines) if line.lstrip().startswith("step")]
     assert headings == [0, 21, 42]
     assert len({len(line) for line in lines}) == 1
@@ -99,9 +101,9 @@ def test_the_table_is_aligned_and_its_heading_comes_again_every_20_rows():
 
 
 def test_a_terminal_gets_the_columns_that_fit():
-    whole, some = (Console(*width).lines(row(1))[0] for width in ((), (40,)))
+    whole, some = metrics.table_row(row(1))[0], metrics.table_row(row(1), 40)[0]
     assert len(some) <= 40 < len(whole) and whole.startswith(some)
-    assert Console(len(whole)).lines(row(1))[0] == whole != Console(len(whole) - 1).lines(row(1))[0]
+    assert metrics.table_row(row(1), len(whole))[0] == whole != metrics.table_row(row(1), len(whole) - 1)[0]
 
 
 def test_phase_seconds_are_measured_taken_once_and_summed_over_the_run(monkeypatch):
@@ -112,17 +114,17 @@ def test_phase_seconds_are_measured_taken_once_and_summed_over_the_run(monkeypat
         pass
     with timer("update"):
         pass
-    assert timer.since_taken() == 2.5
+    assert metrics.training_seconds(timer.recent) == 2.5
     assert timer.take() == {"seconds/rollout": 2.0, "seconds/update": 0.5}
-    assert timer.since_taken() == 0.0
+    assert metrics.training_seconds(timer.recent) == 0.0
     with pytest.raises(KeyError), timer("rollout"):
         raise KeyError
     assert timer.take() == {"seconds/rollout": 3.0}
     with timer("evaluation"):
         pass
-    assert timer.since_taken() == 0.0
+    assert metrics.training_seconds(timer.recent) == 0.0
     assert timer.totals == {"rollout": 5.0, "update": 0.5, "evaluation": 7.0}
-    assert timer.training_seconds() == 5.5, "evaluation does not count as training"
+    assert metrics.training_seconds(timer.totals) == 5.5, "evaluation does not count as training"
 
 
 def test_completion_records_hold_what_the_reward_checker_reads():
@@ -174,22 +176,18 @@ def test_the_texts_of_single_tokens_keep_the_spaces_that_join_them():
     assert [metrics.token_texts(wrapped)(i) for i in (1, 2)] == [" dog", "s"]
 
 
-def test_training_seconds_leave_evaluation_and_checkpoints_out():
-    rows = [row(1, **{"seconds/evaluation": 50.0}), row(2, **{"seconds/checkpoint": 9.0, "seconds/update": 1.0})]
-    assert metrics.training_seconds(rows) == [2.0, 5.0]
-
-
 def test_curves_show_each_panel_and_both_lines_on_one_axis_of_seconds(logger, tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: drawn.append((self, path)))
     for step in (1, 2, 3):
-        logger.log(row(step, **({"validation/accuracy": 0.2 * step} if step != 2 else {})))
+        more = {"validation/accuracy": 0.2 * step, "seconds/evaluation": 50.0, "seconds/checkpoint": 9.0}
+        logger.log(row(step, **(more if step != 2 else {})))
     logger.draw_curves(start_accuracy=0.1, supervised=[(0.0, 0.1), (6.0, 0.3)])
     (chart, path) = drawn[0]
     assert path == tmp_path / "curves.png"
     lines = {line.get_label(): line.get_xydata().tolist() for axes in chart.axes for line in axes.get_lines()}
-    assert lines["GRPO"] == [[0, 0.1], [2.0, 0.2], [6.0, pytest.approx(0.6)]]
+    assert lines["GRPO"] == [[0, 0.1], [2.0, 0.2], [6.0, pytest.approx(0.6)]], "seconds of training only"
     assert lines["supervised training, same seconds"] == [[0, 0.1], [6, 0.3]]
     assert lines["reward/format"] == [[1, 0.25], [2, 0.25], [3, 0.25]]
     assert lines["kl"] == [[1, 0.01], [2, 0.01], [3, 0.01]]
@@ -213,7 +211,7 @@ def test_the_environment_names_versions_commit_seed_and_dispatch(logger, tmp_pat
 def test_documented_keys_cover_names_within_a_pattern_and_nothing_else():
     assert {"step", "reward", "reward/<component>", "seconds/<phase>"} <= set(metrics.documented_keys())
     keys = ["step", "reward/format", "seconds/rollout", "reward/", "reward/a/b", "rewards", "nonsense"]
-    assert metrics.undocumented(keys) == ["reward/", "reward/a/b", "rewards", "nonsense"]
+    assert [key for key in keys if metrics.definition(key) is None] == ["reward/", "reward/a/b", "rewards", "nonsense"]
     assert "(a checkpoint is counted in the line after it)." in metrics.definition("seconds/rollout")
 
 

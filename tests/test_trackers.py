@@ -16,7 +16,7 @@ TABLE_ROW = ["p/0", 0, "2+3?", "5", "5", "eos", 1.5, 0.5]
 
 def run_two_steps_die_and_go_on(name, folder):
     """Steps 1 and 2, a checkpoint behind step 1; a new process resumes there and repeats step 2."""
-    first = RunLogger(folder, is_writer=True, is_terminal=False, track=[name], config={"optim.lr": 0.5})
+    first = RunLogger(folder, is_writer=True, track=[name], config={"optim.lr": 0.5})
     without_tokens = {key: value for key, value in RECORD.items() if key not in ("tokens", "logprobs")}
     first.log_completions(1, [RECORD, without_tokens])
     first.log({"step": 1, "reward": 0.25, "kl": float("nan")})
@@ -24,7 +24,7 @@ def run_two_steps_die_and_go_on(name, folder):
     first.log({"step": 2, "reward": 9.0})
     first.close()
     time.sleep(1.01)  # event files are read in the order of their names, which tell the second
-    again = RunLogger(folder, is_writer=True, is_terminal=False, track=[name], config={"optim.lr": 0.5})
+    again = RunLogger(folder, is_writer=True, track=[name], config={"optim.lr": 0.5})
     again.load_state_dict(state)
     again.log({"step": 2, "reward": 0.75})
     again.log({"step": 3, "reward": 1.0})

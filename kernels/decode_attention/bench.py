@@ -59,12 +59,8 @@ def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, objec
     ours = lambda impl: lambda: kernels.decode_attention(query, key, value, prefix, suffix, impl=impl, **layout)  # noqa: E731
     expected = ours("torch")()  # stores the newest
     joined = [torch.cat([x.repeat_interleave(shape.seats, 0), y], 2) for x, y in zip(prefix, suffix, strict=True)]
-    contenders = {
-        "reference": ours("torch"),
-        "SDPA, prefix repeated": lambda: F.scaled_dot_product_attention(query[:, :, None], *joined, enable_gqa=True)[
-            :, :, 0
-        ],
-    }
+    peer = lambda: F.scaled_dot_product_attention(query[:, :, None], *joined, enable_gqa=True)[:, :, 0]  # noqa: E731
+    contenders = {"reference": ours("torch"), "SDPA, prefix repeated": peer}
     if device.type == "cuda":
         contenders["triton"] = ours("triton")
     errors = {name: (call() - expected).abs().max().item() for name, call in contenders.items()}
@@ -74,10 +70,5 @@ def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, objec
     return {"shape": asdict(shape), "bytes": num_bytes, "milliseconds": taken, "max_difference": errors}
 
 
-def measure_all(device: torch.device, repeats: int) -> list[dict[str, object]]:
-    """Every shape of the device."""
-    return [measure(shape, device, repeats) for shape in SHAPES[device.type]]
-
-
 if __name__ == "__main__":
-    run_bench(__doc__, "decode_attention", measure_all)
+    run_bench(__doc__, "decode_attention", SHAPES, measure)

@@ -8,15 +8,12 @@ the memory that its inputs fill; the limit is that of the matmuls alone at 800 T
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib
 import json
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +22,7 @@ from torch import Tensor
 
 import kernels
 from kernels.linear_logprob.reference import linear_logprob as checkpointed
-from kernels.measure import device_name
+from kernels.measure import alternate, bench_parser, device_name, versions
 
 MATMULS = {"values": 1, "frozen head": 2, "training": 3}  # of 2TDV flops: the least that a job can need
 SUSTAINED_FLOPS = 800e12  # of one H100, dense bf16
@@ -46,53 +43,37 @@ class Inputs(NamedTuple):
     coefficient: Tensor
 
 
-@dataclass
-class Result:
-    """Milliseconds of each repeat, the peak of one run, and errors against the definition in higher precision."""
-
-    rows: int
-    width: int
-    vocabulary: int
-    job: str
-    contender: str
-    milliseconds: list[float]
-    peak_mib: float
-    limit_fraction: float | None  # on CUDA: time of the matmuls alone / time taken
-    gradient_error: float | None  # ||found - exact|| / ||exact|| over 64 rows of the hidden states' gradient
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.milliseconds)
+Contender = Callable[[Inputs], Tensor]  # -> loss, one number
 
 
 def ratio_loss(logprobs: Tensor, coefficient: Tensor) -> Tensor:
     return coefficient * torch.exp(logprobs - logprobs.detach())
 
 
-def eager(inputs: Inputs) -> Tensor:
+def by_logprobs(logprobs_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
+    """The loss by a function (hidden, weight, target) -> log-probs."""
+    return lambda inputs: ratio_loss(logprobs_of(*inputs[:3]), inputs.coefficient).sum()
+
+
+@by_logprobs
+def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """All logits at once."""
-    logits = (inputs.hidden @ inputs.weight.t()).to(torch.promote_types(inputs.hidden.dtype, torch.float32))
-    logprobs = torch.log_softmax(logits, -1).gather(1, inputs.target[:, None])[:, 0]
-    return ratio_loss(logprobs, inputs.coefficient).sum()
+    logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    return torch.log_softmax(logits, -1).gather(1, target[:, None])[:, 0]
 
 
-def recomputed(inputs: Inputs) -> Tensor:
+@by_logprobs
+def recomputed(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """reference.py: blocks of rows, each computed again in the backward pass."""
-    logprobs, _ = checkpointed(inputs.hidden, inputs.weight, inputs.target, temperature=1.0)
-    return ratio_loss(logprobs, inputs.coefficient).sum()
+    return checkpointed(hidden, weight, target, temperature=1.0)[0]
 
 
-def any_loss(impl: str) -> Callable[[Inputs], Tensor]:
+def any_loss(impl: str) -> Contender:
     """Modes A, B and D, by what needs a gradient."""
-
-    def run(inputs: Inputs) -> Tensor:
-        logprobs, _ = kernels.linear_logprob(*inputs[:3], temperature=1.0, impl=impl)
-        return ratio_loss(logprobs, inputs.coefficient).sum()
-
-    return run
+    return by_logprobs(lambda *inputs: kernels.linear_logprob(*inputs, temperature=1.0, impl=impl)[0])
 
 
-def folded(impl: str) -> Callable[[Inputs], Tensor]:
+def folded(impl: str) -> Contender:
     """Mode C."""
 
     def run(inputs: Inputs) -> Tensor:
@@ -102,32 +83,21 @@ def folded(impl: str) -> Callable[[Inputs], Tensor]:
     return run
 
 
-def trl_chunked() -> Callable[[Inputs], Tensor]:
+def trl_chunked() -> Contender:
     """What TRL's GRPO runs since 1.16."""
     importlib.import_module("trl.trainer.utils")  # which its backward imports: better missed now than then
-    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-
-    def run(inputs: Inputs) -> Tensor:
-        logprobs = function.apply(
-            inputs.hidden, inputs.weight, None, inputs.target, 1.0, 32_768, None, 1.0, ("entropy",)
-        )
-        return ratio_loss(logprobs[0], inputs.coefficient).sum()
-
-    return run
+    head = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    options = (1.0, 32_768, None, 1.0, ("entropy",))
+    return by_logprobs(lambda hidden, weight, target: head.apply(hidden, weight, None, target, *options)[0])
 
 
-def liger_scaled() -> Callable[[Inputs], Tensor]:
+def liger_scaled() -> Contender:
     module = importlib.import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
-    function = module.LigerFusedLinearScaledCrossEntropyFunction
-
-    def run(inputs: Inputs) -> Tensor:
-        loss, _ = function.apply(*inputs[:3], 1.0, -100, 1, True)
-        return ratio_loss(-loss, inputs.coefficient).sum()
-
-    return run
+    head = module.LigerFusedLinearScaledCrossEntropyFunction
+    return by_logprobs(lambda *inputs: -head.apply(*inputs, 1.0, -100, 1, True)[0])
 
 
-def liger_grpo(length: int = 128) -> Callable[[Inputs], Tensor]:
+def liger_grpo(length: int = 128) -> Contender:
     """Rows as sequences of 128 tokens, each with one advantage, so its gradient is of a loss of its own."""
     make = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
     function = make(beta=0.0, compiled=True, use_ref_model=False, loss_type="bnpo")
@@ -140,9 +110,9 @@ def liger_grpo(length: int = 128) -> Callable[[Inputs], Tensor]:
     return run
 
 
-def apple_cce() -> Callable[[Inputs], Tensor]:
-    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda inputs: ratio_loss(-function(*inputs[:3], reduction="none"), inputs.coefficient).sum()
+def apple_cce() -> Contender:
+    head = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return by_logprobs(lambda *inputs: -head(*inputs, reduction="none"))
 
 
 PEERS = {  # name: (how to make it, whether it needs CUDA, jobs)
@@ -154,12 +124,10 @@ PEERS = {  # name: (how to make it, whether it needs CUDA, jobs)
 }
 
 
-def contenders(device: torch.device) -> tuple[dict[str, dict[str, Callable]], dict[str, str]]:
+def contenders(device: torch.device) -> tuple[dict[str, dict[str, Contender]], dict[str, str]]:
     """By job: name -> function; and why others were left out."""
-    own = {"eager": eager, "recomputed": recomputed}
-    implementations = ["torch", "triton"] if device.type == "cuda" else ["torch"]
-    jobs = {job: dict(own) for job in MATMULS}
-    for impl in implementations:
+    jobs = {job: {"eager": eager, "recomputed": recomputed} for job in MATMULS}
+    for impl in ("torch", "triton") if device.type == "cuda" else ("torch",):
         jobs["values"][f"A {impl}"] = jobs["frozen head"][f"B {impl}"] = jobs["training"][f"D {impl}"] = any_loss(impl)
         jobs["frozen head"][f"C {impl}"] = jobs["training"][f"C {impl}"] = folded(impl)
     skipped = {}
@@ -171,9 +139,8 @@ def contenders(device: torch.device) -> tuple[dict[str, dict[str, Callable]], di
             function = make()
         except ImportError as error:
             skipped[name] = str(error)
-            continue
-        for job in own_jobs:
-            jobs[job][name] = function
+        else:
+            jobs |= {job: jobs[job] | {name: function} for job in own_jobs}
     return jobs, skipped
 
 
@@ -187,7 +154,7 @@ def make_inputs(rows: int, width: int, vocabulary: int, job: str, device: torch.
     return Inputs(hidden.requires_grad_(job != "values"), weight.requires_grad_(job == "training"), target, coefficient)
 
 
-def run_once(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor | None:
+def run_once(function: Contender, inputs: Inputs) -> Tensor | None:
     """Forward and, where anything needs a gradient, backward. Returns the hidden states' gradient."""
     inputs.hidden.grad = inputs.weight.grad = None
     with torch.set_grad_enabled(inputs.hidden.requires_grad):
@@ -197,20 +164,7 @@ def run_once(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor | N
     return inputs.hidden.grad
 
 
-def seconds_of(function: Callable[[Inputs], Tensor], inputs: Inputs) -> float:
-    """One run, waited for."""
-    if not inputs.hidden.is_cuda:
-        start = time.process_time()
-        run_once(function, inputs)
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run_once(function, inputs)
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_of(function: Callable[[Inputs], Tensor], inputs: Inputs) -> float:
+def peak_of(function: Contender, inputs: Inputs) -> float:
     """MiB that one run adds to what is there before it. On CPU from the kernel's high-water mark (Linux)."""
     inputs.hidden.grad = inputs.weight.grad = None
     if inputs.hidden.is_cuda:
@@ -239,76 +193,60 @@ def exact_gradient(inputs: Inputs, rows: int = 64) -> Tensor:
 
 
 def measure(
-    job: str, functions: dict[str, Callable], shape: tuple[int, int, int], repeats: int, device
-) -> list[Result]:
-    """Every contender of one job at one shape."""
+    job: str, functions: dict[str, Contender], shape: tuple[int, int, int], repeats: int, device: torch.device
+) -> list[dict[str, object]]:
+    """A row for every contender of one job at one shape.
+
+    limit_fraction: on CUDA, time of the matmuls alone / time taken.  gradient_error: ||found - exact|| / ||exact|| over
+    64 rows of the hidden states' gradient.
+    """
     rows, width, vocabulary = shape
     inputs = make_inputs(*shape, job, device)
     exact = exact_gradient(inputs) if job != "values" else None
-    peaks, errors = {}, dict.fromkeys(functions)
-    for name, function in list(functions.items()):  # also warms up
+    peaks, errors = {}, {}
+    for name, function in functions.items():  # also warms up
         try:
             peaks[name] = peak_of(function, inputs)
         except (RuntimeError, ImportError, TypeError, ValueError) as error:
             if name not in PEERS:
                 raise
             print(f"without {name}: {error}")  # a peer that does not run here must not cost our own numbers
-            del functions[name]
             continue
         if exact is not None and name != "Liger fused GRPO":
             found = inputs.hidden.grad[: len(exact)].to(exact.dtype)
             errors[name] = ((found - exact).norm() / exact.norm()).item()
-    seconds = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            seconds[name].append(seconds_of(function, inputs))
-    limit = MATMULS[job] * 2 * rows * width * vocabulary / SUSTAINED_FLOPS
-    return [
-        Result(
-            *shape,
-            job,
-            name,
-            [1e3 * value for value in seconds[name]],
-            peaks[name],
-            limit / statistics.median(seconds[name]) if device.type == "cuda" else None,
-            errors[name],
-        )
-        for name in functions
-    ]
+    calls = {name: partial(run_once, functions[name], inputs) for name in peaks}
+    limit_ms = 1e3 * MATMULS[job] * 2 * rows * width * vocabulary / SUSTAINED_FLOPS
+    results = []
+    for name, milliseconds in alternate(calls, device, repeats, in_graph=False).items():
+        median = statistics.median(milliseconds)
+        result = {"rows": rows, "width": width, "vocabulary": vocabulary, "job": job, "contender": name}
+        result |= {"milliseconds": milliseconds, "median_ms": median, "peak_mib": peaks[name]}
+        result |= {"limit_fraction": limit_ms / median if device.type == "cuda" else None}
+        results.append(result | {"gradient_error": errors.get(name)})
+    return results
 
 
-def show(results: list[Result]) -> None:
+def show(results: list[dict]) -> None:
+    """The table of one job at one shape."""
     first = results[0]
-    print(f"\n{first.job}: T={first.rows:,} D={first.width:,} V={first.vocabulary:,}")
+    print(f"\n{first['job']}: T={first['rows']:,} D={first['width']:,} V={first['vocabulary']:,}")
     print(f"{'':<24}{'median ms':>10}{'least':>10}{'most':>10}{'peak MiB':>10}{'of limit':>10}{'gradient error':>16}")
-    for result in results:
-        limit = "" if result.limit_fraction is None else f"{result.limit_fraction:.0%}"
-        error = "" if result.gradient_error is None else f"{result.gradient_error:.1e}"
-        print(
-            f"{result.contender:<24}{result.median:>10.1f}{min(result.milliseconds):>10.1f}"
-            f"{max(result.milliseconds):>10.1f}{result.peak_mib:>10.0f}{limit:>10}{error:>16}"
-        )
-
-
-def versions() -> dict[str, str | None]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    for row in results:
+        limit = "" if row["limit_fraction"] is None else f"{row['limit_fraction']:.0%}"
+        error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
+        times = (row["median_ms"], min(row["milliseconds"]), max(row["milliseconds"]))
+        cells = [f"{row['contender']:<24}", *(f"{time:>10.1f}" for time in times), f"{row['peak_mib']:>10.0f}"]
+        print("".join(cells) + f"{limit:>10}{error:>16}")
 
 
 def main() -> None:
     """Measure every job and shape that is asked for; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = bench_parser(__doc__, repeats=5)
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("T", "D", "V"))
     parser.add_argument("--job", choices=MATMULS, nargs="+", default=list(MATMULS))
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     if device.type == "cpu":
         torch.set_num_threads(1)
     jobs, skipped = contenders(device)
@@ -317,11 +255,11 @@ def main() -> None:
     results = []
     for shape in options.shape or SHAPES[device.type]:
         for job in options.job:
-            found = measure(job, dict(jobs[job]), tuple(shape), options.repeats, device)
+            found = measure(job, jobs[job], tuple(shape), options.repeats, device)
             show(found)
             results += found
-    rows = [asdict(result) | {"median_ms": result.median} for result in results]
-    print(json.dumps({"device": device_name(device), "versions": versions(), "skipped": skipped, "results": rows}))
+    facts = {"device": device_name(device), "versions": versions(PACKAGES), "skipped": skipped}
+    print(json.dumps(facts | {"results": results}))
 
 
 if __name__ == "__main__":

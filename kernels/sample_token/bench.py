@@ -21,8 +21,9 @@ def multinomial(logits: Tensor) -> tuple[Tensor, Tensor]:
     return token[:, 0], log_probs.gather(1, token)[:, 0]
 
 
-def measure(rows: int, vocabulary: int, device: torch.device, repeats: int) -> dict[str, object]:
+def measure(shape: tuple[int, int], device: torch.device, repeats: int) -> dict[str, object]:
     """Times of every contender, printed and returned, and the share of tokens that equal the reference's."""
+    rows, vocabulary = shape
     logits = torch.randn(rows, vocabulary, device=device) * 3
     logits = logits.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     uniforms = torch.rand(rows, dtype=torch.float64, device=device)
@@ -35,14 +36,9 @@ def measure(rows: int, vocabulary: int, device: torch.device, repeats: int) -> d
         same["triton"] = (ours("triton")()[0] == ours("torch")()[0]).float().mean().item()
     taken = alternate(contenders, device, repeats)
     show(f"{rows} rows, {vocabulary:,} tokens", taken, logits.nbytes)
-    shape = {"rows": rows, "vocabulary": vocabulary}
-    return {"shape": shape, "bytes": logits.nbytes, "milliseconds": taken, "same_tokens": same}
-
-
-def measure_all(device: torch.device, repeats: int) -> list[dict[str, object]]:
-    """Every shape of the device."""
-    return [measure(*shape, device, repeats) for shape in SHAPES[device.type]]
+    sizes = {"rows": rows, "vocabulary": vocabulary}
+    return {"shape": sizes, "bytes": logits.nbytes, "milliseconds": taken, "same_tokens": same}
 
 
 if __name__ == "__main__":
-    run_bench(__doc__, "sample_token", measure_all)
+    run_bench(__doc__, "sample_token", SHAPES, measure)
