@@ -17,8 +17,10 @@ from torch.nn.attention import varlen
 import eval as evaluation
 import train
 from grpo.metrics import read_metrics
+from grpo.records import Problem
+from grpo.rollout import Sampler, Sampling
 from tests.ghost_cuda import CUDA, Ghost, ghost_cuda
-from tests.tiny import save_tiny_model, tiny_qwen2, write_gsm8k_files
+from tests.tiny import save_tiny_model, tiny_qwen2, word_tokenizer, write_gsm8k_files
 from tests.trainee import rows_without_clock
 
 ROOT = Path(__file__).parents[1]
@@ -179,15 +181,28 @@ def test_adapters_go_on_from_their_checkpoint_with_the_same_bits(workplace):
     assert len(ours) == 2 and ours == theirs
 
 
+def test_the_sampler_captures_triton_kernels_and_draws_the_same(device):
+    model = tiny_qwen2(hidden_size=64).to(
+        CUDA
+    )  # heads of 16: the least of the kernels; fp32: interpreted, bf16 is garbage
+    sampling = Sampling(group_size=2, max_new_tokens=5, temperature=1.0, top_p=1.0, top_k=0, stop=())
+    limits = {"seed": 0, "max_sequences": 4, "prefill_tokens": 64}
+    problems = [Problem(id=str(i), question="", answer="", index=i, prompt_ids=(2 + i, 3, 4)) for i in range(2)]
+    drawn = {}
+    for impl in ("torch", "triton"):
+        sampler = Sampler(model, word_tokenizer(), sampling, **limits, impl=impl)
+        drawn[impl] = [completion for group in sampler.generate(problems, 0) for completion in group.completions]
+        assert sampler._kept[1].replays  # it ran by its graph
+    assert {"attend_prefix", "attend_suffix", "weigh_tiles", "pick"} == set(device.launches)
+    for ours, theirs in zip(drawn["triton"], drawn["torch"], strict=True):
+        assert ours.ids == theirs.ids and ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_a_run_by_triton_kernels_is_the_run_without_them(workplace):
-    save_tiny_model(workplace / "wide", context=1024, hidden_size=64)  # heads of 16: the least of the kernels
+    save_tiny_model(workplace / "wide", context=1024, hidden_size=64)
     small = ("--model.path=wide", "--rollout.prompts-per-step=1", "--rollout.max-new-tokens=3", "--eval.every=9")
-    fp32 = (
-        "--model.precision=fp32",
-        "--batch.layout=padded",
-        "--eval.test-problems=1",
-        "--rollout.group-size=2",
-    )  # interpreted, bf16 is garbage
+    fp32 = ("--model.precision=fp32", "--batch.layout=padded", "--eval.test-problems=1", "--rollout.group-size=2")
     with ghost_cuda():
         expected = run("torch", *small, *fp32, "--impl=torch", steps=1)
     with ghost_cuda() as device:
