@@ -95,7 +95,7 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
         config = replace(config, data=replace(config.data, path=options.data_path))
     if options.style:
         config = replace(config, prompt=replace(config.prompt, style=options.style))
-    if options.max_new_tokens:
+    if options.max_new_tokens is not None:
         config = replace(config, rollout=replace(config.rollout, max_new_tokens=options.max_new_tokens))
     return [path for path, _ in resolved], config
 
@@ -185,8 +185,12 @@ def run(options: argparse.Namespace, world: World) -> None:
     record |= {"loaded": loaded, "models": results}
     record["environment"] = environment(seed=options.seed, world_size=world.size, dispatch=dispatch)
     output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    draw_chart(results, output.with_suffix(".png"))
-    print(f"written: {output} and {output.with_suffix('.png')}")
+    print(f"written: {output}")
+    try:
+        draw_chart(results, output.with_suffix(".png"))
+        print(f"written: {output.with_suffix('.png')}")
+    except ModuleNotFoundError as error:
+        print(f"the chart is not drawn: {error.name} is not installed (pip install matplotlib)")
 
 
 def score_completions(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import typing
 from dataclasses import dataclass, replace
@@ -93,7 +94,17 @@ def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
     )
     if unknown:
         option = next((argument for argument in unknown if argument.startswith("--")), unknown[0])
+        if option.lower() in ("true", "false"):
+            raise ValueError(_switch_with_value(argv, option))
         known = [key.replace("_", "-") for key in [*typing.get_type_hints(RunOptions), *known_keys()]]
         name = option.split("=")[0].lstrip("-").replace("_", "-")
         raise ValueError(f"unknown option {option}{nearest(name, known, dashes='--')}; --help shows them all")
     return parsed
+
+
+def _switch_with_value(argv: list[str], value: str) -> str:
+    """What is wrong with `--model.compile true` and `--model.compile=true`."""
+    pairs = itertools.pairwise([*argv, ""])
+    switch = next(name.partition("=")[0] for name, after in pairs if value in (name.partition("=")[2], after))
+    section, dot, name = switch.lstrip("-").rpartition(".")
+    return f"{switch} takes no value, found {value!r}; use --{section}{dot}{name} or --{section}{dot}no-{name}"

@@ -182,6 +182,11 @@ def test_a_resumed_run_keeps_its_config(tmp_path):
         ("--lr 3", "unknown option --lr; the nearest is --optim.lr;"),
         ("--group_size 3", "unknown option --group_size; the nearest is --rollout.group-size;"),
         ("surplus", "unknown option surplus; --help shows them all"),
+        (
+            "--model.compile=true",
+            "--model.compile takes no value, found 'true'; use --model.compile or --model.no-compile",
+        ),
+        ("--deterministic False", "--deterministic takes no value, found 'False'; use --deterministic or --no-determ"),
         ("--resume nowhere", "--config .* with --resume: the run has its own config"),
     ],
 )
