@@ -16,6 +16,7 @@ from torch.nn.attention import varlen
 
 import eval as evaluation
 import train
+from grpo.attention import VARLEN_OPTIONS
 from grpo.metrics import read_metrics
 from grpo.records import Problem
 from grpo.rollout import Sampler, Sampling
@@ -83,7 +84,8 @@ def test_its_flash_attention_is_the_attention_of_each_sequence(device, window):
     leaves = [draw(4, 4), draw(9, 2), draw(9, 2)]
     ghosts = [leaf.to(CUDA).requires_grad_() for leaf in leaves]
     starts = [torch.tensor(x, dtype=torch.int32, device=CUDA) for x in ([0, 3, 4], [0, 5, 9])]
-    output = varlen.varlen_attn(*ghosts, *starts, 3, 5, scale=0.5, window_size=window, enable_gqa=True)
+    many_heads = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
+    output = varlen.varlen_attn(*ghosts, *starts, 3, 5, scale=0.5, window_size=window, **many_heads)
     (output.float() * torch.arange(8.0, device=CUDA)).sum().backward()
 
     exact = [leaf.float().requires_grad_() for leaf in leaves]
