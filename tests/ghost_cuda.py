@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from tests.recorded_graph import INDEXING, Graph, not_permitted, waits
+
 CUDA = torch.device("cuda", 0)
 MEMORY = 8 * 2**30
-WAITS = {"nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal", "bincount", "isin"}
-INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 MATMULS = {"mm", "bmm", "addmm", "baddbmm"}
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -117,55 +117,12 @@ class Device:
     def wait(self, name: str) -> None:
         """The host waits for what the device has to do, or hands it memory that may change."""
         if self.graph is not None:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {name}")
+            raise not_permitted(name)
         self.waits[name] += 1
 
     def do(self, work: Callable[[], object], inputs: list[Tensor]) -> object:
         """Now; or, as part of a graph, at each replay."""
         return work() if self.graph is None else self.graph.record(work, inputs)
-
-
-class Graph:
-    """Stands in for torch.cuda.CUDAGraph: it replays the operations on the tensors that they had at the capture."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Callable[[], object], list[Tensor]]] = []
-        self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}  # by address, and a copy
-        self.own: dict[int, Tensor] = {}  # made in the capture
-
-    def record(self, work: Callable[[], object], inputs: list[Tensor]) -> object:
-        """Run for the shapes; `stop` takes back what was written to memory that was there before."""
-        for storage in (tensor.untyped_storage() for tensor in inputs):
-            if storage.data_ptr() not in self.own | self.before:
-                self.before[storage.data_ptr()] = (storage, storage.clone())
-        outputs = work()
-        made = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        self.calls.append((work, made))
-        for tensor in made:
-            address = tensor.untyped_storage().data_ptr()
-            if address not in self.before:
-                self.own.setdefault(address, tensor)
-        return outputs
-
-    def stop(self) -> None:
-        """Nothing of it has happened: old memory is as before, new memory holds anything."""
-        for storage, copy in self.before.values():
-            storage.copy_(copy)
-        self.before.clear()
-        for tensor in self.own.values():
-            if tensor.is_floating_point():
-                tensor.fill_(math.nan)
-
-    def replay(self) -> None:
-        """Every operation again, its results where they lay at the capture."""
-        for work, made in self.calls:
-            again = [leaf for leaf in tree_leaves(work()) if isinstance(leaf, Tensor)]
-            for old, new in zip(made, again, strict=True):
-                if old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-    def pool(self) -> tuple[int, int]:
-        return (0, 1)
 
 
 device = Device()
@@ -185,13 +142,10 @@ def run(func, args: tuple, kwargs: dict) -> object:
     real_args, real_kwargs = real_of(args), real_of(kwargs)
     if to is not None:
         real_kwargs["device"] = torch.device("cpu")
-        if name == "_to_copy":  # a copy, which CPU to CPU would not be
-            real_kwargs["copy"] = True
-    real_kwargs.pop("copy", None)
     if name in REPLACED:
         work = lambda: REPLACED[name](*real_args, **real_kwargs)  # noqa: E731
     elif name in MATMULS and "dtype" in overload:
-        work = lambda: _matmul_to(func.overloadpacket, *real_args, **real_kwargs)  # noqa: E731
+        work = lambda: matmul_to(func.overloadpacket, *real_args, **real_kwargs)  # noqa: E731
     else:
         work = lambda: func(*real_args, **real_kwargs)  # noqa: E731
     result = device.do(work, real_of(tensors))
@@ -213,27 +167,21 @@ def _check(func, name: str, args: tuple, tensors: list[Tensor], to_host: bool) -
             device.wait("a copy between devices")
     elif name in INDEXING:
         indices = [index for index in args[1] if index is not None]
-        if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
-            device.wait(f"{name} by a mask")
         if any(not isinstance(index, Ghost) for index in indices):
             device.wait(f"{name} by an index on the host")
         strangers = [tensor for tensor in (args[0], *args[2:3]) if not isinstance(tensor, Ghost) and tensor.dim()]
-    elif name == "_local_scalar_dense":
-        device.wait(name)
     if any(stranger.dim() for stranger in strangers) and name not in ("_to_copy", "copy_"):
         found = [(type(tensor).__name__, tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {found}")
-    if name in WAITS or (name == "repeat_interleave" and func._overloadname == "Tensor"):
+    if waits(func, args):
         device.wait(name)
     if name in MATMULS and len({tensor.dtype for tensor in tensors}) > 1 and "dtype" not in func._overloadname:
         raise RuntimeError(f"{func}: expected one dtype, found {[tensor.dtype for tensor in tensors]}")
 
 
-def _matmul_to(op, *args: object, **kwargs: object) -> Tensor:
-    """A matmul of bf16 that leaves fp32 behind, which only cuBLAS has."""
-    *tensors, dtype = args
-    out = kwargs.pop("out", None)
-    *total, left, right = tensors
+def matmul_to(op, *args: object, out: Tensor | None = None, **kwargs: object) -> Tensor:
+    """A matmul of bf16 that leaves fp32 behind, which only cuBLAS has. args: its tensors, then the dtype to leave."""
+    *total, left, right, dtype = args
     operands, sums = {left.dtype, right.dtype}, {tensor.dtype for tensor in (*total, *([] if out is None else [out]))}
     if len(operands) > 1 or not operands <= set(FLASH_DTYPES) or dtype != torch.float32 or sums > {dtype}:
         raise RuntimeError(f"{op}: operands {operands}, sums {sums}, out_dtype {dtype}")
@@ -454,9 +402,8 @@ def ghost_cuda() -> Iterator[Device]:
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _tied(torch.nn.Module._apply)))
         stack.enter_context(mock.patch.object(InterpretedFunction, "run", _launch(InterpretedFunction.run)))
-        torch.__future__.set_overwrite_module_params_on_conversion(
-            True
-        )  # else .to() gives parameters a ghost's looks only
+        # Else .to() gives parameters a ghost's looks only.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
         stack.enter_context(_Calls())
         stack.enter_context(_Mode())

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 import kernels
 from kernels.decode_attention.reference import attend
 from kernels.linear_logprob import modes
+from tests.ghost_cuda import matmul_to
 from tests.test_linear_logprob import naive
 
 MATMULS = (torch.mm, torch.bmm, torch.addmm)
@@ -28,14 +29,7 @@ class AsOnCuda(TorchFunctionMode):
             return True
         if function in MATMULS and "out_dtype" in kwargs:
             self.calls += 1
-            dtype, out = kwargs.pop("out_dtype"), kwargs.pop("out", None)
-            *total, left, right = args
-            assert left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
-            assert dtype == torch.float32 and all(
-                tensor.dtype == dtype for tensor in (*total, *([] if out is None else [out]))
-            )
-            result = function(*total, left.float(), right.float())
-            return result if out is None else out.copy_(result)
+            return matmul_to(function, *args, kwargs.pop("out_dtype"), **kwargs)
         return function(*args, **kwargs)
 
 
