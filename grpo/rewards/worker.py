@@ -31,8 +31,9 @@ MAX_DETAILS = 4000  # characters of a traceback
 PR_SET_PDEATHSIG = 1
 
 
+@lru_cache
 def load_object(path: str) -> Callable:
-    """The function or class of `path/to/file.py:name` or `module:name`; a file is run under a name of its own."""
+    """The function or class of `path/to/file.py:name` or `module:name`; a file is run once, under a name of its own."""
     source, _, name = path.rpartition(":")
     if not source.endswith(".py"):
         module = importlib.import_module(source) if source else None
