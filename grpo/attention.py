@@ -89,6 +89,7 @@ class _TwoPart(torch.autograd.Function):
     def forward(
         ctx, query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale: float, window: int | None
     ) -> Tensor:
+        """The merged output, shaped as query: [1, H, L, D]; key, value: [1, Hkv, L, D]."""
         output = torch.zeros_like(query)
         wide = torch.promote_types(query.dtype, torch.float32)
         lse = torch.full(query.shape[:3], -math.inf, dtype=wide, device=query.device)
