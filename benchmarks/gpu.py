@@ -8,7 +8,7 @@ goals. Exit status 0 only if every stage passed; a missed goal is no failure.
     python -m benchmarks.gpu --rehearse                     the same without a GPU: small, for what can go wrong before
     python -m benchmarks.gpu --only hot_spots tune --results DIR
 
-hot_spots (where the time goes), tune (which tile sizes are fastest) and what compiles run where --only names them.
+hot_spots (where the time goes), tune (which tile sizes are fastest) and the slow peers run where --only names them.
 
 A machine without a network needs torch, triton, transformers and pytest; TRL and Liger are compared with where they can
 be imported, from a folder of wheels too: pip install --no-index --no-deps --target DIR *.whl, then PYTHONPATH=DIR.
@@ -49,29 +49,28 @@ class Stage:
 
 TESTS = sorted(path.name for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text("utf-8"))
 WORKERS = "-n 6 " if find_spec("xdist") else ""  # most of the time of these tests a CPU compiles kernels
-STAGES = {  # what was asked for is measured alone: what compiles or runs the slow peers has a stage of its own
+STAGES = {
     "tests": Stage(
         f"-m pytest -v --tb=short {WORKERS}-m gpu -p no:cacheprovider {' '.join(f'tests/{name}' for name in TESTS)}",
-        130,
+        125,
         "--co",
     ),
-    "linear_logprob": Stage("-m kernels.linear_logprob.bench", 65, "--repeats 1 --shape 64 32 500"),
-    "training_pass": Stage("-m benchmarks.training_pass --arrangement plain", 45, "--repeats 1 --workload tiny"),
-    "rollout": Stage("-m benchmarks.rollout --alone --workload 0.5B", 40, "--repeats 1 --workload tiny"),
-    "vs_trl": Stage("-m benchmarks.vs_trl --steps 3", 80, "--workload tiny"),
+    "linear_logprob": Stage("-m kernels.linear_logprob.bench", 60, "--repeats 1 --shape 64 32 500"),
+    "training_pass": Stage("-m benchmarks.training_pass", 95, "--repeats 1 --workload tiny --arrangement plain"),
+    "rollout": Stage(
+        "-m benchmarks.rollout --alone --compile --workload 0.5B", 75, "--repeats 1 --workload tiny --no-compile"
+    ),
+    "vs_trl": Stage("-m benchmarks.vs_trl --steps 3", 115, "--workload tiny"),
     "decode_attention": Stage("-m kernels.decode_attention.bench", 20),
     "sample_token": Stage("-m kernels.sample_token.bench", 15),
     "train_step": Stage("-m benchmarks.train_step", 35, "--rounds 1 --prompt 40 --group 4"),
+}
+MORE = {  # --only NAME: what to change next, and what takes too long for nine minutes
+    "rollout_plain": Stage("-m benchmarks.rollout --alone --workload 0.5B", 40, "--repeats 1 --workload tiny"),
     "rollout_peers": Stage("-m benchmarks.rollout --workload 0.5B --repeats 1", 60, "--workload tiny"),
     "deterministic_pass": Stage(
         "-m benchmarks.training_pass --arrangement plain --deterministic --repeats 2", 40, "--workload tiny"
     ),
-}
-MORE = {  # --only NAME: what to change next, and what takes too long for nine minutes
-    "training_compiled": Stage(
-        "-m benchmarks.training_pass --arrangement compiled", 150, "--repeats 1 --workload tiny"
-    ),
-    "rollout_compiled": Stage("-m benchmarks.rollout --alone --compile --workload 0.5B", 150, "--workload tiny"),
     "rollout_7b": Stage("-m benchmarks.rollout --workload 7B --repeats 3", 80, "--workload tiny"),
     "deterministic_rollout": Stage(
         "-m benchmarks.rollout --alone --deterministic --workload 0.5B", 60, "--workload tiny"
@@ -99,9 +98,9 @@ GOALS: list[tuple[str, str, Callable[[dict], float | None], str, float]] = [  # 
     ("linear_logprob", "mode C, D 4096, of 6NDV", best_share("training", "C", 4096), ">=", 0.80),
     ("training_pass", "training pass, plain, s", lambda result: result["step, layers plain"]["median"], "<=", 2.0),
     (
-        "training_compiled",
+        "training_pass",
         "training pass, compiled, s",
-        lambda result: result["step, layers compiled"]["median"],
+        lambda result: result.get("step, layers compiled", {}).get("median"),  # rehearsed plain only
         "<=",
         2.0,
     ),

@@ -30,8 +30,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     reference_offload: bool = False
     """Keep the weights of the frozen reference in CPU memory; they come to the device for its pass alone, once a step."""
-    compile: bool = False
-    """torch.compile the layers of the training forward (norm, rotary and MLP arithmetic in fewer kernels, attention left alone); a minute at the start."""
+    compile: bool | None = None
+    """torch.compile the layers, in training and while decoding: norm, rotary and MLP arithmetic in fewer kernels, attention left alone; a minute or two at the start. None: on CUDA, but not with `deterministic`, gradient_checkpointing or distributed.strategy=fsdp."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,6 @@ class RolloutConfig:
     """Most memory for keys and values while sampling, in GiB; where it is short, sequences take turns. None: 30 % of the device's memory. Only what a rollout can use is allocated; on CUDA it stays between rollouts if it is at most 20 % of the memory."""
     cuda_graph: bool = True
     """Replay whole decode steps as CUDA graphs. Where a model cannot be captured, it says why and goes on without."""
-    compile: bool = False
-    """torch.compile the model's forward pass of a decode step: fewer kernels, and a minute or more at the start."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from grpo.attention import NAME as SHARED_PREFIX
 from grpo.attention import attention_mode
 from grpo.batch import packed_row, padded_rows, unique_steps
+from grpo.layers import checkpoint_layers, compiled_layers, in_fp32, using_forwards, using_weights
 from grpo.policy import Policy
 from grpo.records import Batch, Group, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
 
-BACKEND = "inductor"  # of torch.compile
 CHECKED = 3  # completions that `check_packing` compares: one after the prompt, one after another, one between two
 
 # (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
@@ -47,8 +47,7 @@ class LogprobModel(nn.Module):
         self.temperature = temperature
         self.impl = impl
         self.entropy_gradient = entropy_gradient
-        layers = model.base_model.layers if compile else ()
-        self._forwards = {layer: torch.compile(layer.forward, dynamic=True, backend=BACKEND) for layer in layers}
+        self._forwards = compiled_layers(model) if compile else {}
         self._waiting: dict[nn.Parameter, Tensor] = {}
 
     def keep_on_cpu(self) -> None:
@@ -127,65 +126,6 @@ class _WorkingCopy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.float(), None
-
-
-@contextmanager
-def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Let `model` compute with these tensors in place of its parameters so named, tied ones too; then put them back.
-
-    Like torch.func.functional_call, but as a context, because gradient checkpointing has to enter it again when it
-    computes a layer a second time in the backward pass.
-    """
-    owners = []
-    by_parameter = {id(parameter): weights[name] for name, parameter in model.named_parameters() if name in weights}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in by_parameter:
-                owners.append((module, name, parameter))
-    try:
-        for module, name, parameter in owners:
-            module._parameters[name] = by_parameter[id(parameter)]
-        yield
-    finally:
-        for module, name, parameter in owners:
-            module._parameters[name] = parameter
-
-
-@contextmanager
-def using_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Let modules compute by these functions in place of their class's own."""
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module in forwards:
-            del module.forward
-
-
-@contextmanager
-def in_fp32(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` compute in fp32, with the weights of one layer at a time converted."""
-    layers = list(model.base_model.layers)
-    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    outside = {name: weight.float() for name, weight in model.named_parameters() if id(weight) not in in_layers}
-
-    def converted(layer: nn.Module, forward: Callable) -> Callable:
-        def run(*inputs: object, **named: object) -> object:
-            with using_weights(layer, {name: weight.float() for name, weight in layer.named_parameters()}):
-                return forward(*inputs, **named)
-
-        return run
-
-    with using_forwards({layer: converted(layer, layer.forward) for layer in layers}), using_weights(model, outside):
-        yield
-
-
-def checkpoint_layers(model: PreTrainedModel, **options: object) -> None:
-    """Compute each layer again in the backward pass. options: of torch.utils.checkpoint."""
-    # transformers 5.17 has only the second name; 6 will have only the first
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, **options})
 
 
 class PolicyModule(nn.Module):

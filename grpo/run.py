@@ -108,7 +108,8 @@ def describe(config: Config, world: World, log: RunLogger) -> None:
         save(config, log.run_dir / "config.yaml")
     log.write_json("env.json", environment(seed=config.seed, world_size=world.size, dispatch=dispatch))
     kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
-    log.say(f"run folder {log.run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}")
+    layers = "; layers are compiled, a minute or two at the start" if compiles(config, world.device) else ""
+    log.say(f"run folder {log.run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}{layers}")
 
 
 def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Path:
@@ -129,7 +130,11 @@ def build_models(
     config: Config, world: World, policy: Policy, objective: Objective
 ) -> tuple[PolicyModule, torch.nn.Module, LogprobModel | None, MovingReference | None]:
     """The policy as a module, alone and over all ranks, and its reference, fixed or moving (None where it is not)."""
-    options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
+    options = {
+        "temperature": config.rollout.temperature,
+        "impl": config.impl,
+        "compile": compiles(config, world.device),
+    }
     # Copies come before the module, which may turn gradient checkpointing on: a copy made then would take it along.
     if world.size > 1 and config.distributed.strategy == "fsdp":
         policy.sample_from_copy()
@@ -149,6 +154,15 @@ def build_models(
     return module, wrapped, reference, moving
 
 
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether layers are compiled: as asked for (model.compile), else on CUDA where nothing stands against it."""
+    if config.model.compile is not None:
+        return config.model.compile
+    is_sharded = config.distributed.strategy == "fsdp"
+    is_free = not (config.deterministic or config.model.gradient_checkpointing or is_sharded)
+    return device.type == "cuda" and is_free
+
+
 def make_sampler(
     config: Config, model: torch.nn.Module, prompter: Prompter, log: RunLogger, *, greedy: bool = False
 ) -> Sampler:
@@ -163,8 +177,9 @@ def make_sampler(
         stop=prompter.stop_strings,
         stream=EVALUATION if greedy else TRAINING,
     )
-    limits = ("max_sequences", "prefill_tokens", "kv_gib", "cuda_graph", "compile")
+    limits = ("max_sequences", "prefill_tokens", "kv_gib", "cuda_graph")
     options = {name: getattr(rollout, name) for name in limits} | {"seed": config.seed, "impl": config.impl}
+    options["compile"] = compiles(config, model.device)
     return Sampler(model, prompter.tokenizer, sampling, **options, progress=log.progress)
 
 

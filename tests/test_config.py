@@ -183,8 +183,8 @@ def test_a_resumed_run_keeps_its_config(tmp_path):
         ("--group_size 3", "unknown option --group_size; the nearest is --rollout.group-size;"),
         ("surplus", "unknown option surplus; --help shows them all"),
         (
-            "--model.compile=true",
-            "--model.compile takes no value, found 'true'; use --model.compile or --model.no-compile",
+            "--rollout.cuda-graph=true",
+            "--rollout.cuda-graph takes no value, found 'true'; use --rollout.cuda-graph or --rollout.no-cuda-graph",
         ),
         ("--deterministic False", "--deterministic takes no value, found 'False'; use --deterministic or --no-determ"),
         ("--resume nowhere", "--config .* with --resume: the run has its own config"),

@@ -123,6 +123,7 @@ def run(name: str, *changes: str, config: str = "gsm8k", steps: int = 2) -> list
         *("--config", str(ROOT / "configs" / f"{config}.yaml"), "--model.path", "model", "--data.path", "data"),
         *("--prompt.shots=0", "--rollout.prompts-per-step=4", "--rollout.group-size=3", "--rollout.max-new-tokens=14"),
         *("--eval.every=1", "--eval.validation-problems=2", "--eval.test-problems=2", "--seed=1", "--save-every=1"),
+        "--model.compile=False",  # torch.compile makes code for a device, and there is none
         *("--optim.warmup=0", "--optim.lr=1e-3", "--rewards.no-require-finish", "--rewards.workers=1"),
         *("--rewards.functions", f"{ROOT}/tests/reward_functions.py:length_of"),  # it differs within a group
     ]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
-from grpo import config_check, logprobs, lora
+from grpo import config_check, layers, lora
 from grpo.config import Config, LoraConfig, ModelConfig, ObjectiveConfig
 from grpo.dry_run import memory_estimate, model_facts
 from grpo.logprobs import PolicyModule, check_packing
@@ -124,7 +124,7 @@ def test_the_packing_check_knows_the_truth_of_a_model_in_4_bits(library, precisi
 
 @pytest.mark.parametrize("change", ["checkpointing", "compile"])
 def test_recomputed_and_compiled_layers_give_the_same_gradients(library, change, monkeypatch):
-    monkeypatch.setattr(logprobs, "BACKEND", "eager")  # inductor's own gave the same in two minutes
+    monkeypatch.setattr(layers, "BACKEND", "eager")  # inductor's own gave the same in two minutes
 
     def gradients(**options):
         policy = Policy(in_4_bits(tiny_qwen2()).train(), word_tokenizer(), "fp32")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo import logprobs
+from grpo import layers
 from grpo.batch import LAYOUTS, pack, weigh
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
@@ -80,7 +80,7 @@ def test_gradient_checkpointing_changes_no_gradient(precision, tied):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_layers_change_no_log_prob_and_no_gradient_and_rollout_does_not_see_them(layout, monkeypatch):
-    monkeypatch.setattr(logprobs, "BACKEND", "eager")  # traces as inductor does, and compiles nothing for a minute
+    monkeypatch.setattr(layers, "BACKEND", "eager")  # traces as inductor does, and compiles nothing for a minute
     compiled_calls = torch._dynamo.utils.counters["stats"]
 
     def values(compile):

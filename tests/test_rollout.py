@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.logprobs import checkpoint_layers
+from grpo.layers import checkpoint_layers
 from grpo.rollout import draw, engine
 from grpo.rollout.schedule import prefill_chunks
 from tests.rollout_helpers import EOS, PAD, byte_tokenizer, ids_of, problems, sampler, syllable_tokenizer, tiny_model

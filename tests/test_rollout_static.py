@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from grpo import layers
 from grpo.rollout import draw, engine, graphs
 from grpo.rollout.schedule import bucket, seat
 from grpo.rollout.slab import KVSlab
@@ -10,6 +11,7 @@ from tests import recorded_graph
 from tests.rollout_helpers import EOS, ids_of, problems, sampler, tiny_model
 
 LENGTHS = (17, 30, 1, 5, 22)
+COMPILED = torch._dynamo.utils.counters["stats"]
 
 
 @pytest.fixture(scope="module")
@@ -138,23 +140,31 @@ def test_a_call_that_raises_leaves_a_sampler_that_can_go_on(model, captured, mon
     assert ids_of(warm.generate(made, step=1)) == expected
 
 
-@pytest.mark.slow
-def test_a_compiled_forward_draws_the_same_and_is_compiled_once_for_each_number_of_rows(monkeypatch):
-    model = tiny_model("qwen2", num_hidden_layers=1)
-    model.generation_config.eos_token_id = [EOS, *range(0, 230, 10)]
-    compiled_sizes, compile_ = [], torch.compile
+def test_compiled_layers_draw_the_same_and_no_layer_and_no_number_of_rows_is_compiled_again(captured, monkeypatch):
+    monkeypatch.setattr(layers, "BACKEND", "eager")  # traces as inductor does, and compiles nothing for a minute
+    counts = []
+    for depth in (2, 3):
+        model = tiny_model("qwen2", num_hidden_layers=depth)
+        model.generation_config.eos_token_id = [EOS, *range(0, 230, 10)]
+        made, limits = problems(*LENGTHS), dict(max_new_tokens=20, group_size=8)
+        expected = ids_of(sampler(model, cuda_graph=False, **limits).generate(made, step=1))
+        torch._dynamo.reset()
+        before, captured[:] = COMPILED["unique_graphs"], []
+        for _ in range(2):
+            assert ids_of(sampler(model, compile=True, **limits).generate(made, step=1)) == expected
+        counts.append(COMPILED["unique_graphs"] - before)
+        assert len(set(captured)) > 2
+        assert not any("forward" in vars(layer) for layer in model.base_model.layers)
+    assert 0 < counts[0] == counts[1] <= 6  # pieces of a layer, before and after its attention
 
-    def backend(graph, inputs):
-        compiled_sizes.append(1)
-        return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_(*args, **options, backend=backend))
-    made, limits = problems(*LENGTHS), dict(max_new_tokens=20, group_size=2)
-    expected = ids_of(sampler(model, **limits).generate(made, step=1))
-    warm = sampler(model, compile=True, **limits)
-    for _ in range(2):
-        assert ids_of(warm.generate(made, step=1)) == expected
-    assert len(compiled_sizes) == 2  # 10 rows: 16, then 8
+def test_what_cannot_be_compiled_is_run_as_it_is_and_said(model, monkeypatch, caplog):
+    monkeypatch.setattr(layers, "BACKEND", lambda graph, inputs: 1 / 0)
+    torch._dynamo.reset()
+    made = problems(*LENGTHS)
+    expected = ids_of(sampler(model).generate(made, step=1))
+    assert ids_of(sampler(model, compile=True).generate(made, step=1)) == expected
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_buckets_are_8_16_and_multiples_of_32():

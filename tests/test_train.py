@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from grpo import run
+from grpo.config import from_dict
 from grpo.metrics import definition, read_metrics
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model, write_gsm8k_files
@@ -264,6 +265,23 @@ def test_a_mistake_is_one_clear_line_and_status_2(finished, capsys, arguments, m
 def test_a_run_that_goes_on_cannot_change_what_its_checkpoint_depends_on(finished, capsys):
     status, error = refusal(capsys, ["--resume", str(finished), "--seed", "4"])
     assert status == 2 and "cannot change seed: 3 -> 4" in error
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "settings, on_cuda",
+    [
+        ({}, True),
+        ({"deterministic": True}, False),
+        ({"model": {"gradient_checkpointing": True}}, False),
+        ({"distributed": {"strategy": "fsdp"}}, False),
+    ],
+)
+def test_layers_are_compiled_as_asked_for_else_on_cuda_where_nothing_stands_against_it(settings, on_cuda, device):
+    assert run.compiles(from_dict(settings), torch.device(device)) == (on_cuda and device == "cuda")
+    for asked in (True, False):
+        model = settings.get("model", {}) | {"compile": asked}
+        assert run.compiles(from_dict(settings | {"model": model}), torch.device(device)) == asked
 
 
 def test_a_used_run_folder_is_refused_with_the_way_to_go_on(finished, capsys):

@@ -21,6 +21,7 @@ from grpo.rollout.slab import Decode, KVSlab, Prefill, Probe
 NAME = "grpo_slab"
 
 
+@torch.compiler.disable  # of compiled layers: it looks at sizes, and writes into the slab
 def slab_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -44,8 +45,23 @@ def slab_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer, layout = slab.layer(module.layer_idx, key, value), slab.layout
     if isinstance(layout, Decode):
-        decode = _compiled_decode if torch.compiler.is_compiling() else _decode
-        output = decode(query, key, value, *layer, *layout.arguments(), scale, softcap, sliding_window, slab.impl)
+        rows, groups = slice(len(query)), slice(layout.num_groups)
+        longest_prefix, longest_suffix = slice(layout.longest_prefix), slice(layout.longest_suffix)
+        output = kernels.decode_attention(
+            query[:, :, 0],
+            key[:, :, 0],
+            value[:, :, 0],
+            tuple(stored[groups, :, longest_prefix] for stored in layer[:2]),
+            tuple(stored[rows, :, longest_suffix] for stored in layer[2:]),
+            seats=layout.seats,
+            place=layout.place,
+            prefix_lengths=layout.prefix_lengths,
+            suffix_lengths=layout.suffix_lengths,
+            scale=scale,
+            softcap=softcap,
+            window=sliding_window,
+            impl=slab.impl,
+        )[:, :, None]
     else:
         if isinstance(layout, Prefill):
             length = key.shape[2]
@@ -53,54 +69,6 @@ def slab_attention(
             layer.prefix_value[layout.groups, :, :length] = value
         output = _causal(query, key, value, scale, softcap, sliding_window)
     return output.transpose(1, 2), None
-
-
-def _decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    suffix_key: Tensor,
-    suffix_value: Tensor,
-    num_groups: int,
-    seats: int,
-    place: Tensor,
-    prefix_lengths: Tensor,
-    suffix_lengths: Tensor,
-    longest_prefix: int,
-    longest_suffix: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    impl: str,
-) -> Tensor:
-    """One token of each row. query: [B, H, 1, D].  Returns the same shape."""
-    output = kernels.decode_attention(
-        query[:, :, 0],
-        key[:, :, 0],
-        value[:, :, 0],
-        (prefix_key[:num_groups, :, :longest_prefix], prefix_value[:num_groups, :, :longest_prefix]),
-        (suffix_key[: len(query), :, :longest_suffix], suffix_value[: len(query), :, :longest_suffix]),
-        seats=seats,
-        place=place,
-        prefix_lengths=prefix_lengths,
-        suffix_lengths=suffix_lengths,
-        scale=scale,
-        softcap=softcap,
-        window=window,
-        impl=impl,
-    )
-    return output[:, :, None]
-
-
-# For torch.compile one opaque operation that says which of its arguments it writes: it then copies no storage.
-_compiled_decode = torch.library.custom_op("grpo::decode", _decode, mutates_args=("suffix_key", "suffix_value"))
-
-
-@_compiled_decode.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: object) -> Tensor:
-    return value.new_empty(*query.shape[:3], value.shape[-1])
 
 
 def _causal(

@@ -32,7 +32,7 @@ from grpo.rollout.slab import (
     make_plan,
     total_memory,
 )
-from grpo.rollout.step import DecodeStep, compiled, forward
+from grpo.rollout.step import DecodeStep, forward, with_compiled_layers
 from grpo.rollout.stops import Ending, eos_ids
 
 
@@ -42,8 +42,8 @@ class Sampler:
     model, tokenizer: the unwrapped causal LM and its tokenizer.  seed: of every random number.  max_sequences: rows
     decoded at a time; more take turns.  prefill_tokens: prompt tokens of one prefill pass, with padding.  kv_gib: most
     memory for keys and values; None: MEMORY_SHARE of the device's.  cuda_graph: replay decode steps where there is
-    CUDA.  compile: torch.compile the model's decode forward.  impl: of the kernels.  progress: told how many
-    sequences are done, and of how many.
+    CUDA.  compile: decode with compiled layers.  impl: of the kernels.  progress: told how many sequences are done, and
+    of how many.
     """
 
     def __init__(
@@ -72,9 +72,8 @@ class Sampler:
         self.model, self.sampling, self.impl = model, sampling, impl
         self.seed, self.max_sequences, self.prefill_tokens, self.kv_gib = seed, max_sequences, prefill_tokens, kv_gib
         self.has_graphs = cuda_graph and graphs.are_usable(model.device)
-        # A graph or a compiled forward is made for one shape: rows come in buckets, and bounds are those of the slab.
-        self.is_static = self.has_graphs or compile
-        self.decode_forward = compiled(forward) if compile else forward
+        self.is_static = self.has_graphs  # a graph is for one shape: rows come in buckets, bounds are those of the slab
+        self.decode_forward = with_compiled_layers(model) if compile else forward
         self.ending = Ending(tokenizer, eos_ids(model, tokenizer), sampling.stop)
         self.progress = progress or (lambda done, total: None)
         self.plan: Plan | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -140,10 +140,6 @@ class Decode:
     longest_prefix: int
     longest_suffix: int  # with the token read now; the two are upper bounds, known without asking the device
 
-    def arguments(self) -> tuple:
-        """Every field, in order: torch.compile takes no dataclass as an operation's argument."""
-        return tuple(getattr(self, field.name) for field in fields(self))
-
 
 class KVSlab:
     """The storage, and in `layout` what the attention function must do in the current forward pass."""
@@ -155,7 +151,6 @@ class KVSlab:
         self.layout: Prefill | Decode | None = None
 
     def _allocate(self, shape: LayerShape, device: torch.device) -> Layer:
-        """Zeros, each its own tensor: views of one would be copied by torch.compile."""
         sizes = [(self.plan.num_groups, self.plan.prefix_size), (self.plan.num_rows, self.plan.suffix_size)]
         widths = [shape.key_width, shape.value_width]
         make = lambda count, size, width: torch.zeros(count, shape.heads, size, width, dtype=shape.dtype, device=device)  # noqa: E731

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import kernels
+from grpo.layers import compiled_layers, using_forwards
 from grpo.rollout.sampling import Sampling
 from grpo.rollout.slab import Decode, KVSlab, Probe
 
-MOST_SHAPES = 64  # numbers of rows: buckets up to 1,984
 Forward = Callable[[PreTrainedModel, Tensor, Tensor, KVSlab | Probe], Tensor]
 
 
@@ -26,10 +26,15 @@ def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, slab: KVSlab
     return output.logits[:, -1]
 
 
-def compiled(forward: Forward) -> Forward:
-    """Compiled once for each number of rows, of which there may be many more than torch.compile expects."""
-    run = torch.compile(forward, fullgraph=True, dynamic=False)
-    return torch._dynamo.config.patch(recompile_limit=MOST_SHAPES)(run)
+def with_compiled_layers(model: PreTrainedModel) -> Forward:
+    """`forward` for this model, by layers that are compiled once for every number of rows."""
+    forwards = compiled_layers(model)
+
+    def run(*arguments: object) -> Tensor:
+        with using_forwards(forwards):
+            return forward(*arguments)
+
+    return run
 
 
 class DecodeStep:

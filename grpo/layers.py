@@ -1,0 +1,87 @@
+"""A transformers model that computes otherwise for a while: with other weights, in fp32, with its layers compiled, or
+with each of them computed again in the backward pass. The model itself stays as it is.
+
+Used by grpo.logprobs, which trains, and by grpo.rollout, which samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+BACKEND = "inductor"  # of torch.compile
+MOST_GRAPHS = 64  # of one piece of a layer: with and without gradient, decoding, one row or several ...
+
+
+@contextmanager
+def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Let `model` compute with these tensors in place of its parameters so named, tied ones too; then put them back.
+
+    Like torch.func.functional_call, but as a context, because gradient checkpointing has to enter it again when it
+    computes a layer a second time in the backward pass.
+    """
+    owners = []
+    by_parameter = {id(parameter): weights[name] for name, parameter in model.named_parameters() if name in weights}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in by_parameter:
+                owners.append((module, name, parameter))
+    try:
+        for module, name, parameter in owners:
+            module._parameters[name] = by_parameter[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in owners:
+            module._parameters[name] = parameter
+
+
+@contextmanager
+def using_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Let modules compute by these functions in place of their class's own."""
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+@contextmanager
+def in_fp32(model: PreTrainedModel) -> Iterator[None]:
+    """Let `model` compute in fp32, with the weights of one layer at a time converted."""
+    layers = list(model.base_model.layers)
+    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    outside = {name: weight.float() for name, weight in model.named_parameters() if id(weight) not in in_layers}
+
+    def converted(layer: nn.Module, forward: Callable) -> Callable:
+        def run(*inputs: object, **named: object) -> object:
+            with using_weights(layer, {name: weight.float() for name, weight in layer.named_parameters()}):
+                return forward(*inputs, **named)
+
+        return run
+
+    with using_forwards({layer: converted(layer, layer.forward) for layer in layers}), using_weights(model, outside):
+        yield
+
+
+def compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable]:
+    """For `using_forwards`: every decoder layer by torch.compile, for any number of rows and any length.
+
+    Layers are alike, so what is compiled for the first serves all: norm, rotary and MLP arithmetic in a few kernels
+    around the matmuls, and attention left alone. A piece that cannot be compiled is run as it is, with a warning.
+    """
+    lenient = torch._dynamo.config.patch(suppress_errors=True, recompile_limit=MOST_GRAPHS)
+    layers = model.base_model.layers
+    return {layer: lenient(torch.compile(layer.forward, dynamic=True, backend=BACKEND)) for layer in layers}
+
+
+def checkpoint_layers(model: PreTrainedModel, **options: object) -> None:
+    """Compute each layer again in the backward pass. options: of torch.utils.checkpoint."""
+    # transformers 5.17 has only the second name; 6 will have only the first
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **options})
