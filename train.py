@@ -151,7 +151,7 @@ def run_command(command: Command, world: World) -> int:
     """The whole job; the exit status."""
     if world.is_writer:
         print(command.source, flush=True)
-    config, objective = settle(command.config, world.size)
+    config, objective = settle(command.config, world)
     if command.dry_run:
         if world.is_writer:
             print(dry_run_report(config, world.size, model_facts(config, world.device)))

@@ -165,7 +165,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
     with redirect_stdout(sys.stderr):
         (folder / "run").mkdir()
         world = start()
-        run = Run(*settle(config, world.size), world, folder / "run")
+        run = Run(*settle(config, world), world, folder / "run")
         with run.pool:
             answer(ready=True)
             for step in range(1, steps + 1):

@@ -33,14 +33,15 @@ from grpo.update import Updater, make_optimizer
 from kernels import dispatch_table
 
 BASE_CACHE = Path(".cache") / "base"
+TOKENS_PER_MICRO_BATCH = {"cuda": 16_384, "cpu": 2_048}
 
 
-def settle(config: Config, world_size: int) -> tuple[Config, Objective]:
-    """The objective, and `config` with every choice of it written out.
+def settle(config: Config, world: World) -> tuple[Config, Objective]:
+    """The objective, and `config` with every choice of it, and what depends on the device, written out.
 
     ValueError for what cannot work, before a run folder is made.
     """
-    check(config, world_size)
+    check(config, world.size)
     objective = resolve(**asdict(config.objective))
     check_steps(objective, config.batch.passes * config.batch.minibatches)
     trackers.chosen(config.track)
@@ -50,7 +51,13 @@ def settle(config: Config, world_size: int) -> tuple[Config, Objective]:
         message = f"task {config.task} without model.path: the embedded model knows word_problems only; name one"
         raise ValueError(message)
     stated = ObjectiveConfig(preset=config.objective.preset, **asdict(objective))
-    return replace(config, objective=stated), objective
+    model, batch = config.model, config.batch
+    if model.compile is None:
+        is_hindered = config.deterministic or model.gradient_checkpointing or config.distributed.strategy == "fsdp"
+        model = replace(model, compile=world.device.type == "cuda" and not is_hindered)
+    if batch.tokens_per_micro_batch is None:
+        batch = replace(batch, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH[world.device.type])
+    return replace(config, objective=stated, model=model, batch=batch), objective
 
 
 class Run:
@@ -108,7 +115,7 @@ def describe(config: Config, world: World, log: RunLogger) -> None:
         save(config, log.run_dir / "config.yaml")
     log.write_json("env.json", environment(seed=config.seed, world_size=world.size, dispatch=dispatch))
     kernels_used = ", ".join(f"{op}={choice['impl']}" for op, choice in dispatch.items())
-    layers = "; layers are compiled, a minute or two at the start" if compiles(config, world.device) else ""
+    layers = "; layers are compiled, a minute or two at the start" if config.model.compile else ""
     log.say(f"run folder {log.run_dir}; {world.size} x {world.device.type}; kernels: {kernels_used}{layers}")
 
 
@@ -130,11 +137,7 @@ def build_models(
     config: Config, world: World, policy: Policy, objective: Objective
 ) -> tuple[PolicyModule, torch.nn.Module, LogprobModel | None, MovingReference | None]:
     """The policy as a module, alone and over all ranks, and its reference, fixed or moving (None where it is not)."""
-    options = {
-        "temperature": config.rollout.temperature,
-        "impl": config.impl,
-        "compile": compiles(config, world.device),
-    }
+    options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
     # Copies come before the module, which may turn gradient checkpointing on: a copy made then would take it along.
     if world.size > 1 and config.distributed.strategy == "fsdp":
         policy.sample_from_copy()
@@ -154,15 +157,6 @@ def build_models(
     return module, wrapped, reference, moving
 
 
-def compiles(config: Config, device: torch.device) -> bool:
-    """Whether layers are compiled: as asked for (model.compile), else on CUDA where nothing stands against it."""
-    if config.model.compile is not None:
-        return config.model.compile
-    is_sharded = config.distributed.strategy == "fsdp"
-    is_free = not (config.deterministic or config.model.gradient_checkpointing or is_sharded)
-    return device.type == "cuda" and is_free
-
-
 def make_sampler(
     config: Config, model: torch.nn.Module, prompter: Prompter, log: RunLogger, *, greedy: bool = False
 ) -> Sampler:
@@ -179,7 +173,7 @@ def make_sampler(
     )
     limits = ("max_sequences", "prefill_tokens", "kv_gib", "cuda_graph")
     options = {name: getattr(rollout, name) for name in limits} | {"seed": config.seed, "impl": config.impl}
-    options["compile"] = compiles(config, model.device)
+    options["compile"] = config.model.compile
     return Sampler(model, prompter.tokenizer, sampling, **options, progress=log.progress)
 
 

@@ -334,6 +334,8 @@ def test_every_key_and_section_of_the_tables_exists():
 
 # --- the dry run ---
 
+SETTLED = replace(Config(), batch=replace(Config().batch, tokens_per_micro_batch=16384))
+
 
 def test_the_effective_batch_by_hand():
     # 16 prompts x 8 = 128 completions of 40 + 10 prompt tokens; on 2 ranks 64 each; 2 minibatches: 4 groups of
@@ -364,23 +366,23 @@ def test_the_number_of_micro_batches_by_hand(layout, budget, expected):
 def test_the_memory_estimate_by_hand():
     # 128 sequences in 16 groups: 16 * 10 + 128 * 40 = 5280 cached tokens, each of
     # 2 (K, V) * 2 layers * 2 heads * 8 wide * 2 bytes = 128 bytes.
-    memory = dry_run.memory_estimate(Config(), 1, FACTS)
+    memory = dry_run.memory_estimate(SETTLED, 1, FACTS)
     assert memory["fp32 masters"] == memory["gradients, fp32"] == 4000
     assert memory["Adam moments, fp32"] == 8000
     assert memory["working copy, bf16"] == memory["frozen reference"] == 2000
     assert memory["KV cache"] == 5280 * 128
     assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 64) * 2
     assert memory["logits of a chunk"] == 4 * 100 * 16
-    adapted = dry_run.memory_estimate(Config(), 1, replace(FACTS, num_trained=10))
+    adapted = dry_run.memory_estimate(SETTLED, 1, replace(FACTS, num_trained=10))
     assert adapted["fp32 masters"] == adapted["gradients, fp32"] == 40 and adapted["Adam moments, fp32"] == 80
     assert adapted["frozen base"] == 2 * 990
     assert adapted["working copy, bf16"] == adapted["frozen reference"] == 20
-    moved = replace(Config(), objective=replace(Config().objective, ref_refresh_every=5))
+    moved = replace(SETTLED, objective=replace(Config().objective, ref_refresh_every=5))
     assert dry_run.memory_estimate(moved, 1, FACTS)["masters of the reference, fp32"] == 4000
-    waiting = replace(Config(), model=replace(Config().model, reference_offload=True))
+    waiting = replace(SETTLED, model=replace(Config().model, reference_offload=True))
     memory = dry_run.memory_estimate(waiting, 1, FACTS)
     assert "frozen reference" not in memory and memory["activations, or frozen reference"] == 16384 * 2 * 512 * 2
-    in_fp32 = dry_run.memory_estimate(Config(), 1, replace(FACTS, bytes_per_element=4, has_reference=False))
+    in_fp32 = dry_run.memory_estimate(SETTLED, 1, replace(FACTS, bytes_per_element=4, has_reference=False))
     assert not {"frozen base", "working copy, bf16", "frozen reference"} & set(in_fp32)
 
 
@@ -404,7 +406,7 @@ def test_the_estimate_of_what_ranks_share_out_by_hand(strategy, precision, expec
 
 
 def test_the_report_compares_strategies_on_one_rank_and_on_eight():
-    lines = dry_run.dry_run_report(Config(), 1, replace(FACTS, num_parameters=2**30, num_trained=2**30)).splitlines()
+    lines = dry_run.dry_run_report(SETTLED, 1, replace(FACTS, num_parameters=2**30, num_trained=2**30)).splitlines()
     ddp, zero1, fsdp = (list(map(float, line.split()[1:])) for line in lines[-3:])
     assert ddp[0] == zero1[0] == fsdp[0]  # one rank has everything
     assert ddp[1] - zero1[1] == pytest.approx(12 * 7 / 8, abs=0.11)  # of 4 + 8 bytes a parameter an eighth is left

@@ -164,6 +164,7 @@ def test_a_moving_reference_follows_the_adapters_over_the_same_base(base, precis
 def test_the_dry_run_knows_the_bytes_of_base_masters_working_copy_and_reference(base, precision):
     model = ModelConfig(path=str(base), precision=precision)
     config = replace(Config(), model=model, lora=LoraConfig(rank=2), objective=ObjectiveConfig(beta=0.1))
+    config = replace(config, batch=BatchConfig(tokens_per_micro_batch=64))
     estimate = memory_estimate(config, 1, model_facts(config, CPU))
     expected = sum(estimate.get(name, 0) for name in ("fp32 masters", "frozen base", "working copy, bf16"))
     policy = lora.load(str(base), config.lora, precision=precision, device=CPU)

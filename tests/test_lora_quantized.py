@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import eval as evaluation
 import train
 from grpo import config_check, layers, lora
-from grpo.config import Config, LoraConfig, ModelConfig, ObjectiveConfig
+from grpo.config import BatchConfig, Config, LoraConfig, ModelConfig, ObjectiveConfig
 from grpo.dry_run import memory_estimate, model_facts
 from grpo.logprobs import PolicyModule, check_packing
 from grpo.policy import MovingReference, Policy, bf16_copy, load_model_config, load_reference
@@ -171,6 +171,7 @@ def test_the_dry_run_knows_the_bytes_of_a_base_in_4_bits(library, base, precisio
     model = ModelConfig(path=str(base), precision=precision)
     settings = LoraConfig(rank=2, quantize="nf4")
     config = replace(Config(), model=model, lora=settings, objective=ObjectiveConfig(beta=0.1))
+    config = replace(config, batch=BatchConfig(tokens_per_micro_batch=64))
     estimate = memory_estimate(config, 1, model_facts(config, CPU))
     expected = sum(estimate.get(name, 0) for name in ("fp32 masters", "frozen base", "working copy, bf16"))
     policy = lora.load(str(base), settings, precision=precision, device=CPU)

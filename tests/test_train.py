@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import train
 from grpo import run
 from grpo.config import from_dict
+from grpo.distributed import World
 from grpo.metrics import definition, read_metrics
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model, write_gsm8k_files
@@ -267,21 +268,24 @@ def test_a_run_that_goes_on_cannot_change_what_its_checkpoint_depends_on(finishe
     assert status == 2 and "cannot change seed: 3 -> 4" in error
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    "settings, on_cuda",
+    "settings, compiled",
     [
         ({}, True),
         ({"deterministic": True}, False),
         ({"model": {"gradient_checkpointing": True}}, False),
         ({"distributed": {"strategy": "fsdp"}}, False),
+        ({"model": {"compile": False}}, False),
+        ({"model": {"compile": True}, "deterministic": True}, True),
     ],
 )
-def test_layers_are_compiled_as_asked_for_else_on_cuda_where_nothing_stands_against_it(settings, on_cuda, device):
-    assert run.compiles(from_dict(settings), torch.device(device)) == (on_cuda and device == "cuda")
-    for asked in (True, False):
-        model = settings.get("model", {}) | {"compile": asked}
-        assert run.compiles(from_dict(settings | {"model": model}), torch.device(device)) == asked
+def test_what_depends_on_the_device_is_settled_before_a_run(settings, compiled):
+    settled = {kind: run.settle(from_dict(settings), World(0, 1, torch.device(kind)))[0] for kind in ("cpu", "cuda")}
+    assert settled["cuda"].model.compile == compiled
+    assert settled["cpu"].model.compile == settings.get("model", {}).get("compile", False)
+    assert [settled[kind].batch.tokens_per_micro_batch for kind in ("cuda", "cpu")] == [16384, 2048]
+    asked = from_dict(settings | {"batch": {"tokens_per_micro_batch": 7}})
+    assert run.settle(asked, World(0, 1, torch.device("cpu")))[0].batch.tokens_per_micro_batch == 7
 
 
 def test_a_used_run_folder_is_refused_with_the_way_to_go_on(finished, capsys):
