@@ -47,6 +47,22 @@ def test_a_stop_before_the_end_of_sequence_token_comes_first():
     assert end(byte_tokenizer(), [*of_bytes("a#b"), EOS], "#") == (of_bytes("a#"), "a", "stop")
 
 
+def test_a_stop_may_end_in_a_token_with_its_last_character_or_part_of_one_and_in_any_if_that_is_a_space():
+    ending = Ending(byte_tokenizer(), [EOS], ("Question:", "€"))
+    assert [token for token in range(EOS + 1) if ending.may_complete(token)] == [ord(":"), *range(0x80, 0x100)]
+    assert all(map(Ending(byte_tokenizer(), [EOS], ("so ",)).may_complete, range(EOS + 1)))
+
+
+def test_ids_are_cut_where_a_loop_over_all_their_beginnings_first_finds_a_stop():
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.tensor(of_bytes("ab: €"))
+    for _ in range(100):
+        ids = letters[torch.randint(len(letters), (40,), generator=generator)].tolist()
+        stops = [n for n in range(1, 41) if any(stop in bytes(ids[:n]) for stop in (b"a:", b"b b", "€".encode()))]
+        kept, _, finish = end(byte_tokenizer(), ids, "a:", "b b", "€")
+        assert (len(kept), finish) == ((stops[0], "stop") if stops else (40, "length"))
+
+
 @pytest.mark.parametrize("look_every", [1, 3, 8])
 def test_stopping_early_gives_the_unstopped_completion_cut_however_rarely_one_looks(look_every, monkeypatch):
     monkeypatch.setattr(draw, "STEPS_BETWEEN_STOPS", look_every)

@@ -153,14 +153,18 @@ class Draw:
     def _stop_rows(self) -> None:
         """End the live rows whose text has come to a stop string. Saves time only: `Ending.finish` finds it anyway."""
         ending, step, size = self.sampler.ending, self.step, self.rows.size
-        ids, lengths, alive = (column[:size].tolist() for column in (step.ids, step.length, step.alive))
+        back = torch.arange(1, STEPS_BETWEEN_STOPS + 1, device=self.device)
+        newest = step.ids[:size].gather(1, (step.length[:size, None] - back).clamp_min(0)).cpu()
+        ends = torch.tensor([x for x in newest.unique().tolist() if ending.may_complete(x)], dtype=torch.int64)
+        rows = (torch.isin(newest, ends).any(1) & step.alive[:size].cpu()).nonzero()[:, 0].to(self.device)
+        sequences = [ids[:n] for ids, n in zip(step.ids[rows].tolist(), step.length[rows].tolist(), strict=True)]
         # New tokens, and enough before them for a stop that began earlier, should each byte of it be a token.
         window = STEPS_BETWEEN_STOPS + 4 * max(map(len, self.sampling.stop))
-        live = [row for row in range(size) if alive[row]]
-        tails = ending.texts([ids[row][max(0, lengths[row] - window) : lengths[row]] for row in live])
-        for row, tail in zip(live, tails, strict=True):
-            if ending.stop_at(tail) is not None and ending.stops(ids[row][: lengths[row]]):
-                step.alive[row] = False
+        tails = ending.texts([ids[-window:] for ids in sequences])
+        stopped = [
+            ending.stop_at(tail) is not None and ending.stops(ids) for ids, tail in zip(sequences, tails, strict=True)
+        ]
+        step.alive[rows] = ~torch.tensor(stopped, dtype=torch.bool, device=self.device)
 
     def _collect(self, rows: Tensor, sequences: Tensor) -> None:
         """Results of rows that have finished."""
@@ -179,7 +183,5 @@ class Draw:
                 f"step {self.training_step}: log-prob {self.logprobs[sequence, token].item()} at token {token} of "
                 f"sample {sample} of problem {self.problems[problem].id!r}; the weights or logits are not finite"
             )
-        ids, logprobs = self.ids.tolist(), self.logprobs.tolist()
-        return [row[:n] for row, n in zip(ids, lengths, strict=True)], [
-            row[:n] for row, n in zip(logprobs, lengths, strict=True)
-        ]
+        by_sequence = lambda values: [row.tolist() for row in values[sampled].split(lengths)]  # noqa: E731
+        return by_sequence(self.ids), by_sequence(self.logprobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import cache
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +33,15 @@ class Ending:
                 f"stop strings {special} contain a special token, which text never shows; use eos_token_id"
             )
         self.tokenizer, self.eos, self.stop = tokenizer, frozenset(eos), stop
+        self.may_complete = cache(self._may_complete)
+
+    def _may_complete(self, token: int) -> bool:
+        """Whether a stop string may end in this token: it says the last character of one, or a part of a character.
+
+        Of a last character that is a space any token may: a tokenizer may show it beside others only.
+        """
+        text = self.texts([[token]])[0]
+        return any(stop[-1] in text or stop[-1].isspace() for stop in self.stop) or "\N{REPLACEMENT CHARACTER}" in text
 
     def texts(self, sequences: list[list[int]]) -> list[str]:
         """Ids -> text, without special tokens and without the end-of-sequence token, special or not."""
@@ -52,7 +62,8 @@ class Ending:
         """
         if self.stop_at(text) is None:
             return ids, text, "eos" if ids[-1] in self.eos else "length"
-        kept = 1 + bisect_left(range(len(ids)), True, key=lambda last: self.stops(ids[: last + 1]))
+        ends = [last for last, token in enumerate(ids[:-1]) if self.may_complete(token)] + [len(ids) - 1]
+        kept = 1 + ends[bisect_left(ends, True, hi=len(ends) - 1, key=lambda last: self.stops(ids[: last + 1]))]
         text = self.texts([ids[:kept]])[0]
         return ids[:kept], text[: self.stop_at(text)], "stop"
 
