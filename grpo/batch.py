@@ -14,6 +14,7 @@ import functools
 import heapq
 import itertools
 import math
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -122,7 +123,7 @@ def packed_row(groups: list[Group], members: Members, device: torch.device) -> M
     """One row: of each group its prompt, then its completions. A last token is a target, never an input."""
     members = sorted(members)
     ids: list[int] = []
-    source: list[int] = []
+    source: list[Tensor] = []
     spans: list[tuple[slice, list[slice]]] = []
 
     def append(tokens: Sequence[int]) -> slice:
@@ -132,17 +133,19 @@ def packed_row(groups: list[Group], members: Members, device: torch.device) -> M
     for g, in_group in itertools.groupby(members, key=lambda member: member[0]):
         prompt = append(groups[g].prompt_ids)
         completions = [append(groups[g].completions[s].ids[:-1]) for _, s in in_group]
-        for span in completions:  # the prompt's last row predicts the first token of every completion
-            source += [prompt.stop - 1, *range(span.start, span.stop)]
+        for span in completions:
+            rows = torch.arange(span.start - 1, span.stop)
+            rows[0] = prompt.stop - 1  # the prompt's last row predicts the first token of every completion
+            source.append(rows)
         spans.append((prompt, completions))
     padding = -len(ids) % ROW_MULTIPLE.get(device.type, 1)
     if padding:
         spans.append((append([0] * padding), []))  # a group without completions: sees itself only, predicts nothing
     shared_prefix = lay_out(spans)
     return MicroBatch(
-        input_ids=torch.tensor([ids]),
+        input_ids=_as_int64(ids)[None],
         position_ids=shared_prefix.position[None],
-        source=torch.tensor(source),
+        source=torch.cat(source),
         tokens=token_columns([groups[g].completions[s] for g, s in members]),
         sequences=members,
         shared_prefix=shared_prefix,
@@ -228,13 +231,17 @@ LAYOUTS = {"packed": (divide_groups, packed_row), "padded": (divide_sequences, p
 def token_columns(completions: list[Completion]) -> TokenColumns:
     """What sampling knows of each token, flat."""
     lengths = torch.tensor([len(completion.ids) for completion in completions])
+    logprobs = array("f", itertools.chain.from_iterable(completion.logprobs for completion in completions))
     return TokenColumns(
-        target=torch.tensor([token for completion in completions for token in completion.ids]),
+        target=_as_int64(itertools.chain.from_iterable(completion.ids for completion in completions)),
         sequence=torch.arange(len(completions)).repeat_interleave(lengths),
-        sampler=torch.tensor(
-            [logprob for completion in completions for logprob in completion.logprobs], dtype=torch.float32
-        ),
+        sampler=torch.frombuffer(logprobs, dtype=torch.float32),
     )
+
+
+def _as_int64(values: Iterable[int]) -> Tensor:
+    """[len(values)], at least one. Through an array, because torch.tensor takes several times as long."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 def dummy(build: Callable[..., MicroBatch], group: Group, device: torch.device) -> MicroBatch:
