@@ -103,7 +103,7 @@ class Draw:
         return Rows(size, seats, row, sequence, group)
 
     def _move(self, groups: Tensor, rows: Tensor, to: Tensor) -> None:
-        groups, rows, to = (index.to(self.device) for index in (groups, rows, to))
+        rows, to = rows.to(self.device), to.to(self.device)
         if len(rows):
             self.step.slab.move(groups, rows, to, int(self.step.length[rows].max()))
         self.step.move(rows, to)

@@ -173,9 +173,13 @@ class KVSlab:
                 suffix[rows] = 0
 
     def move(self, groups: Tensor, rows: Tensor, to: Tensor, longest_suffix: int) -> None:
-        """Groups to the front and rows to the places `to`. The right-hand sides are copies, so overlap is safe."""
+        """Groups to the front and rows to the places `to`. The right-hand sides are copies, so overlap is safe.
+
+        groups: ascending, on the host: as long as the first of them are all there, their prefixes lie where they are.
+        """
+        is_in_place, groups = int(groups[-1]) + 1 == len(groups), groups.to(rows.device)
         for layer in self.layers.values():
-            for prefix in layer[:2]:
+            for prefix in () if is_in_place else layer[:2]:
                 prefix[: len(groups)] = prefix[groups]
             for suffix in layer[2:]:
                 suffix[to, :, :longest_suffix] = suffix[rows, :, :longest_suffix]
