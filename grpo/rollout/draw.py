@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo.records import Problem
+from grpo.records import Completion, Problem
 from grpo.rollout.sampling import uniforms
 from grpo.rollout.schedule import SHRINK_BELOW, Rows, prefill_chunks, seat
 from grpo.rollout.slab import Decode, Prefill
@@ -27,7 +27,7 @@ STEPS_BETWEEN_STOPS = 8  # to look for stop strings is to decode text
 
 
 class Draw:
-    """Results are [N, max_new_tokens + 1], a row per sequence: i of problem p is p * G + i."""
+    """Columns of what was sampled are [N, max_new_tokens + 1], a row per sequence: i of problem p is p * G + i."""
 
     def __init__(
         self,
@@ -44,11 +44,13 @@ class Draw:
         self.ids = torch.zeros(shape, dtype=torch.int64)
         self.logprobs = torch.zeros(shape, dtype=torch.float32)
         self.lengths = torch.zeros(shape[0], dtype=torch.int64)
+        self.completions: dict[int, Completion] = {}
+        self.unread: list[int] = []  # sequences that have ended and are not among the completions yet
         self.waiting = deque(range(len(problems)))
         self.rows = Rows.none()
 
-    def run(self) -> tuple[list[list[int]], list[list[float]]]:
-        """Ids and log-probs of every sequence, through its end-of-sequence token or to the length limit."""
+    def run(self) -> list[Completion]:
+        """Of every sequence, in order."""
         look = STEPS_BETWEEN_LOOKS[self.device.type]
         steps, total = 0, len(self.lengths)
         self._exchange()
@@ -56,6 +58,8 @@ class Draw:
             self.run_step(self.layout)
             self.layout.longest_suffix = min(self.layout.longest_suffix + 1, self.plan.suffix_size)
             steps += 1
+            if steps % look == 0:
+                self._read()  # here, because a CUDA device is busy with the steps since the last look
             if self.sampling.stop and steps % STEPS_BETWEEN_STOPS == 0:
                 self._stop_rows()
             if steps % look == 0:
@@ -63,7 +67,9 @@ class Draw:
                 self.sampler.progress(total - live - len(self.waiting) * self.sampling.group_size, total)
                 if self._pays_to_exchange(live):
                     self._exchange()
-        return self._results()
+        self._read()
+        self._refuse_broken()
+        return [self.completions[sequence] for sequence in range(total)]
 
     def _pays_to_exchange(self, live: int) -> bool:
         if self.sampler.is_static and live and not self.waiting:
@@ -171,9 +177,19 @@ class Draw:
         rows, step = rows.to(self.device), self.step
         self.ids[sequences], self.logprobs[sequences] = step.ids[rows].cpu(), step.logprobs[rows].cpu()
         self.lengths[sequences] = step.length[rows].cpu()
+        self.unread += sequences.tolist()
 
-    def _results(self) -> tuple[list[list[int]], list[list[float]]]:
-        lengths = self.lengths.tolist()
+    def _read(self) -> None:
+        """Completions of what has been collected: decoded, and cut where they stop."""
+        sequences, self.unread = self.unread, []
+        sampled = [self.ids[sequence, : self.lengths[sequence]].tolist() for sequence in sequences]
+        for sequence, ids, text in zip(sequences, sampled, self.sampler.ending.texts(sampled), strict=True):
+            ids, text, finish = self.sampler.ending.finish(ids, text)
+            logprobs, sample = self.logprobs[sequence, : len(ids)].tolist(), sequence % self.sampling.group_size
+            self.completions[sequence] = Completion(ids, logprobs, text, finish, sample)
+
+    def _refuse_broken(self) -> None:
+        """FloatingPointError for the first log-prob that is not finite."""
         sampled = torch.arange(self.ids.shape[1]) < self.lengths[:, None]
         broken = (sampled & ~self.logprobs.isfinite()).nonzero()
         if len(broken):
@@ -183,5 +199,3 @@ class Draw:
                 f"step {self.training_step}: log-prob {self.logprobs[sequence, token].item()} at token {token} of "
                 f"sample {sample} of problem {self.problems[problem].id!r}; the weights or logits are not finite"
             )
-        by_sequence = lambda values: [row.tolist() for row in values[sampled].split(lengths)]  # noqa: E731
-        return by_sequence(self.ids), by_sequence(self.logprobs)

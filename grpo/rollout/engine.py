@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kernels
-from grpo.records import Completion, Group, Problem
+from grpo.records import Group, Problem
 from grpo.rollout import graphs
 from grpo.rollout.attention import refuse_unsupported, sampling_mode
 from grpo.rollout.draw import Draw
@@ -94,16 +94,10 @@ class Sampler:
         with sampling_mode(self.model):
             self._plan(problems)
             try:
-                ids, logprobs = Draw(self, *self._prepare(), problems, step).run()
+                completions = Draw(self, *self._prepare(), problems, step).run()
             finally:
                 if not is_kept(self.planned_bytes(), self.model.device):
                     self.release()
-        texts = self.ending.texts(ids)
-        completions = []
-        for sequence, text in enumerate(texts):
-            kept, text, finish = self.ending.finish(ids[sequence], text)
-            sample = sequence % self.sampling.group_size
-            completions.append(Completion(kept, logprobs[sequence][: len(kept)], text, finish, sample))
         size = self.sampling.group_size
         return [Group(problem, completions[i * size : (i + 1) * size], step) for i, problem in enumerate(problems)]
 
