@@ -154,25 +154,25 @@ def packed_row(groups: list[Group], members: Members, device: torch.device) -> M
 
 def lay_out(spans: list[tuple[slice, list[slice]]]) -> SharedPrefix:
     """Everything that attention backends need to know of a packed row, from where its prompts and completions are."""
-    group, completion, position, key_rows, lengths = [], [], [], [], []
+    table, key_rows, lengths = [], [], []  # a line a span, in the order of its rows
     for index, (prompt, completions) in enumerate(spans):
         prompt_rows = torch.arange(prompt.start, prompt.stop)
         for number, span in enumerate([prompt, *completions]):
-            rows = torch.arange(span.start, span.stop)
-            group.append(torch.full_like(rows, index))
-            completion.append(torch.full_like(rows, number))
-            position.append(rows - span.start + (len(prompt_rows) if number else 0))
-            if len(rows):
-                keys = torch.cat([prompt_rows, rows]) if number else prompt_rows
-                key_rows.append(keys)
-                lengths.append((len(rows), len(keys)))
+            size, behind = span.stop - span.start, len(prompt_rows) if number else 0
+            table.append((size, index, number, behind - span.start))
+            if size:
+                rows = torch.arange(span.start, span.stop)
+                key_rows.append(torch.cat([prompt_rows, rows]) if number else rows)
+                lengths.append((size, behind + size))
+    sizes, *columns = torch.tensor(table).unbind(1)
+    group, completion, offset = (column.repeat_interleave(sizes) for column in columns)
     starts = torch.tensor([(0, 0), *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     longest_query, longest_key = (max(column) for column in zip(*lengths, strict=True))
     return SharedPrefix(
         groups=spans,
-        group=torch.cat(group),
-        completion=torch.cat(completion),
-        position=torch.cat(position),
+        group=group,
+        completion=completion,
+        position=torch.arange(len(offset)) + offset,
         key_rows=torch.cat(key_rows),
         query_starts=starts[:, 0].contiguous(),
         key_starts=starts[:, 1].contiguous(),
