@@ -104,6 +104,3 @@ def _contradictions(config: Config) -> Iterator[str]:
     scoring, waiting = config.rewards.step_timeout_s, config.distributed.timeout_s
     if scoring >= waiting:
         yield f"rewards.step_timeout_s={scoring}: ranks wait {waiting} s (distributed.timeout_s); choose less than that"
-    rewards = config.rewards
-    if not (rewards.format_weight or rewards.correctness_weight or rewards.functions or rewards.weights):
-        yield "rewards.format_weight=0 and rewards.correctness_weight=0: nothing is rewarded; raise one of them"

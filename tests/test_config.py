@@ -290,17 +290,12 @@ def test_all_mistakes_are_reported_at_once():
             {"model": {"compile": True, "gradient_checkpointing": True}},
             "model.compile with model.grad.*: .* choose one",
         ),
-        ({"rewards": {"format_weight": 0, "correctness_weight": 0}}, "nothing is rewarded"),
         ({"rewards": {"step_timeout_s": 1800}}, r"step_timeout_s=1800.0: ranks wait 1800.0 s .* choose less than that"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         check(from_dict(values), world_size=1)
-
-
-def test_a_reward_of_ones_own_may_be_the_only_one():
-    check(from_dict({"rewards": {"format_weight": 0, "correctness_weight": 0, "functions": ["a.py:b"]}}), world_size=1)
 
 
 # --- going on with another config ---

@@ -7,7 +7,8 @@ Constructing one loads no data; grpo.tasks.prompts turns its problems into token
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from grpo.config import DataConfig, RewardsConfig
@@ -36,10 +37,11 @@ class Task:
     instruction = f"Solve each problem step by step. End with the line `{FINAL_PREFIX}<number>`."
     stop_strings: tuple[str, ...] = ("\n\nQuestion:",)  # a base model goes on with the next question
     exemplars: tuple[Problem, ...] = ()  # built-in worked exemplars, with solutions
+    rewards: Mapping[str, Reward] = {}  # none: format and correctness, weighted by the config
 
     def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
         self.data, rewards = data or DataConfig(), rewards or RewardsConfig()
-        self.rewards = {
+        self.rewards = self.rewards or {
             "format": Reward(format_reward, rewards.format_weight),
             "correctness": Reward(correctness_reward, rewards.correctness_weight),
         }
@@ -88,7 +90,8 @@ class Task:
 def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:
     """The task of a name in TASKS, or of a user's own `path/to/file.py:ClassName`. Loads no data.
 
-    Its rewards are the class's own, those of `rewards.functions`, and weighted by `rewards.weights`.
+    Its rewards are the class's own, those of `rewards.functions`, and weighted by `rewards.weights`; one of them is
+    `correctness`, and one at least is paid.
     """
     if name not in TASKS and ".py:" not in name:
         nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
@@ -104,8 +107,11 @@ def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:
     return task
 
 
-def _configured(own: dict[str, Reward], config: RewardsConfig) -> dict[str, Reward]:
+def _configured(own: Mapping[str, Reward], config: RewardsConfig) -> dict[str, Reward]:
     rewards = dict(own)
+    for name, reward in rewards.items():
+        if not isinstance(reward, Reward):
+            raise ValueError(f"reward {name!r} of the task is {reward!r}; write grpo.rewards.Reward(function, weight)")
     for path in config.functions:
         name = path.rpartition(":")[2]
         if name in rewards:
@@ -119,4 +125,9 @@ def _configured(own: dict[str, Reward], config: RewardsConfig) -> dict[str, Rewa
             rewards[name] = replace(rewards[name], weight=float(number))
         except ValueError:
             raise ValueError(f"rewards.weights: {setting!r} is not component=number") from None
+    if "correctness" not in rewards:
+        raise ValueError(f"rewards {list(rewards)}: none is 'correctness', which accuracy counts; name one of them so")
+    weights = {name: reward.weight for name, reward in rewards.items()}
+    if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
+        raise ValueError(f"rewards with the weights {weights}: all must be finite, and one at least not 0")
     return rewards
