@@ -129,6 +129,9 @@ def test_no_text_stops_the_parser(text):
         ({"prompt": "p", "code": "c"}, "line 1: .*no tests"),
         ({"code": "c", "test_list": ["assert f()"]}, "line 1: no column `prompt` or `text`"),
         ({"prompt": "p", "test_list": ["assert f("]}, "line 1: SyntaxError"),
+        ({"prompt": "p", "test_list": "assert f()"}, "line 1: .*test_list='assert f.*' is no list of asserts"),
+        ({"prompt": "p", "test_list": [5]}, r"line 1: .*test_list=\[5\] is no list of asserts"),
+        ({"prompt": 5, "test_list": ["assert f()"]}, "line 1: prompt=5 and code='' must be texts"),
     ],
 )
 def test_a_row_that_cannot_be_judged_is_named(task, tmp_path, row, message):

@@ -90,7 +90,9 @@ def test_the_embedded_references_earn_full_marks_and_another_cases_do_not():
     [
         ({"prompt": "p", "groups": []}, r"line 1: groups=\[\] is not"),
         ({"prompt": "p", "groups": [["a"], [""]]}, "line 1: groups="),
-        ({"prompt": "p", "groups": [["a"]], "sections": []}, "line 1: 0 sections for 1 groups"),
+        ({"prompt": "p", "groups": [["a"]], "sections": []}, r"line 1: sections=\[\] for 1 groups"),
+        ({"prompt": "p", "groups": [["a"]], "sections": "A"}, "line 1: sections='A' for 1 groups"),
+        ({"prompt": "p", "groups": [["a"]], "sections": [1]}, r"line 1: sections=\[1\] for 1 groups"),
         ({"groups": [["a"]]}, "line 1: no column 'prompt'"),
     ],
 )

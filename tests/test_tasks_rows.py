@@ -119,6 +119,8 @@ def test_column_names_are_configurable(tmp_path):
         ("gsm8k", '{"question": "?"}', r"line 3: no column 'answer' among \['question'\]"),
         ("gsm8k", '{"question": "?", "answer": null}', r"line 3: answer=None is neither text nor a number"),
         ("gsm8k", '{"question": "", "answer": "#### 1"}', r"line 3: question='' is neither"),
+        ("jsonl", '{"prompt": " ", "answer": "4"}', r"line 3: prompt=' ' is neither"),
+        ("jsonl", r'{"prompt": "a \ud800", "answer": "4"}', r"line 3: prompt holds half of a surrogate pair"),
         ("gsm8k", '{"question": "?", "answer": "four"}', r"line 3: the answer does not end in '#### <number>': 'four'"),
         ("gsm8k", '{"question": "?", "answer": "#### 5k"}', r"line 3: the answer does not end"),
         ("jsonl", '{"question": "?", "answer": "4"}', r"line 3: no column 'prompt'.*--data.prompt_column"),

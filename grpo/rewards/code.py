@@ -40,6 +40,8 @@ def read_tests(row: dict[str, Any]) -> Tests:
         return Tests(row["test"], (f"check({name})",), (name,), row.get("question") or "")
     if not row.get("test_list"):
         raise ValueError("no tests: neither `test_list` (a list of asserts) nor `test` with `entry_point`")
+    if not isinstance(row["test_list"], list) or not all(isinstance(test, str) for test in row["test_list"]):
+        raise ValueError(f"test_list={row['test_list']!r:.80} is no list of asserts")
     setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""])
     tests = tuple(row["test_list"])
     missing = _names(tests, ast.Load) - _names([setup, *tests], ast.Store) - set(dir(builtins))

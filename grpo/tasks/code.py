@@ -40,6 +40,8 @@ class Code(RowTask):
         question, code = row.get("prompt") or row.get("text"), row.get("code") or row.get("canonical_solution") or ""
         if not question:
             raise ValueError(f"{where}: no column `prompt` or `text` among {sorted(row)}")
+        if not isinstance(question, str) or not isinstance(code, str):
+            raise ValueError(f"{where}: prompt={question!r:.80} and code={code!r:.80} must be texts")
         try:
             read_tests(row)
         except (ValueError, SyntaxError, KeyError) as error:

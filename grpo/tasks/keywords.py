@@ -32,10 +32,11 @@ class Keywords(RowTask):
         is_groups = isinstance(groups, list) and groups and all(isinstance(g, list) and g for g in groups)
         if not is_groups or not all(isinstance(term, str) and term.strip() for group in groups for term in group):
             raise ValueError(f"{where}: groups={groups!r:.80} is not a list of groups of terms")
-        if headings is not None and len(headings) != len(groups):
+        is_text = isinstance(headings, list) and all(isinstance(heading, str | None) for heading in headings)
+        if headings is not None and not (is_text and len(headings) == len(groups)):
             raise ValueError(
-                f"{where}: {len(headings)} sections for {len(groups)} groups; give a heading or null for each"
+                f"{where}: sections={headings!r:.80} for {len(groups)} groups; give a heading or null for each"
             )
-        answer = row.get("answer") or ""
+        answer = self._text(row, "answer", where) if row.get("answer") else ""
         rest = {name: value for name, value in row.items() if name not in ("prompt", "answer")}
         return Problem(id=id, question=self._text(row, "prompt", where), answer=answer, solution=answer, columns=rest)

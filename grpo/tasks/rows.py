@@ -89,9 +89,11 @@ class RowTask(Task):
                 "--data.prompt_column and --data.answer_column"
             )
         value = row[column]
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or not (text := str(value).strip()):
             raise ValueError(f"{where}: {column}={value!r} is neither text nor a number")
-        return str(value).strip()
+        if text != text.encode(errors="ignore").decode():  # JSON may hold it, a tokenizer takes no such text
+            raise ValueError(f"{where}: {column} holds half of a surrogate pair, which is no character; mend the row")
+        return text
 
 
 def hold_out(rows: list[Row], fraction: float, seed: int, *, parts: int) -> list[list[Row]]:
