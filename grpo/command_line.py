@@ -6,7 +6,7 @@ import argparse
 import itertools
 import sys
 import typing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -46,12 +46,22 @@ def parse_command(argv: list[str]) -> Command:
     and exits with status 2."""
     try:
         path, source = _base_config(argv)
-        options, config = _override(argv, load(path))
+        before = load(path)
+        options, config = _override(argv, before)
+        if options.preset is not None:
+            config = replace(config, objective=replace(config.objective, preset=options.preset))
+        if options.resume and options.run_dir:
+            raise ValueError(
+                f"--run-dir {options.run_dir} with --resume: a run goes on in its own folder; leave it out"
+            )
+        if config.objective.preset != before.objective.preset and None not in asdict(before.objective).values():
+            raise ValueError(
+                f"objective.preset={config.objective.preset} changes nothing: {path} states every other key of its "
+                "objective; name the keys to change, or leave them out of a copy of it"
+            )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if options.preset is not None:
-        config = replace(config, objective=replace(config.objective, preset=options.preset))
     return Command(config, path, source, options.run_dir, options.resume, options.dry_run)
 
 

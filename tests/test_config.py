@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from grpo import command_line, dry_run
 from grpo import config as config_module
 from grpo.command_line import parse_command
-from grpo.config import Config, dump, flat, from_dict, known_keys, load, save
+from grpo.config import Config, ObjectiveConfig, dump, flat, from_dict, known_keys, load, save
 from grpo.config_check import FIXED, FREE, changes, check
+from grpo.objectives import resolve
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = flat(asdict(Config()))
@@ -171,6 +172,24 @@ def test_a_resumed_run_keeps_its_config(tmp_path):
     save(changed("num_steps", 9), tmp_path / "config.yaml")
     command = parse_command(["--resume", str(tmp_path), "--save-every", "4"])
     assert (command.config.num_steps, command.config.save_every, command.resume) == (9, 4, str(tmp_path))
+
+
+@pytest.mark.parametrize("option", ["--preset=dapo", "--objective.preset=dapo"])
+def test_a_preset_over_a_config_that_states_its_whole_objective_is_refused(tmp_path, option, capsys):
+    stated = replace(Config(), objective=ObjectiveConfig(preset="grpo", **asdict(resolve("grpo"))))
+    save(stated, tmp_path / "config.yaml")
+    assert parse_command(["--resume", str(tmp_path), "--objective.beta=0"]).config.objective.beta == 0
+    for command in (["--resume", str(tmp_path)], ["--config", str(tmp_path / "config.yaml")]):
+        with pytest.raises(SystemExit):
+            parse_command([*command, option])
+        assert "objective.preset=dapo changes nothing" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_in_its_own_folder_alone(tmp_path, capsys):
+    save(Config(), tmp_path / "config.yaml")
+    with pytest.raises(SystemExit):
+        parse_command(["--resume", str(tmp_path), "--run_dir", "elsewhere"])
+    assert "--run-dir elsewhere with --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
