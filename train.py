@@ -29,7 +29,7 @@ from grpo.metrics import completion_records, length_metrics, training_seconds
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
 from grpo.rewards import refuse_unscored, score_groups
-from grpo.run import Run, load_checkpoint, open_run, save_checkpoint, settle, validate
+from grpo.run import Run, describe, load_checkpoint, open_run, save_checkpoint, settle, validate
 from grpo.update import fill_frozen, learning_rate, update_policy
 
 
@@ -161,7 +161,8 @@ def run_command(command: Command, world: World) -> int:
     with run.pool, closing(run.log):
         if goes_on_from:
             load_checkpoint(run, goes_on_from)
-        else:
+        describe(run)
+        if not goes_on_from:
             before_training(run)
         with StopRequest(world, config.distributed.term_grace_s) as stop:
             status = train(run, stop)

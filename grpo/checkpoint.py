@@ -61,12 +61,13 @@ def _launch_id() -> str | None:
 def open_run_dir(path: Path | str, *, resume: bool) -> Path:
     """The run folder, made if need be. One with anything in it is refused unless the run goes on; rank 0 only.
 
+    Nothing is an empty metrics.jsonl, too: what a run leaves that was refused as it was built.
     A run that the launcher restarts before its first checkpoint may begin again in its folder.
     """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        is_used = any(path.iterdir())
+        is_used = any(entry.name != "metrics.jsonl" or entry.stat().st_size for entry in path.iterdir())
     except OSError as error:
         raise ValueError(f"cannot use run folder {path}: {error.strerror}; choose another --run-dir") from error
     if is_used and not resume:

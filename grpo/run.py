@@ -105,11 +105,11 @@ class Run:
         self.best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
         self.before: dict | None = None  # what the untrained model scored
         self.steps_done = 0
-        describe(config, world, self.log)
 
 
-def describe(config: Config, world: World, log: RunLogger) -> None:
-    """config.yaml and env.json, and one line about the run."""
+def describe(run: Run) -> None:
+    """config.yaml and env.json, and one line about the run: not before it is known that a run can go on with them."""
+    config, world, log = run.config, run.world, run.log
     dispatch = {op: choice._asdict() for op, choice in dispatch_table(config.impl, world.device).items()}
     if world.is_writer:
         save(config, log.run_dir / "config.yaml")
@@ -245,6 +245,8 @@ def load_checkpoint(run: Run, folder: Path) -> None:
         if name not in state:
             raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that one")
         part.load_state_dict(state[name])
+    if state["step"] > run.config.num_steps:
+        raise ValueError(f"num_steps={run.config.num_steps}: {folder} is further on; use {state['step']} or more")
     world = run.world
     mine = state["by_rank"][world.rank % len(state["by_rank"])]
     run.sampler.load_state_dict(mine["sampler"])

@@ -256,8 +256,8 @@ def refusal(capsys, arguments):
     ],
 )
 def test_a_mistake_is_one_clear_line_and_status_2(finished, capsys, arguments, message):
-    config = [] if {"--config", "--resume"} & set(arguments) else DEMO
-    status, error = refusal(capsys, [*config, "--run-dir", "refused", *arguments, "--seed", "3"])
+    start = [] if {"--config", "--resume"} & set(arguments) else [*DEMO, "--run-dir", "refused"]
+    status, error = refusal(capsys, [*start, *arguments, "--seed", "3"])
     shutil.rmtree("refused", ignore_errors=True)
     assert status == 2
     assert message in error and "Traceback" not in error
@@ -286,6 +286,14 @@ def test_what_depends_on_the_device_is_settled_before_a_run(settings, compiled):
     assert [settled[kind].batch.tokens_per_micro_batch for kind in ("cuda", "cpu")] == [16384, 2048]
     asked = from_dict(settings | {"batch": {"tokens_per_micro_batch": 7}})
     assert run.settle(asked, World(0, 1, torch.device("cpu")))[0].batch.tokens_per_micro_batch == 7
+
+
+def test_a_run_that_cannot_go_on_keeps_its_config(finished, workplace, capsys):
+    kept = shutil.copytree(finished, Path("kept"))
+    before = (kept / "config.yaml").read_text()
+    status, error = refusal(capsys, ["--resume", "kept", "--num-steps", "3"])
+    assert status == 2 and "num_steps=3: kept/checkpoints/step_4 is further on; use 4 or more" in error
+    assert (kept / "config.yaml").read_text() == before
 
 
 def test_a_used_run_folder_is_refused_with_the_way_to_go_on(finished, capsys):
