@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -69,6 +70,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--completions needs --task and --output FILE.jsonl")
     if options.samples < 1 or (options.limit is not None and options.limit < 1):
         parser.error(f"--samples {options.samples} and --limit {options.limit} must be 1 or more")
+    if options.shots and min(options.shots) < 0:
+        parser.error(f"--shots {min(options.shots)} must be 0 or more")
     if options.temperature is None:
         options.temperature = 0.0 if options.samples == 1 else 1.0
     if options.samples > 1 and options.temperature == 0:
@@ -106,8 +109,8 @@ def evaluate_model(
     """Summary by number of shots."""
     timer = PhaseTimer(Progress(world.is_writer and can_show()))
     policy = lora.load(path, precision=options.precision, device=world.device)
-    problems = task.split(options.split)[: options.limit]
-    problems = [replace(problem, index=i) for i, problem in enumerate(problems)]
+    chosen = islice(task.split(options.split), options.limit)
+    problems = [replace(problem, index=i) for i, problem in enumerate(chosen)]
     lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
     prompters = {
         shots: Prompter(task, replace(config.prompt, shots=shots), policy.tokenizer, **lengths)
@@ -169,8 +172,11 @@ def run(options: argparse.Namespace, world: World) -> None:
     """Evaluate every model that was named; rank 0 prints the table and writes the JSON and the chart."""
     paths, config = world.after_writer("settings", lambda: settings_of(options))
     task = make_task(config.task, config.data, config.rewards)
-    task.split(options.split)
+    if getattr(task.split(options.split), "endless", False) and options.limit is None:
+        raise ValueError(f"--split {options.split} of task {task.name!r} is endless; say how much of it: --limit 200")
     output = Path(options.output or f"runs/eval-{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    if output.is_dir() or output.suffix == ".png":  # found here rather than after hours
+        raise ValueError(f"--output {output} is a folder or the chart's own name; name a file such as results.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     loaded = dict(zip(options.model, paths, strict=True))
     with make_pool(config.rewards) as pool:

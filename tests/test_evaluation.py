@@ -131,6 +131,13 @@ def test_the_chart_has_room_for_the_names_of_its_models(models, shots, tmp_path)
     eval_command.draw_chart({name: dict.fromkeys(range(shots), entry) for name in names}, tmp_path / "chart.png")
 
 
+def test_eval_takes_the_first_problems_of_an_endless_split(model_and_data):
+    endless = ["--task", "word_problems", "--split", "train", "--shots", "0"]
+    status, output = evaluate_on_command(model_and_data, *endless)
+    (result,) = json.loads(output.read_text())["models"].values()
+    assert status == 0 and result["0"]["problems"] == 3
+
+
 def test_eval_with_samples_repeats_itself_and_depends_on_the_seed(model_and_data):
     results = []
     for seed in ("1", "1", "2"):
@@ -165,6 +172,10 @@ def test_eval_scores_a_file_of_completions_and_loads_nothing(tmp_path, capsys):
         (["--model", "./nowhere", "--task", "gsm9k"], "unknown task 'gsm9k'"),
         (["--model", "./nowhere"], "--task is missing"),
         (["--completions", "f.jsonl", "--task", "gsm8k"], "--completions needs --task and --output"),
+        (["--model", "m", "--shots", "4", "-1"], "--shots -1 must be 0 or more"),
+        (["--model", "./nowhere", "--task", "word_problems", "--split", "train"], "is endless; say how much of it"),
+        (["--model", "./nowhere", "--task", "word_problems", "--output", "."], "--output . is a folder"),
+        (["--model", "./nowhere", "--task", "word_problems", "--output", "a.png"], "or the chart's own name"),
     ],
 )
 def test_eval_says_what_is_wrong(arguments, message, capsys):
