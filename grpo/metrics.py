@@ -307,8 +307,8 @@ def git_commit() -> str | None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The rows of metrics.jsonl, less one that is being written, or that a kill cut off."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def draw_curves(run_dir: Path, *, start_accuracy: float | None = None, supervised: Points = ()) -> None:

@@ -145,7 +145,10 @@ def _seeds_together(configs: list[dict[str, Any]]) -> list[list[int]]:
 
 def _json(path: Path) -> dict[str, Any]:
     """{} where the file is not there: the run goes on still."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); pass what eval.py --output or train.py wrote") from None
 
 
 def write_csv(data: dict[str, Any], folder: Path) -> None:

@@ -125,6 +125,13 @@ def test_a_run_that_is_not_finished_has_seconds_from_its_metrics(folders):
     assert (run["seconds"], run["accuracy"], run["best_step"]) == ({"rollout": 4.0}, [], None)
 
 
+def test_a_line_of_metrics_that_is_being_written_is_left_out(folders):
+    whole = collect(folders[:1])["runs"]
+    with (folders[0] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rewa')
+    assert collect(folders[:1])["runs"] == whole
+
+
 def test_completions_are_of_evenly_spread_steps_the_first_and_the_last_among_them(tmp_path):
     run = collect([write_run(tmp_path / "long", steps=10)], steps=4, groups=1)["runs"][0]
     assert [(group["step"], group["problem"]) for group in run["completions"]] == [(s, "p/0") for s in (1, 4, 7, 10)]
@@ -181,6 +188,8 @@ def test_what_is_no_run_folder_and_no_evaluation_is_refused_by_name(folders, tmp
     assert "holds no metrics.jsonl and config.yaml; name a run folder" in capsys.readouterr().err
     assert report.main([str(folders[0]), "--evals", str(folders[0] / "summary.json")]) == 2
     assert "holds no results of eval.py" in capsys.readouterr().err
+    assert report.main([str(folders[0]), "--evals", __file__]) == 2
+    assert f"{__file__} is not JSON" in capsys.readouterr().err
     (folders[0] / "metrics.jsonl").write_text("")
     assert report.main([str(folders[0])]) == 2
     assert "holds no step yet; leave this run out" in capsys.readouterr().err
