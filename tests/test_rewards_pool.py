@@ -140,7 +140,7 @@ def test_functions_of_a_users_file_and_partials_reach_the_workers(pool, tmp_path
 
 
 def test_a_function_that_only_this_process_knows_is_refused_with_a_remedy(pool):
-    with pytest.raises(ValueError, match="reward 'mine' cannot be sent .*define it at the top level of a file"):
+    with pytest.raises(ValueError, match="reward 'mine' cannot be sent .*define it by `def` at the top of a file"):
         pool(["a"], {}, {"mine": Reward(lambda completions, **_: [1.0], 1.0)})
 
 
@@ -149,7 +149,8 @@ def test_a_function_that_only_this_process_knows_is_refused_with_a_remedy(pool):
     [
         ("nowhere.py:f", "no file 'nowhere.py'"),
         ("json:nothing", "defines no function or class 'nothing'"),
-        ("f", "no module"),
+        ("f", "'f': Empty module name; give path/to/file.py:name or module:name"),
+        ("nowhere.at_all:f", "No module named 'nowhere'; give path/to/file.py:name or module:name"),
     ],
 )
 def test_a_path_to_no_function_is_named(path, message):

@@ -102,7 +102,8 @@ def refuse_unscored(scores: Scores, limit: float) -> None:
         raise ValueError(
             f"{unscored:.0%} of the step's completions could not be scored ({failed.count(ERROR)} errors, "
             f"{failed.count(TIMEOUT)} timeouts), more than rewards.max_unscored={limit}; the first failure of each "
-            "kind is logged above: mend the reward, or give it more time with --rewards.timeout-s"
+            "kind is logged above: mend the reward, or give it more time (a call: --rewards.timeout-s; all of a "
+            "step: --rewards.step-timeout-s)"
         )
 
 

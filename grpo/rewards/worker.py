@@ -36,7 +36,10 @@ def load_object(path: str) -> Callable:
     """The function or class of `path/to/file.py:name` or `module:name`; a file is run once, under a name of its own."""
     source, _, name = path.rpartition(":")
     if not source.endswith(".py"):
-        module = importlib.import_module(source) if source else None
+        try:
+            module = importlib.import_module(source)
+        except (ModuleNotFoundError, ValueError) as error:  # ValueError: no module is named
+            raise ValueError(f"{path!r}: {error}; give path/to/file.py:name or module:name") from error
     elif not Path(source).is_file():
         raise ValueError(f"{path!r}: no file {source!r}; give path/to/file.py:name")
     else:
@@ -45,7 +48,7 @@ def load_object(path: str) -> Callable:
         spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not callable(found):
-        raise ValueError(f"{path!r}: {source or 'no module'} defines no function or class {name!r}")
+        raise ValueError(f"{path!r}: {source} defines no function or class {name!r}")
     return found
 
 
@@ -68,7 +71,7 @@ def pack_function(name: str, function: Callable) -> bytes:
         _Packer(buffer).dump(function)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"reward {name!r} cannot be sent to a worker process ({error}); define it at the top level of a file"
+            f"reward {name!r} cannot be sent to a worker process ({error}); define it by `def` at the top of a file"
         ) from None
     return buffer.getvalue()
 
