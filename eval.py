@@ -21,7 +21,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from grpo import checkpoint, distributed, lora
-from grpo.config import Config, DataConfig, RolloutConfig, load
+from grpo.config import Config, DataConfig, RewardsConfig, RolloutConfig, load
 from grpo.distributed import World
 from grpo.evaluation import evaluate, result_table
 from grpo.live import Progress, can_show
@@ -93,7 +93,9 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
         raise ValueError("--task is missing: no model is a run folder that would tell; pass --task gsm8k, for example")
     config = run or Config(rollout=RolloutConfig(max_new_tokens=400))
     if options.task and options.task != config.task:
-        config = replace(config, task=options.task, data=DataConfig())
+        names = ("functions", "weights", "format_weight", "correctness_weight")  # of the components of the run's task
+        rewards = replace(config.rewards, **{name: getattr(RewardsConfig(), name) for name in names})
+        config = replace(config, task=options.task, data=DataConfig(), rewards=rewards)
     if options.data_path:
         config = replace(config, data=replace(config.data, path=options.data_path))
     if options.style:

@@ -12,6 +12,7 @@ import torch
 
 import eval as eval_command
 from grpo import checkpoint
+from grpo.config import RewardsConfig
 from grpo.distributed import World
 from grpo.evaluation import (
     CORRECTNESS,
@@ -196,3 +197,12 @@ def test_a_run_folder_stands_for_its_best_checkpoint_and_brings_its_task(tmp_pat
     path, config = eval_command.resolve_model(str(run))
     assert path == str(run / "checkpoints" / "step_2") and config.task == "word_problems"
     assert eval_command.resolve_model(str(Path(path)))[1].prompt.shots == 0  # a checkpoint folder knows its run, too
+
+
+def test_another_task_than_the_runs_has_rewards_of_its_own(tmp_path):
+    checkpoint.save(tmp_path, 2, lambda folder, state: None, {}, keep_last=1, best=None)
+    rewards = {"weights": ["parses=0.3"], "format_weight": 0, "correctness_weight": 0, "timeout_s": 9.0}
+    (tmp_path / "config.yaml").write_text(json.dumps({"task": "code", "rewards": rewards}))
+    settings = lambda *more: eval_command.settings_of(eval_command.parse(["--model", str(tmp_path), *more]))[1]  # noqa: E731
+    assert settings().rewards.weights == ("parses=0.3",)
+    assert settings("--task", "gsm8k").rewards == RewardsConfig(timeout_s=9.0)
