@@ -132,6 +132,8 @@ def test_the_deadline_of_the_step_leaves_what_is_not_scored_as_timeout():
 def test_functions_of_a_users_file_and_partials_reach_the_workers(pool, tmp_path):
     file = tmp_path / "my_rewards.py"
     file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+        "@dataclass\nclass Case:\n    n: int\n\n\n"
         "def brevity(completions, *, scale=1, **columns):\n    return [scale / len(x) for x in completions]"
     )
     brevity = load_object(f"{file}:brevity")
@@ -142,6 +144,11 @@ def test_functions_of_a_users_file_and_partials_reach_the_workers(pool, tmp_path
 def test_a_function_that_only_this_process_knows_is_refused_with_a_remedy(pool):
     with pytest.raises(ValueError, match="reward 'mine' cannot be sent .*define it by `def` at the top of a file"):
         pool(["a"], {}, {"mine": Reward(lambda completions, **_: [1.0], 1.0)})
+
+
+def test_a_column_that_only_this_process_knows_is_refused_with_a_remedy(pool):
+    with pytest.raises(ValueError, match="a column out of fine, mine cannot be sent .*keep plain data"):
+        pool(["a"], {"fine": [1], "mine": [lambda: 1]}, {"length": Reward(functions.length_of, 1.0)})
 
 
 @pytest.mark.parametrize(

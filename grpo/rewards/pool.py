@@ -100,13 +100,17 @@ class Work:
         return [part for call in job for part in (call.one_by_one() if call.component in self.late else [call])]
 
     def message(self, job: list[Call]) -> bytes:
-        return pickle.dumps(
-            [
-                (self.names[call.component], self.packed[call.component])
-                + take_rows(self.completions, self.columns, call.rows)
-                for call in job
-            ]
-        )
+        calls = [
+            (self.names[call.component], self.packed[call.component])
+            + take_rows(self.completions, self.columns, call.rows)
+            for call in job
+        ]
+        try:
+            return pickle.dumps(calls)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            columns = ", ".join(self.columns)
+            message = f"a column out of {columns} cannot be sent to a worker process ({error}); keep plain data in them"
+            raise ValueError(message) from None
 
     def succeed(self, call: Call, outcomes: list) -> None:
         for row, outcome in zip(call.rows, outcomes, strict=True):

@@ -44,8 +44,11 @@ def load_object(path: str) -> Callable:
         raise ValueError(f"{path!r}: no file {source!r}; give path/to/file.py:name")
     else:
         spec = importlib.util.spec_from_file_location(f"file_{Path(source).stem}", source)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # @dataclass looks for it there
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[spec.name]  # else its functions would be pickled by a name that no worker can import
     found = getattr(module, name, None)
     if not callable(found):
         raise ValueError(f"{path!r}: {source} defines no function or class {name!r}")
