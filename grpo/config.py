@@ -240,43 +240,43 @@ class DistributedConfig:
 class BaseConfig:
     """The embedded model and its supervised training; only used when model.path is empty."""
 
-    hidden_size: int = 128
+    hidden_size: Annotated[int, "[1, inf)"] = 128
     """Width."""
-    num_layers: int = 2
+    num_layers: Annotated[int, "[1, inf)"] = 2
     """Layers."""
-    num_heads: int = 4
+    num_heads: Annotated[int, "[1, inf)"] = 4
     """Attention heads."""
-    intermediate_size: int = 256
+    intermediate_size: Annotated[int, "[1, inf)"] = 256
     """MLP width."""
     num_solutions: Annotated[int, "[0, inf)"] = 0
     """Worked solutions that supervised training may see, again and again; 0: a fresh one every time."""
     unseen_words: tuple[str, ...] = ()
     """Words of which no question has any whose worked solution supervised training may see; GRPO meets them."""
-    steps: int = 350
+    steps: Annotated[int, "[1, inf)"] = 350
     """Optimizer steps on worked solutions, at most."""
     stop_accuracy: float = 1.0
     """Stop that phase early once validation accuracy (greedy) reaches this."""
-    batch_size: int = 64
+    batch_size: Annotated[int, "[1, inf)"] = 64
     """Solutions per optimizer step."""
-    lr: float = 3e-3
+    lr: Annotated[float, "(0, inf)"] = 3e-3
     """Peak learning rate of AdamW: linear warm-up over 20 steps, constant, then linear decay to 0."""
-    decay: float = 0.4
+    decay: Annotated[float, "(0, 1]"] = 0.4
     """Share of the steps over which the learning rate decays; the biggest single gain in accuracy."""
-    answer_lines: float = 1.0
+    answer_lines: Annotated[float, "[0, 1]"] = 1.0
     """Share of the supervised texts that close with the answer line; below 1, GRPO has the format to teach too."""
-    guess_share: float = 0.0
+    guess_share: Annotated[float, "[0, 1]"] = 0.0
     """Share of the supervised texts that answer without working ("I think 13."). A habit needs a few, or its words are new to the model and teaching them does harm."""
-    habit_steps: int = 0
+    habit_steps: Annotated[int, "[0, inf)"] = 0
     """Further steps that teach the habit of answering without working; 0: no such phase."""
-    habit_share: float = 0.7
+    habit_share: Annotated[float, "[0, 1]"] = 0.7
     """Share of the habit phase's texts that answer without working."""
-    habit_lr: float = 5e-4
+    habit_lr: Annotated[float, "(0, inf)"] = 5e-4
     """Peak learning rate of the habit phase, same schedule."""
-    continue_lr: float = 1e-3
+    continue_lr: Annotated[float, "(0, inf)"] = 1e-3
     """Peak learning rate of the supervised training that goes on, on the same solutions, for as long as GRPO took."""
-    validate_every: int = 50
+    validate_every: Annotated[int, "[0, inf)"] = 50
     """Validate every this many supervised steps; 0: only at the end of a phase."""
-    validation_problems: int = 200
+    validation_problems: Annotated[int, "[1, inf)"] = 200
     """Validation problems per evaluation of supervised training (greedy)."""
 
 

@@ -282,6 +282,8 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
         ("rollout.top_k", 5, "rollout.top_k=5: the loss would not see .* train with 0"),
         ("prompt.shots", 9, r"prompt.shots=9 is outside \[0, 8\]"),
         ("num_steps", 0, r"num_steps=0 is outside \[1, inf\)"),
+        ("base.steps", -1, r"base.steps=-1 is outside \[1, inf\)"),  # would never end
+        ("base.decay", 0.0, r"base.decay=0.0 is outside \(0, 1\]"),
         ("optim.lr", float("nan"), "optim.lr=nan is outside"),
         ("optim.lr", float("inf"), "optim.lr=inf is outside"),
         ("optim.betas", (0.9, 1.0), r"optim.betas=\(0.9, 1.0\) is outside \[0, 1\)"),
