@@ -286,7 +286,7 @@ class Config:
 
     task: str = "word_problems"
     """word_problems (embedded), gsm8k, jsonl (any file with a prompt and an answer column), code or keywords (rows with tests or key terms; small embedded sets)."""
-    seed: int = 0
+    seed: Annotated[int, "[0, 4294967295]"] = 0
     """Seeds initialisation, the order of problems and every sampled token."""
     num_steps: Annotated[int, "[1, inf)"] = 50
     """Training steps: rollouts."""
@@ -397,4 +397,6 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if type(value) is kind:  # exactly: True is no int
         return value
     expected = f"one of {', '.join(map(repr, arguments))}" if origin is Literal else getattr(kind, "__name__", kind)
+    if origin is tuple:
+        expected = "a list" if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
     raise ValueError(f"{key}={value!r} is {type(value).__name__}; expected {expected}")

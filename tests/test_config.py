@@ -78,7 +78,8 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
         ({"num_steps": True}, "num_steps=True is bool; expected int$"),
         ({"rewards": {"require_finish": 1}}, "rewards.require_finish=1 is int; expected bool$"),
         ({"optim": {"lr": "fast"}}, "optim.lr='fast' is str; expected float$"),
-        ({"optim": {"betas": [0.9]}}, r"optim.betas=\[0.9\] is list; expected tuple"),
+        ({"optim": {"betas": [0.9]}}, r"optim.betas=\[0.9\] is list; expected a list of 2$"),
+        ({"rewards": {"functions": "a.py:f"}}, "rewards.functions=.a.py:f. is str; expected a list$"),
         ({"optim": 3}, "optim=3 is no section"),
         ({"model": {"precision": "fp8"}}, "model.precision='fp8' is str; expected one of 'auto', 'fp32', 'bf16'$"),
         ({"objective": {"beta": "x"}}, "objective.beta='x' is str; expected float$"),
@@ -282,6 +283,7 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
         ("rollout.top_k", 5, "rollout.top_k=5: the loss would not see .* train with 0"),
         ("prompt.shots", 9, r"prompt.shots=9 is outside \[0, 8\]"),
         ("num_steps", 0, r"num_steps=0 is outside \[1, inf\)"),
+        ("seed", -1, r"seed=-1 is outside \[0, 4294967295\]"),
         ("base.steps", -1, r"base.steps=-1 is outside \[1, inf\)"),  # would never end
         ("base.decay", 0.0, r"base.decay=0.0 is outside \(0, 1\]"),
         ("optim.lr", float("nan"), "optim.lr=nan is outside"),
