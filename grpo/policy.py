@@ -181,6 +181,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def load_model_config(path: str) -> object:
     """The transformers config of a hub id or local folder, without its weights."""
+    if (Path(path).expanduser() / "config.yaml").is_file():
+        raise ValueError(f"model.path={path!r} is a run folder; name one of its checkpoints: {path}/checkpoints/step_N")
     if (Path(path).expanduser() / ADAPTER_CONFIG).is_file():
         raise ValueError(f"model.path={path!r} holds an adapter; first: python -m grpo.lora merge {path} OUT")
     config = from_hub(AutoConfig, path)

@@ -246,6 +246,10 @@ def refusal(capsys, arguments):
         (["--rollout.group-size", "1"], "rollout.group_size=1"),
         (["--batch.minibatches", "3"], "not divisible by batch.minibatches=3"),
         (["--model.path", "./nowhere"], "model.path='./nowhere' is no folder"),
+        (
+            ["--model.path", "whole"],
+            "model.path='whole' is a run folder; name one of its checkpoints: whole/checkpoints",
+        ),
         (["--task", "gsm8k", "--data.path", "nowhere/", "--model.path", "model"], "nowhere"),
         (["--resume", "nowhere"], "no config.yaml there"),
         (
