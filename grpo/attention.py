@@ -3,7 +3,8 @@
 Registered with AttentionInterface only: for a name that has no mask function transformers builds no mask (its own
 guess from restarted positions would hide the prompt from all completions but the first). The forward pass hands its
 keyword argument `shared_prefix` down to every layer. A token attends to its group's prompt and to its own completion,
-up to itself, and no further back than a sliding window in positions.
+up to itself, and no further back than a sliding window in positions; where all prompts of a row begin alike, their
+common beginning is there once, and every token attends to it.
 
 One function per backend, all exact, all plain autograd to the caller: `two_part` (CPU), `gathered` (CUDA, flash
 attention over variable lengths) and `flex` (CUDA, what the former cannot do).
@@ -128,18 +129,21 @@ def _parts(
 ) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
     """(query rows, key rows, causal?, additive mask) of every attention call; a row's own span comes first, so that its
     log-sum-exp is finite before a part in which it may see nothing."""
+    calls, common = [], layout.common
     for prompt, completions in layout.groups:
         own = [prompt, *(span for span in completions if span.stop > span.start)]
-        calls = [(span, span, True) for span in own]
+        calls += [(span, span, True) for span in own]
         if len(own) > 1:
             calls.append((slice(own[1].start, own[-1].stop), prompt, False))  # all completions at once
-        for rows, keys, is_causal in calls:
-            age = None if window is None else layout.position[rows, None] - layout.position[keys]
-            if age is None or int(age.max()) < window:
-                yield rows, keys, is_causal, None
-            else:
-                hidden = (age < 0) | (age >= window)
-                yield rows, keys, False, torch.zeros(age.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
+    if common.stop:
+        calls += [(common, common, True), (slice(common.stop, len(layout.group)), common, False)]
+    for rows, keys, is_causal in calls:
+        age = None if window is None else layout.position[rows, None] - layout.position[keys]
+        if age is None or int(age.max()) < window:
+            yield rows, keys, is_causal, None
+        else:
+            hidden = (age < 0) | (age >= window)
+            yield rows, keys, False, torch.zeros(age.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
 
 
 # CUDA -----------------------------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def block_mask(layout: SharedPrefix, window: int | None) -> BlockMask:
         shared_or_own = (layout.completion[key] == 0) | (layout.completion[query] == layout.completion[key])
         age = layout.position[query] - layout.position[key]
         near = age >= 0 if window is None else (age >= 0) & (age < window)
-        return same_group & shared_or_own & near
+        return (same_group & shared_or_own | (layout.group[key] < 0)) & near
 
     length, device = len(layout.group), layout.group.device
     make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask

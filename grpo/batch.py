@@ -14,6 +14,7 @@ import functools
 import heapq
 import itertools
 import math
+import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 
@@ -45,6 +46,7 @@ AGGREGATIONS = {"sequence_mean": sequence_mean, "token_mean": token_mean, "const
 
 Members = list[tuple[int, int]]  # (group, sample) of each sequence of a micro-batch
 
+LEAST_COMMON = 32  # tokens; for a shorter beginning a further part of attention is not worth it
 ROW_MULTIPLE = {"cuda": 128}  # packed rows end on a whole block of keys there: flex_attention's backward asks for it
 
 
@@ -88,16 +90,25 @@ def pack(
 
 def divide_groups(chosen: Sequence[int], groups: list[Group], budget: int, max_over_ranks: Reduce) -> list[Members]:
     """Whole groups to micro-batches within the budget, balanced by tokens. A group over the budget is split by
-    completions, and its prompt computed once in each part."""
+    completions, its prompt computed once in each part. What all prompts begin with counts once a micro-batch."""
     parts, sizes = [], []
+    common = common_length([groups[g].prompt_ids for g in chosen])
     for g in chosen:
         prompt = len(groups[g].prompt_ids)
         lengths = [len(completion.ids) - 1 for completion in groups[g].completions]
         for part in fill(lengths, fewest_bins(lengths, budget - prompt)):
             parts.append([(g, s) for s in part])
-            sizes.append(prompt + sum(lengths[s] for s in part))
-    count = int(max_over_ranks(torch.tensor(fewest_bins(sizes, budget))))
+            sizes.append(prompt - common + sum(lengths[s] for s in part))
+    count = int(max_over_ranks(torch.tensor(fewest_bins(sizes, budget - common))))
     return [[member for i in share for member in parts[i]] for share in fill(sizes, max(count, 1))]
+
+
+def common_length(prompts: list[tuple[int, ...]]) -> int:
+    """Tokens that several prompts begin with and that are worth to stand apart; each keeps a token of its own."""
+    if len(prompts) < 2:
+        return 0
+    length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
+    return length if length >= LEAST_COMMON else 0
 
 
 def fewest_bins(sizes: list[int], capacity: int) -> int:
@@ -120,8 +131,11 @@ def fill(sizes: list[int], count: int) -> list[list[int]]:
 
 
 def packed_row(groups: list[Group], members: Members, device: torch.device) -> MicroBatch:
-    """One row: of each group its prompt, then its completions. A last token is a target, never an input."""
+    """One row: what all prompts begin with, then of each group its prompt and its completions. A last token is a
+    target, never an input."""
     members = sorted(members)
+    prompts = {g: groups[g].prompt_ids for g, _ in members}
+    shared = common_length(list(prompts.values()))
     ids: list[int] = []
     source: list[Tensor] = []
     spans: list[tuple[slice, list[slice]]] = []
@@ -130,8 +144,9 @@ def packed_row(groups: list[Group], members: Members, device: torch.device) -> M
         ids.extend(tokens)
         return slice(len(ids) - len(tokens), len(ids))
 
+    common = append(prompts[members[0][0]][:shared])
     for g, in_group in itertools.groupby(members, key=lambda member: member[0]):
-        prompt = append(groups[g].prompt_ids)
+        prompt = append(prompts[g][shared:])
         completions = [append(groups[g].completions[s].ids[:-1]) for _, s in in_group]
         for span in completions:
             rows = torch.arange(span.start - 1, span.stop)
@@ -141,7 +156,7 @@ def packed_row(groups: list[Group], members: Members, device: torch.device) -> M
     padding = -len(ids) % ROW_MULTIPLE.get(device.type, 1)
     if padding:
         spans.append((append([0] * padding), []))  # a group without completions: sees itself only, predicts nothing
-    shared_prefix = lay_out(spans)
+    shared_prefix = lay_out(spans, common)
     return MicroBatch(
         input_ids=_as_int64(ids)[None],
         position_ids=shared_prefix.position[None],
@@ -152,23 +167,31 @@ def packed_row(groups: list[Group], members: Members, device: torch.device) -> M
     ).to(device)
 
 
-def lay_out(spans: list[tuple[slice, list[slice]]]) -> SharedPrefix:
+def lay_out(spans: list[tuple[slice, list[slice]]], common: slice = slice(0, 0)) -> SharedPrefix:
     """Everything that attention backends need to know of a packed row, from where its prompts and completions are."""
     table, key_rows, lengths = [], [], []  # a line a span, in the order of its rows
+
+    def add(span: slice, seen: Tensor, group: int, completion: int) -> Tensor:
+        """A span whose rows see those in `seen`; returns what a span sees that also sees this one."""
+        size = span.stop - span.start
+        table.append((size, group, completion, len(seen) - span.start))
+        if size:
+            seen = torch.cat([seen, torch.arange(span.start, span.stop)])
+            key_rows.append(seen)
+            lengths.append((size, len(seen)))
+        return seen
+
+    of_all = add(common, torch.arange(0), -1, 0)
     for index, (prompt, completions) in enumerate(spans):
-        prompt_rows = torch.arange(prompt.start, prompt.stop)
-        for number, span in enumerate([prompt, *completions]):
-            size, behind = span.stop - span.start, len(prompt_rows) if number else 0
-            table.append((size, index, number, behind - span.start))
-            if size:
-                rows = torch.arange(span.start, span.stop)
-                key_rows.append(torch.cat([prompt_rows, rows]) if number else rows)
-                lengths.append((size, behind + size))
+        of_group = add(prompt, of_all, index, 0)
+        for number, span in enumerate(completions, 1):
+            add(span, of_group, index, number)
     sizes, *columns = torch.tensor(table).unbind(1)
     group, completion, offset = (column.repeat_interleave(sizes) for column in columns)
     starts = torch.tensor([(0, 0), *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     longest_query, longest_key = (max(column) for column in zip(*lengths, strict=True))
     return SharedPrefix(
+        common=common,
         groups=spans,
         group=group,
         completion=completion,

@@ -189,7 +189,7 @@ class BatchConfig:
     layout: Literal["auto", "packed", "padded"] = "auto"
     """packed: whole groups in one row, each prompt computed once. padded: a row per sequence, the prompt in each. auto: packed, but padded for a model whose layers cannot share a prompt. Speed and memory only."""
     tokens_per_micro_batch: Annotated[int | None, "[1, inf)"] = None
-    """Tokens, as laid out, of one forward and backward pass on one rank. Memory only: it cannot change the gradient. None: 16,384 on CUDA; 2,048 on a CPU, where more take no less time."""
+    """Tokens, as laid out, of one forward and backward pass on one rank. Memory only: it cannot change the gradient. None: 16,384 on CUDA; 4,096 on a CPU, whose cache larger ones leave."""
     minibatches: Annotated[int, "[1, inf)"] = 1
     """Optimizer steps per pass over a rollout: contiguous blocks of prompts."""
     passes: Annotated[int, "[1, inf)"] = 1

@@ -21,7 +21,9 @@ from grpo.policy import Policy
 from grpo.records import Batch, Group, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
 
-CHECKED = 3  # completions that `check_packing` compares: one after the prompt, one after another, one between two
+CHECKED = (
+    3  # completions of a group that `check_packing` compares: one after the prompt, one after another, one between two
+)
 
 # (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
 TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
@@ -218,14 +220,16 @@ def check_packing(policy: PolicyModule, groups: list[Group], device: torch.devic
 
     Error: distance from the padded log-probs of the working copy, computed in fp32. Allowed: four times that of padded
     rows in the policy's own precision, and a little. A completion that saw another, or missed its prompt, is off by far
-    more. Compared are up to CHECKED different completions of the smallest group that has two, if there is any.
+    more. Compared are up to CHECKED different completions of the smallest group that has two, if there is any, and one
+    of the next smallest: it must not see them, though their prompts may begin alike.
     """
     differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
     size = lambda group: len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)  # noqa: E731
     group = min(differing or groups, key=size)
+    pair = [group, *sorted((other for other in groups if other is not group), key=size)[:1]]
     first_of = {tuple(completion.ids): s for s, completion in reversed(list(enumerate(group.completions)))}
-    members = [(0, s) for s in sorted(first_of.values())[:CHECKED]]
-    packed, padded = (build([group], members, device) for build in (packed_row, padded_rows))
+    members = [(0, s) for s in sorted(first_of.values())[:CHECKED]] + [(g, 0) for g in range(1, len(pair))]
+    packed, padded = (build(pair, members, device) for build in (packed_row, padded_rows))
     logprobs = {name: policy(rows)[0] for name, rows in (("packed", packed), ("padded", padded))}
     truth = logprobs["padded"]
     if policy.working.dtype.itemsize < 4:
@@ -237,8 +241,8 @@ def check_packing(policy: PolicyModule, groups: list[Group], device: torch.devic
     allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)
     if not (found[0] <= allowed[0] and found[1] <= allowed[1]):  # also where one is NaN
         raise ValueError(
-            f"packed log-probs of group {group.index} are off by {found[0]:.2g} nats in the mean and {found[1]:.2g} at "
-            f"most, where rounding explains {allowed[0]:.2g} and {allowed[1]:.2g}: completions of this model do not "
-            "see exactly their prompt and themselves; use batch.layout=padded"
+            f"packed log-probs of groups {[group.index for group in pair]} are off by {found[0]:.2g} nats in the mean "
+            f"and {found[1]:.2g} at most, where rounding explains {allowed[0]:.2g} and {allowed[1]:.2g}: completions "
+            "of this model do not see exactly their prompt and themselves; use batch.layout=padded"
         )
     return found

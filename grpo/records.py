@@ -141,14 +141,18 @@ class SharedPrefix(Movable):
     """How the tokens of one packed row of length L see each other.
 
     The row holds groups one after the other: each its prompt, once, then its completions without their last token.
-    A token attends to the prompt of its group and to its own completion. Positions restart after the prompt.
+    A token attends to the prompt of its group and to its own completion. Positions restart after the prompt. Where all
+    prompts of the row begin alike, as with the same worked exemplars, their beginning stands once before the first
+    group (`common`): every token attends to it too, and prompts go on from there.
     """
 
+    common: slice  # rows that every other row sees; of none: slice(0, 0)
     groups: list[tuple[slice, list[slice]]]  # rows of prompt and completions; a one-token completion has none
-    group: Tensor  # [L] int64, counted in this row
+    group: Tensor  # [L] int64, counted in this row; -1: common
     completion: Tensor  # [L] int64: 0 in a prompt, then 1, 2, ... in its group
     position: Tensor  # [L] int64
-    # The same as one attention over sequences of unequal length, with keys prompt | prompt, c1 | prompt, c2 ...:
+    # The same as one attention over sequences of unequal length, with keys prompt | prompt, c1 | prompt, c2 ..., and
+    # the common rows before those of each:
     key_rows: Tensor  # [K] int64: the row that each key comes from
     query_starts: Tensor  # [sequences + 1] int32
     key_starts: Tensor  # [sequences + 1] int32

@@ -33,7 +33,7 @@ from grpo.update import Updater, make_optimizer
 from kernels import dispatch_table
 
 BASE_CACHE = Path(".cache") / "base"
-TOKENS_PER_MICRO_BATCH = {"cuda": 16_384, "cpu": 2_048}
+TOKENS_PER_MICRO_BATCH = {"cuda": 16_384, "cpu": 4_096}
 
 
 def settle(config: Config, world: World) -> tuple[Config, Objective]:

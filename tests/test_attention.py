@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,23 +17,26 @@ from grpo.attention import NAME, attention_mode, choose_layout, flex, gathered, 
 from grpo.batch import LAYOUTS, lay_out, packed_row, padded_rows
 from grpo.logprobs import LogprobModel, PolicyModule, check_packing
 from grpo.policy import Policy
-from grpo.records import SharedPrefix
+from grpo.records import Group, SharedPrefix
 from tests.test_update import distance
 from tests.tiny import VOCABULARY, made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
 
 CPU = torch.device("cpu")
 WINDOWS = [None, 1, 3, 6]
+COMMON = [0, 4]
+EXACT_PARTS = attention._parts
 
 
-def ragged_layout(scale: int = 1) -> SharedPrefix:
-    """Three groups: ragged completions, one of them of a single token; a one-token prompt; a group without any."""
-    spans, at = [], 0
+def ragged_layout(scale: int = 1, common: int = 0) -> SharedPrefix:
+    """Three groups: ragged completions, one of them of a single token; a one-token prompt; a group without any. Before
+    them `common` rows that all see."""
+    spans, at = [], common * scale
     for prompt, *completions in [(5, 4, 0, 7), (1, 1, 3), (2,)]:
         stops = [at := at + length * scale for length in (prompt, *completions)]
         starts = [stops[0] - prompt * scale, *stops]
         slices = [slice(start, stop) for start, stop in zip(starts, stops, strict=False)]
         spans.append((slices[0], slices[1:]))
-    return lay_out(spans)
+    return lay_out(spans, slice(0, common * scale))
 
 
 def heads(layout: SharedPrefix, dtype=torch.float64, size: int = 8, device=CPU) -> list[torch.Tensor]:
@@ -50,7 +54,8 @@ def dense(query, key, value, layout: SharedPrefix, scale: float, window: int | N
         for k in range(q + 1):
             in_prompt_or_own = layout.completion[k] == 0 or layout.completion[k] == layout.completion[q]
             near = window is None or layout.position[q] - layout.position[k] < window
-            mask[q, k] = layout.group[q] == layout.group[k] and in_prompt_or_own and near
+            in_group = layout.group[q] == layout.group[k] and in_prompt_or_own
+            mask[q, k] = (in_group or layout.group[k] == -1) and near
     key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
     scores = (query @ key.mT * scale).masked_fill(~mask.to(query.device), -math.inf)
     return scores.softmax(-1) @ value
@@ -62,9 +67,10 @@ def value_and_gradients(function, tensors, layout, window) -> list[torch.Tensor]
     return [output, *torch.autograd.grad((output * weights).sum(), tensors)]
 
 
+@pytest.mark.parametrize("common", COMMON)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_two_part_attention_equals_the_dense_mask_with_its_gradients(window):
-    layout = ragged_layout()
+def test_two_part_attention_equals_the_dense_mask_with_its_gradients(window, common):
+    layout = ragged_layout(common=common)
     tensors = heads(layout)
     expected = value_and_gradients(dense, tensors, layout, window)
     for ours, theirs in zip(value_and_gradients(two_part, tensors, layout, window), expected, strict=True):
@@ -73,13 +79,15 @@ def test_two_part_attention_equals_the_dense_mask_with_its_gradients(window):
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_two_part_attention_passes_gradcheck(window):
-    layout = lay_out([(slice(0, 3), [slice(3, 5), slice(5, 5), slice(5, 8)]), (slice(8, 9), [slice(9, 10)])])
+    spans = [(slice(2, 5), [slice(5, 7), slice(7, 7), slice(7, 10)]), (slice(10, 11), [slice(11, 12)])]
+    layout = lay_out(spans, slice(0, 2))
     assert torch.autograd.gradcheck(lambda *qkv: two_part(*qkv, layout, 0.3, window), heads(layout, size=2))
 
 
 @pytest.mark.parametrize("has_gqa", [True, False], ids=["told", "untold"])
+@pytest.mark.parametrize("common", COMMON)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_gathered_keys_equal_the_dense_mask(window, has_gqa, monkeypatch):
+def test_gathered_keys_equal_the_dense_mask(window, common, has_gqa, monkeypatch):
     """The plan of the CUDA path; its kernel is played by a loop with flash attention's own conventions."""
 
     def loop(query, key, value, query_starts, key_starts, longest_query, longest_key, *, scale, window_size, **options):
@@ -101,17 +109,18 @@ def test_gathered_keys_equal_the_dense_mask(window, has_gqa, monkeypatch):
 
     monkeypatch.setattr(attention.varlen, "varlen_attn", loop)
     monkeypatch.setattr(attention, "VARLEN_OPTIONS", {"scale", "window_size", *(["enable_gqa"] if has_gqa else [])})
-    layout = ragged_layout()
+    layout = ragged_layout(common=common)
     tensors = heads(layout)
     expected = value_and_gradients(dense, tensors, layout, window)
     for ours, theirs in zip(value_and_gradients(gathered, tensors, layout, window), expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("common", COMMON)
 @pytest.mark.parametrize("window", [None, 3])
 @torch.no_grad()
-def test_flex_attention_with_the_layouts_blocks_equals_the_dense_mask(window):
-    layout = ragged_layout(scale=9)  # more than one block of 128
+def test_flex_attention_with_the_layouts_blocks_equals_the_dense_mask(window, common):
+    layout = ragged_layout(scale=9, common=common)  # more than one block of 128
     tensors = [tensor.detach() for tensor in heads(layout, torch.float32, size=16)]  # no backward on CPU
     expected = dense(*tensors, layout, 0.3, window)
     assert torch.allclose(flex(*tensors, layout, 0.3, window), expected, rtol=0, atol=1e-6)
@@ -119,14 +128,14 @@ def test_flex_attention_with_the_layouts_blocks_equals_the_dense_mask(window):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size, common", [(64, 0), (128, 0), (64, 70)])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("function, dtype", [(gathered, torch.bfloat16), (flex, torch.bfloat16), (flex, torch.float32)])
-def test_on_cuda_both_backends_equal_the_dense_mask_with_their_gradients(function, dtype, window, size):
+def test_on_cuda_both_backends_equal_the_dense_mask_with_their_gradients(function, dtype, window, size, common):
     if function is gathered and not {"scale", "window_size"} <= attention.VARLEN_OPTIONS:
         pytest.skip("varlen_attn of this torch has no window_size; flex serves instead")
-    spans = [(slice(0, 100), [slice(100, 150), slice(150, 150), slice(150, 213)]), (slice(213, 256), [])]
-    layout = lay_out(spans).to("cuda")
+    spans = [(slice(common, 100), [slice(100, 150), slice(150, 150), slice(150, 213)]), (slice(213, 256), [])]
+    layout = lay_out(spans, slice(0, common)).to("cuda")
     exact = [tensor.detach().double().requires_grad_() for tensor in heads(layout, dtype, size, "cuda")]
     tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
     expected = value_and_gradients(dense, exact, layout, window)
@@ -190,9 +199,15 @@ MODELS = {
 }
 
 
-def gradients_in(layout: str, policy: Policy, checkpointing: bool, parts: int) -> tuple[dict, dict]:
-    """Log-probs by (group, sample) and gradients of a loss over six groups, split over `parts` micro-batches."""
-    groups = made_up_groups(6, 4)
+def beginning_alike(group: Group, common: int) -> Group:
+    prompt = tuple(2 + i % (VOCABULARY - 2) for i in range(common)) + group.prompt_ids
+    return replace(group, problem=replace(group.problem, prompt_ids=prompt))
+
+
+def gradients_in(layout: str, policy: Policy, checkpointing: bool, parts: int, common: int = 0) -> tuple[dict, dict]:
+    """Log-probs by (group, sample) and gradients of a loss over six groups, split over `parts` micro-batches. All
+    prompts begin with the same `common` tokens."""
+    groups = [beginning_alike(group, common) for group in made_up_groups(6, 4)]
     members = [(g, s) for g in range(6) for s in range(4)]
     module = PolicyModule(policy, temperature=0.9, impl="torch", checkpointing=checkpointing)
     policy.model.train()
@@ -200,6 +215,7 @@ def gradients_in(layout: str, policy: Policy, checkpointing: bool, parts: int) -
     logprobs = {}
     for part in range(parts):
         micro_batch = LAYOUTS[layout][1](groups, members[part::parts], CPU)  # every group is split where parts > 1
+        assert layout == "padded" or micro_batch.shared_prefix.common.stop == common
         coefficient = torch.sin(micro_batch.tokens.target.to(torch.float64))
         loss, found, _ = module(micro_batch, lambda logprobs, entropy, rows, c=coefficient: c[rows] * logprobs)
         loss.backward()
@@ -210,16 +226,17 @@ def gradients_in(layout: str, policy: Policy, checkpointing: bool, parts: int) -
     }
 
 
+@pytest.mark.parametrize("common", [0, 40])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_log_probs_and_gradients_equal_padded_ones(name, checkpointing, monkeypatch):
+def test_packed_log_probs_and_gradients_equal_padded_ones(name, checkpointing, common, monkeypatch):
     is_fp64 = name.endswith("fp64")
     if is_fp64:
         use_fp64_rms_norm(monkeypatch)
     policy = Policy(MODELS[name](), word_tokenizer(), "fp32")
-    expected, gradients = gradients_in("padded", policy, False, 1)
+    expected, gradients = gradients_in("padded", policy, False, 1, common)
     for parts in (1, 3):
-        logprobs, packed = gradients_in("packed", policy, checkpointing, parts)
+        logprobs, packed = gradients_in("packed", policy, checkpointing, parts, common)
         assert distance(packed, gradients) < (1e-10 if is_fp64 else 5e-6)
         assert distance(logprobs, expected) < (1e-10 if is_fp64 else 5e-6)
 
@@ -315,17 +332,22 @@ def miss_the_prompt(layout, window, dtype):
         yield from ((span, span, True, None) for span in (prompt, *completions) if span.stop > span.start)
 
 
+def miss_what_is_common(layout, window, dtype):
+    yield from (part for part in EXACT_PARTS(layout, window, dtype) if part[1] != layout.common)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("leak", [see_other_completions, miss_the_prompt])
+@pytest.mark.parametrize("leak", [see_other_completions, miss_the_prompt, miss_what_is_common])
 def test_the_first_batch_check_passes_exact_packing_and_stops_on_a_planted_leak(leak, precision, monkeypatch):
     """Also on a model at the usual initialisation, whose log-probs hardly depend on what it sees."""
     for scale in (0.2, 0.02):
         policy = Policy(tiny_qwen2(initializer_range=scale), word_tokenizer(), precision)
         module = PolicyModule(policy, temperature=1.0, impl="torch")
-        assert max(check_packing(module, made_up_groups(), CPU)) < 0.05
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"are off by 0\.\d+ nats in the mean"):
+        groups = [beginning_alike(group, 40 if leak is miss_what_is_common else 0) for group in made_up_groups()]
+        assert max(check_packing(module, groups, CPU)) < 0.05
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"are off by [\d.]+ nats in the mean"):
             patch.setattr(attention, "_parts", leak)
-            check_packing(module, made_up_groups(), CPU)
+            check_packing(module, groups, CPU)
 
 
 def test_a_nan_stops_the_check():

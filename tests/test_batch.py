@@ -43,6 +43,31 @@ def test_a_packed_row_worked_by_hand():
     assert (layout.longest_query, layout.longest_key) == (2, 4)
 
 
+def test_what_all_prompts_begin_with_stands_once_before_them(monkeypatch):
+    monkeypatch.setattr("grpo.batch.LEAST_COMMON", 2)
+    groups = [group_of((20, 21, 22), [30, 31, 32], [40]), group_of((20, 21, 23, 24), [50, 51])]
+    row = packed_row(groups, [(0, 0), (0, 1), (1, 0)], CPU)
+    # row            0   1   2   3   4   5   6   7
+    assert row.input_ids.tolist() == [[20, 21, 22, 30, 31, 23, 24, 50]]
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4]]
+    assert row.source.tolist() == [2, 3, 4, 2, 6, 7]
+    layout = row.shared_prefix
+    assert layout.common == slice(0, 2) and layout.groups[1] == (slice(5, 7), [slice(7, 8)])
+    assert layout.group.tolist() == [-1, -1, 0, 0, 0, 1, 1, 1]
+    assert layout.key_rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 5, 6, 0, 1, 5, 6, 7]
+    assert layout.key_starts.tolist() == [0, 2, 5, 10, 14, 19]
+    alone = packed_row(groups, [(0, 0), (0, 1)], CPU)  # one prompt: nothing to share
+    assert alone.shared_prefix.common == slice(0, 0) and alone.input_ids.tolist() == [[20, 21, 22, 30, 31]]
+    same = packed_row([groups[0], groups[0]], [(0, 0), (1, 0)], CPU)  # each keeps its last token: it predicts
+    assert same.input_ids.tolist() == [[20, 21, 22, 30, 31, 22, 30, 31]]
+
+
+def test_the_budget_counts_what_prompts_begin_with_once_a_micro_batch():
+    groups = [group_of((9,) * 40 + (g,), *([[7] * 11] * 4)) for g in range(6)]  # 40, and 1 + 4 * 10 = 41 a group
+    sizes = [micro_batch.input_ids.numel() for micro_batch in packed(groups, 163).micro_batches]
+    assert sizes == [163, 163]
+
+
 def test_on_cuda_a_packed_row_ends_on_a_whole_block_with_rows_that_see_only_each_other(monkeypatch):
     monkeypatch.setattr("grpo.batch.ROW_MULTIPLE", {"cpu": 8})
     row = packed_row([group_of((20, 21), [30, 31, 32])], [(0, 0)], CPU)

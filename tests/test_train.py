@@ -287,7 +287,7 @@ def test_what_depends_on_the_device_is_settled_before_a_run(settings, compiled):
     settled = {kind: run.settle(from_dict(settings), World(0, 1, torch.device(kind)))[0] for kind in ("cpu", "cuda")}
     assert settled["cuda"].model.compile == compiled
     assert settled["cpu"].model.compile == settings.get("model", {}).get("compile", False)
-    assert [settled[kind].batch.tokens_per_micro_batch for kind in ("cuda", "cpu")] == [16384, 2048]
+    assert [settled[kind].batch.tokens_per_micro_batch for kind in ("cuda", "cpu")] == [16384, 4096]
     asked = from_dict(settings | {"batch": {"tokens_per_micro_batch": 7}})
     assert run.settle(asked, World(0, 1, torch.device("cpu")))[0].batch.tokens_per_micro_batch == 7
 
