@@ -14,14 +14,13 @@ import functools
 import heapq
 import itertools
 import math
-import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from grpo.records import Batch, Completion, Group, MicroBatch, SharedPrefix, TokenColumns
+from grpo.records import Batch, Completion, Group, MicroBatch, SharedPrefix, TokenColumns, common_length
 
 Reduce = Callable[[Tensor], Tensor]  # over all ranks
 
@@ -46,7 +45,6 @@ AGGREGATIONS = {"sequence_mean": sequence_mean, "token_mean": token_mean, "const
 
 Members = list[tuple[int, int]]  # (group, sample) of each sequence of a micro-batch
 
-LEAST_COMMON = 32  # tokens; for a shorter beginning a further part of attention is not worth it
 ROW_MULTIPLE = {"cuda": 128}  # packed rows end on a whole block of keys there: flex_attention's backward asks for it
 
 
@@ -101,14 +99,6 @@ def divide_groups(chosen: Sequence[int], groups: list[Group], budget: int, max_o
             sizes.append(prompt - common + sum(lengths[s] for s in part))
     count = int(max_over_ranks(torch.tensor(fewest_bins(sizes, budget - common))))
     return [[member for i in share for member in parts[i]] for share in fill(sizes, max(count, 1))]
-
-
-def common_length(prompts: list[tuple[int, ...]]) -> int:
-    """Tokens that several prompts begin with and that are worth to stand apart; each keeps a token of its own."""
-    if len(prompts) < 2:
-        return 0
-    length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
-    return length if length >= LEAST_COMMON else 0
 
 
 def fewest_bins(sizes: list[int], capacity: int) -> int:

@@ -7,6 +7,8 @@ prompts, G completions of each, N = P * G sequences, T completion tokens (always
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:  # reward workers import this module, and must start without l
     import torch
     from torch import Tensor
 
+LEAST_COMMON = 32  # tokens; a shorter beginning does not pay for a further part of attention
 OK, ABSTAIN, TIMEOUT, ERROR = "ok", "abstain", "timeout", "error"
 
 
@@ -29,6 +32,15 @@ class Problem:
     index: int = 0  # global problem index: its place in the stream, or in an evaluated split; keys random numbers
     prompt: str = ""
     prompt_ids: tuple[int, ...] = ()
+
+
+def common_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that several prompts begin with, where they are worth to be computed once for all: LEAST_COMMON or more.
+    Each prompt keeps its last token to itself."""
+    if len(prompts) < 2:
+        return 0
+    length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
+    return length if length >= LEAST_COMMON else 0
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def test_a_packed_row_worked_by_hand():
 
 
 def test_what_all_prompts_begin_with_stands_once_before_them(monkeypatch):
-    monkeypatch.setattr("grpo.batch.LEAST_COMMON", 2)
+    monkeypatch.setattr("grpo.records.LEAST_COMMON", 2)
     groups = [group_of((20, 21, 22), [30, 31, 32], [40]), group_of((20, 21, 23, 24), [50, 51])]
     row = packed_row(groups, [(0, 0), (0, 1), (1, 0)], CPU)
     # row            0   1   2   3   4   5   6   7

@@ -1,8 +1,11 @@
 """Every family, unmodified: greedy equals `generate`, log-probs equal a plain forward pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from grpo.rollout import draw
 from tests.rollout_helpers import FAMILIES, PAD, problems, sampler, tiny_model
 from tests.tiny import adapted
 
@@ -23,8 +26,10 @@ def teacher_forced(model, problem, completion, temperature):
     return logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
 
 
-def assert_greedy_equals_generate(model):
-    made = problems(*LENGTHS)
+def assert_greedy_equals_generate(model, common=0):
+    """common: tokens that all prompts begin with."""
+    beginning = problems(common, first_index=50)[0].prompt_ids
+    made = [replace(problem, prompt_ids=beginning + problem.prompt_ids) for problem in problems(*LENGTHS)]
     groups = sampler(model, group_size=2, max_new_tokens=20, temperature=0.0).generate(made, step=0)
     for problem, group in zip(made, groups, strict=True):
         expected = greedy(model, problem, 20)
@@ -34,6 +39,19 @@ def assert_greedy_equals_generate(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate_on_ragged_prompts(family):
     assert_greedy_equals_generate(tiny_model(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_on_prompts_whose_beginning_is_read_once(family, monkeypatch):
+    lengths, read = [], draw.Draw._read_prompts
+
+    def noted(self, texts, groups, *, start):
+        lengths.append((start, *map(len, texts)))
+        read(self, texts, groups, start=start)
+
+    monkeypatch.setattr(draw.Draw, "_read_prompts", noted)
+    assert_greedy_equals_generate(tiny_model(family), common=40)
+    assert lengths == [(0, 40), (40, 0, 4, 16), (40, 29)]  # all prompts but their last tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)

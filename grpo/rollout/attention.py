@@ -64,9 +64,11 @@ def slab_attention(
         )[:, :, None]
     else:
         if isinstance(layout, Prefill):
-            length = key.shape[2]
-            layer.prefix_key[layout.groups, :, :length] = key
-            layer.prefix_value[layout.groups, :, :length] = value
+            stop = layout.start + key.shape[2]
+            layer.prefix_key[layout.groups, :, layout.start : stop] = key
+            layer.prefix_value[layout.groups, :, layout.start : stop] = value
+            if layout.start:
+                key, value = (stored[layout.groups, :, :stop] for stored in layer[:2])
         output = _causal(query, key, value, scale, softcap, sliding_window)
     return output.transpose(1, 2), None
 
@@ -74,17 +76,17 @@ def slab_attention(
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
-    """Whole prompts. Padding is on the right, so a causal mask already hides it from every real token."""
-    length, repeats = query.shape[2], query.shape[1] // key.shape[1]
-    if softcap is None and (window is None or window >= length):
+    """Whole prompts, or their ends. Padding is on the right: a causal mask already hides it from every real token."""
+    length, repeats = key.shape[2], query.shape[1] // key.shape[1]
+    if softcap is None and (window is None or window >= length) and query.shape[2] == length:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=repeats > 1)
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.mT * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
     position = torch.arange(length, device=query.device)
-    age = position[:, None] - position
+    age = position[-query.shape[2] :, None] - position
     hidden = (age < 0) | (age >= (window or length))
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden, scale=scale)
+    scores = softcap * torch.tanh(query @ key.mT * scale / softcap)
     return scores.masked_fill(hidden, -math.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 

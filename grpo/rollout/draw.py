@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo.records import Completion, Problem
+from grpo.records import Completion, Problem, common_length
 from grpo.rollout.sampling import uniforms
 from grpo.rollout.schedule import SHRINK_BELOW, Rows, prefill_chunks, seat
 from grpo.rollout.slab import Decode, Prefill
@@ -126,19 +126,27 @@ class Draw:
         # Between the first and the last of them lie only rows without an owner.
         rows_between = slice(int(rows[0]), int(rows[-1]) + 1)
         self.step.slab.clear(slice(first_group, first_group + len(problems)), rows_between)
-        self._prefill([prompt[:-1] for prompt in prompts], first_group)
+        self._prefill(prompts, first_group)
         token, prefix = by_row([prompt[-1] for prompt in prompts]), by_row([len(prompt) - 1 for prompt in prompts])
         self.step.admit(rows.to(device), token=token, prefix=prefix, uniforms=numbers)
 
-    def _prefill(self, prefixes: list[tuple[int, ...]], first_group: int) -> None:
-        slab = self.step.slab
-        for chunk in prefill_chunks([len(prefix) for prefix in prefixes], self.sampler.prefill_tokens):
-            ids = pad_sequence([torch.tensor(prefixes[index], dtype=torch.int64) for index in chunk], batch_first=True)
-            if ids.shape[1] == 0:  # prompts of one token have no prefix
-                continue
-            ids = ids.to(self.device)
-            slab.layout = Prefill(groups=torch.tensor(chunk, device=ids.device) + first_group)
-            forward(self.sampler.model, ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), slab)
+    def _prefill(self, prompts: list[tuple[int, ...]], first_group: int) -> None:
+        """The prefixes of new groups: what all of their prompts begin with is read once."""
+        common = common_length(prompts)
+        if common:
+            self._read_prompts([prompts[0][:common]], [first_group], start=0)
+            self.step.slab.share(first_group, slice(first_group, first_group + len(prompts)), common)
+        ends = [prompt[common:-1] for prompt in prompts]
+        for chunk in prefill_chunks([len(end) for end in ends], self.sampler.prefill_tokens):
+            self._read_prompts([ends[i] for i in chunk], [first_group + i for i in chunk], start=common)
+
+    def _read_prompts(self, texts: list[tuple[int, ...]], groups: list[int], *, start: int) -> None:
+        """One forward pass over tokens from position `start` on, stored in the prefixes of these groups."""
+        ids = pad_sequence([torch.tensor(text, dtype=torch.int64) for text in texts], batch_first=True).to(self.device)
+        if ids.shape[1]:  # prompts of one token have no prefix
+            slab, positions = self.step.slab, torch.arange(start, start + ids.shape[1], device=self.device)
+            slab.layout = Prefill(torch.tensor(groups, device=self.device), start)
+            forward(self.sampler.model, ids, positions.expand_as(ids), slab)
 
     def _layout(self) -> Decode:
         """With the bounds of the rows as they are; in a step made ahead, with those that always hold."""

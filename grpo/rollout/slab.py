@@ -123,9 +123,11 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefill:
-    """This forward pass reads prompts, padded on the right, and stores them as the prefixes of `groups`."""
+    """This forward pass reads prompts, padded on the right, and stores them as the prefixes of `groups`: from `start`
+    on, where what comes before is stored already."""
 
     groups: Tensor  # [n] int64
+    start: int = 0
 
 
 @dataclass
@@ -171,6 +173,12 @@ class KVSlab:
                 prefix[groups] = 0
             for suffix in layer[2:]:
                 suffix[rows] = 0
+
+    def share(self, group: int, others: slice, length: int) -> None:
+        """The first `length` tokens of a group's prefix become those of others'."""
+        for layer in self.layers.values():
+            for prefix in layer[:2]:
+                prefix[others, :, :length] = prefix[group, :, :length]
 
     def move(self, groups: Tensor, rows: Tensor, to: Tensor, longest_suffix: int) -> None:
         """Groups to the front and rows to the places `to`. The right-hand sides are copies, so overlap is safe.
