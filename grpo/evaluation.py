@@ -29,6 +29,7 @@ class Evaluation:
     reward: float  # mean total reward
     completion_length: float  # tokens
     truncated: float  # share that ran into the length limit
+    unscored: float  # share whose rewards failed: they count as wrong
 
     @property
     def accuracy(self) -> float:
@@ -43,7 +44,9 @@ class Evaluation:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"accuracy {self.accuracy:.1%} of {len(self.groups)} problems (95 % interval {low:.1%} to {high:.1%})"
+        unscored = f"; {self.unscored:.1%} could not be scored and count as wrong" if self.unscored else ""
+        problems = f"{len(self.groups)} problems (95 % interval {low:.1%} to {high:.1%})"
+        return f"accuracy {self.accuracy:.1%} of {problems}{unscored}"
 
     def summary(self) -> dict:
         """Plain numbers for tables and JSON; pass@k and maj@k for k = 1, 2, 4, ... up to the number of samples.
@@ -67,6 +70,7 @@ class Evaluation:
             **{f"reward/{name}": value for name, value in self.components.items()},
             "completion_length": self.completion_length,
             "truncated": self.truncated,
+            "unscored": self.unscored,
         }
 
 
@@ -84,8 +88,9 @@ def evaluate(
     mine = world.mine(problems)
     groups = sampler.generate(mine, step) if mine else []
     scores = score_groups(groups, rewards, require_finish=require_finish, score=score)
-    rows = list(zip(groups, scores.components.tolist(), scores.total.tolist(), strict=True))
-    groups, components, totals = zip(*world.interleave(world.gather(rows)), strict=True)
+    columns = (column.tolist() for column in (scores.components, scores.total, scores.scored))
+    rows = list(zip(groups, *columns, strict=True))
+    groups, components, totals, scored = zip(*world.interleave(world.gather(rows)), strict=True)
     components = torch.tensor(components, dtype=torch.float64)  # [N, samples, K]
     means = dict(zip(rewards, components.nan_to_num(0.0).mean((0, 1)).tolist(), strict=True))
     completions = [completion for group in groups for completion in group.completions]
@@ -96,6 +101,7 @@ def evaluate(
         reward=torch.tensor(totals, dtype=torch.float64).mean().item(),
         completion_length=sum(len(completion.ids) for completion in completions) / len(completions),
         truncated=sum(completion.finish == "length" for completion in completions) / len(completions),
+        unscored=1 - sum(map(sum, scored)) / len(completions),
     )
 
 
@@ -129,21 +135,33 @@ def majority_accuracy(groups: list[Group], correct: torch.Tensor, k: int) -> flo
 
 
 def result_table(results: dict[str, dict]) -> str:
-    """An aligned table, one row per named summary: accuracy with its interval, pass@k and maj@k, rewards, length."""
+    """An aligned table, one row per named summary: accuracy with its interval, pass@k and maj@k, rewards, length, and,
+    where some could not be scored, how many."""
     first = next(iter(results.values()))
     kinds = ("pass", "maj") if any(entry["maj_at_k"] for entry in results.values()) else ("pass",)
     ks = [(kind, k) for kind in kinds for k in first["pass_at_k"] if k != "1"]
     components = [key for key in first if key.startswith("reward/") and key != f"reward/{CORRECTNESS}"]
     names = [key.removeprefix("reward/") for key in components]
+    shares_at_end = ["truncated"] + ["unscored"] * any(entry["unscored"] for entry in results.values())
     rows = [
-        ["", "accuracy", "95 % interval", *(f"{kind}@{k}" for kind, k in ks), *names, "reward", "length", "truncated"]
+        [
+            "",
+            "accuracy",
+            "95 % interval",
+            *(f"{kind}@{k}" for kind, k in ks),
+            *names,
+            "reward",
+            "length",
+            *shares_at_end,
+        ]
     ]
     for name, entry in results.items():
         low, high = entry["interval"]
         shares = [entry[f"{kind}_at_k"].get(k, 0.0) for kind, k in ks] + [entry[key] for key in components]
         cells = [f"{share:.1%}" for share in (entry["accuracy"], *shares)]
         cells.insert(1, f"{low:.1%} to {high:.1%}")
-        numbers = [f"{entry['reward']:.3f}", f"{entry['completion_length']:.1f}", f"{entry['truncated']:.1%}"]
+        numbers = [f"{entry['reward']:.3f}", f"{entry['completion_length']:.1f}"]
+        numbers += [f"{entry[name]:.1%}" for name in shares_at_end]
         rows.append([name, *cells, *numbers])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = lambda row: [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]  # noqa: E731

@@ -67,7 +67,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success(samples, correct):
 
 def test_without_any_final_answer_there_is_no_majority_in_summary_or_table():
     correct = torch.tensor([[True, False]])
-    summary = Evaluation([group_of([None, None])], correct, {CORRECTNESS: 0.5}, 0.5, 3.0, 0.0).summary()
+    summary = Evaluation([group_of([None, None])], correct, {CORRECTNESS: 0.5}, 0.5, 3.0, 0.0, 0.0).summary()
     assert summary["maj_at_k"] == {} and summary["pass_at_k"]["2"] == 1.0
     assert "pass@2" in result_table({"code": summary}) and "maj" not in result_table({"code": summary})
 
@@ -88,12 +88,24 @@ def test_evaluate_counts_accuracy_format_and_length():
     assert summary["maj_at_k"]["2"] == 1.0  # of 5 and 6 the first wins; the only vote is right; both right
     assert summary["reward/format"] == pytest.approx(5 / 6)
     assert summary["reward"] == pytest.approx((5 * 0.5 + 4) / 6)
-    assert summary["completion_length"] == 2 and summary["truncated"] == 0
+    assert summary["completion_length"] == 2 and summary["truncated"] == summary["unscored"] == 0
+    assert "unscored" not in result_table({"model": summary})
+
+
+def test_completions_whose_reward_fails_count_as_wrong_and_are_told():
+    def picky(completions, **columns):
+        return [1.0 if "5" in text else 1 / 0 for text in completions]
+
+    sampler, problems = Scripted({0: ["5", "6", "5", "7"]}), [Problem(id="0", question="?", answer="5")]
+    result = evaluate(sampler, problems, {CORRECTNESS: Reward(picky, 1.0)}, require_finish=True, world=ALONE)
+    assert (result.accuracy, result.unscored) == (0.5, 0.5)
+    assert str(result).endswith("; 50.0% could not be scored and count as wrong")
+    assert result_table({"model": result.summary()}).splitlines()[0].endswith("truncated  unscored")
 
 
 def test_pass_at_k_covers_powers_of_two_and_the_number_of_samples():
     correct = torch.ones(1, 6, dtype=torch.bool)
-    result = Evaluation([group_of(["5"] * 6)], correct, {"format": 1.0}, 1.5, 2.0, 0.0)
+    result = Evaluation([group_of(["5"] * 6)], correct, {"format": 1.0}, 1.5, 2.0, 0.0, 0.0)
     assert list(result.summary()["pass_at_k"]) == ["1", "2", "4", "6"]
     assert not any(math.isnan(value) for value in result.summary()["interval"])
 

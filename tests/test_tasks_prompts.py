@@ -99,6 +99,13 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
         prompter(Sums(), tokenizer, style="chat")
 
 
+def test_a_chat_template_that_refuses_the_messages_is_answered_with_the_way_out(chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ raise_exception('one turn only') if messages | length > 1 }}"
+    chat = prompter(Sums(), chat_tokenizer, style="chat", shots=2)
+    with pytest.raises(ValueError, match="cannot take problem .*: one turn only; use --prompt.style plain, or another"):
+        chat(Sums().split("test")[0])
+
+
 @pytest.mark.parametrize("task", [Sums(), EndlessSums()])
 def test_drawn_exemplars_never_hold_the_problem_itself_and_do_not_depend_on_other_problems(tokenizer, task):
     ask = prompter(task, tokenizer, shots=8, exemplars="train", exemplar_seed=3)

@@ -7,7 +7,7 @@ import pytest
 from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
 from grpo.tasks import Task, make_task
-from grpo.tasks.rows import hold_out
+from grpo.tasks.rows import RowTask, hold_out
 
 REASONING = "Half of 48 is <<48/2=24>>24.\nIn all 48 + 24 = <<48+24=72>>72 clips.\n#### 72"
 
@@ -54,6 +54,17 @@ def test_calculator_marks_are_removed_and_the_solution_ends_in_the_final_line(tm
     (problem,) = task("gsm8k", tmp_path, validation_fraction=0).split("train")
     solution = "Half of 48 is 24.\nIn all 48 + 24 = 72 clips.\n#### The final answer is 72"
     assert problem == Problem("train/0", "How many clips?", "72", solution, columns={"level": 2})
+
+
+def test_a_task_of_ones_own_that_reads_no_pair_is_told(folder):
+    class OneText(RowTask):
+        question_column, answer_column = "question", "answer"
+
+        def read_answer(self, text):
+            return text[-2:]
+
+    with pytest.raises(ValueError, match="train.jsonl line 1: read_answer returned ' 0'; return .reference answer, w"):
+        OneText(DataConfig(path=str(folder))).split("train")
 
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet"])

@@ -50,9 +50,12 @@ class Prompter:
             text = self.task.plain_prompt(problem.question, shots)
             ids = self.tokenizer(text)["input_ids"]
         else:
-            text = self.tokenizer.apply_chat_template(
-                _messages(self.task, problem, shots), add_generation_prompt=True, tokenize=False
-            )
+            messages = _messages(self.task, problem, shots)
+            try:
+                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # a template may raise, and asks Jinja to
+                message = f"the chat template of the tokenizer cannot take problem {problem.id}: {error}"
+                raise ValueError(f"{message}; use --prompt.style plain, or another number of shots") from error
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
         if len(ids) + self.max_new_tokens > self.context_length:
             raise ValueError(

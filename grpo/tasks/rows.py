@@ -76,11 +76,13 @@ class RowTask(Task):
     def _problem(self, id: str, where: str, row: dict[str, Any]) -> Problem:
         question, answer = (self._text(row, column, where) for column in (self.question_column, self.answer_column))
         try:
-            reference, solution = self.read_answer(answer)
+            read = self.read_answer(answer)
+            if not isinstance(read, tuple) or len(read) != 2:
+                raise ValueError(f"read_answer returned {read!r:.80}; return (reference answer, worked solution)")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         rest = {name: value for name, value in row.items() if name not in (self.question_column, self.answer_column)}
-        return Problem(id=id, question=question, answer=reference, solution=solution, columns=rest)
+        return Problem(id=id, question=question, answer=read[0], solution=read[1], columns=rest)
 
     def _text(self, row: dict[str, Any], column: str, where: str) -> str:
         if column not in row:
