@@ -155,7 +155,7 @@ def test_in_fp32_it_is_the_run_on_the_cpu(workplace):
 @pytest.mark.parametrize(
     "changes",
     [
-        (),
+        ("--prompt.shots=2",),  # with which all prompts begin alike
         ("--model.reference-offload", "--model.gradient-checkpointing", "--batch.tokens-per-micro-batch=128"),
         ("--batch.layout=padded", "--objective.entropy-bonus=0.01", "--objective.ref-refresh-every=1"),
         ("--objective.preset=gspo", "--batch.minibatches=2", "--batch.passes=2"),
