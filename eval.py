@@ -28,6 +28,7 @@ from grpo.live import Progress, can_show
 from grpo.metrics import PhaseTimer, environment
 from grpo.rewards.__main__ import report, score_file
 from grpo.rewards.pool import Pool, make_pool
+from grpo.rewards.worker import located
 from grpo.rollout import EVALUATION, Sampler, Sampling
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
@@ -92,7 +93,7 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     if run is None and not options.task:
         raise ValueError("--task is missing: no model is a run folder that would tell; pass --task gsm8k, for example")
     config = run or Config(rollout=RolloutConfig(max_new_tokens=400))
-    if options.task and options.task != config.task:
+    if options.task and located(options.task) != config.task:
         names = ("functions", "weights", "format_weight", "correctness_weight")  # of the components of the run's task
         rewards = replace(config.rewards, **{name: getattr(RewardsConfig(), name) for name in names})
         config = replace(config, task=options.task, data=DataConfig(), rewards=rewards)

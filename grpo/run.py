@@ -23,6 +23,7 @@ from grpo.metrics import RunLogger, environment, token_texts
 from grpo.objectives import Objective, check_steps, resolve
 from grpo.policy import MovingReference, Policy, load_model_config, load_reference
 from grpo.rewards.pool import make_pool
+from grpo.rewards.worker import located
 from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
 from grpo.sharding import distribute
 from grpo.tasks import Task, make_task
@@ -37,11 +38,19 @@ TOKENS_PER_MICRO_BATCH = {"cuda": 16_384, "cpu": 4_096}
 
 
 def settle(config: Config, world: World) -> tuple[Config, Objective]:
-    """The objective, and `config` with every choice of it, and what depends on the device, written out.
+    """The objective, and `config` with every choice of it, what depends on the device, and paths of a user's own files
+    written out.
 
     ValueError for what cannot work, before a run folder is made.
     """
     check(config, world.size)
+    functions, surrogate = config.rewards.functions, config.objective.surrogate
+    config = replace(
+        config,
+        task=located(config.task),
+        rewards=replace(config.rewards, functions=tuple(map(located, functions))),
+        objective=replace(config.objective, surrogate=surrogate and located(surrogate)),
+    )
     objective = resolve(**asdict(config.objective))
     check_steps(objective, config.batch.passes * config.batch.minibatches)
     trackers.chosen(config.track)

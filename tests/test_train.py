@@ -300,6 +300,16 @@ def test_a_run_that_cannot_go_on_keeps_its_config(finished, workplace, capsys):
     assert (kept / "config.yaml").read_text() == before
 
 
+def test_paths_of_ones_own_files_are_settled_whole(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("def one(logprobs, old, advantages):\n    return advantages * logprobs\n")
+    monkeypatch.chdir(tmp_path)
+    own = {"rewards": {"functions": ["own.py:one", "math:sqrt"]}, "objective": {"surrogate": "own.py:one"}}
+    settled, objective = run.settle(from_dict(own), World(0, 1, torch.device("cpu")))
+    whole = f"{tmp_path}/own.py:one"  # a run may go on from another folder, where own.py is another file
+    assert settled.rewards.functions == (whole, "math:sqrt")
+    assert settled.objective.surrogate == objective.surrogate == whole and settled.task == "word_problems"
+
+
 def test_a_used_run_folder_is_refused_with_the_way_to_go_on(finished, capsys):
     status, error = refusal(capsys, [*DEMO, "--run-dir", str(finished)])
     assert status == 2 and f"go on with --resume {finished}" in error

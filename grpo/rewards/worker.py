@@ -31,6 +31,12 @@ MAX_DETAILS = 4000  # characters of a traceback
 PR_SET_PDEATHSIG = 1
 
 
+def located(name: str) -> str:
+    """`path/to/file.py:name` with the file's whole path, which holds in any folder; another name as it is."""
+    source, _, rest = name.rpartition(":")
+    return f"{os.path.abspath(source)}:{rest}" if source.endswith(".py") else name
+
+
 @lru_cache
 def load_object(path: str) -> Callable:
     """The function or class of `path/to/file.py:name` or `module:name`; a file is run once, under a name of its own."""
