@@ -143,18 +143,8 @@ def result_table(results: dict[str, dict]) -> str:
     components = [key for key in first if key.startswith("reward/") and key != f"reward/{CORRECTNESS}"]
     names = [key.removeprefix("reward/") for key in components]
     shares_at_end = ["truncated"] + ["unscored"] * any(entry["unscored"] for entry in results.values())
-    rows = [
-        [
-            "",
-            "accuracy",
-            "95 % interval",
-            *(f"{kind}@{k}" for kind, k in ks),
-            *names,
-            "reward",
-            "length",
-            *shares_at_end,
-        ]
-    ]
+    at_k = [f"{kind}@{k}" for kind, k in ks]
+    rows = [["", "accuracy", "95 % interval", *at_k, *names, "reward", "length", *shares_at_end]]
     for name, entry in results.items():
         low, high = entry["interval"]
         shares = [entry[f"{kind}_at_k"].get(k, 0.0) for kind, k in ks] + [entry[key] for key in components]

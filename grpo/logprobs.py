@@ -21,9 +21,7 @@ from grpo.policy import Policy
 from grpo.records import Batch, Group, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
 
-CHECKED = (
-    3  # completions of a group that `check_packing` compares: one after the prompt, one after another, one between two
-)
+CHECKED = 3  # completions of one group in `check_packing`: one after the prompt, one after another, one between two
 
 # (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
 TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]

@@ -127,7 +127,7 @@ class Prefill:
     on, where what comes before is stored already."""
 
     groups: Tensor  # [n] int64
-    start: int = 0
+    start: int
 
 
 @dataclass
