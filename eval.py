@@ -28,10 +28,10 @@ from grpo.live import Progress, can_show
 from grpo.metrics import PhaseTimer, environment
 from grpo.rewards.__main__ import report, score_file
 from grpo.rewards.pool import Pool, make_pool
-from grpo.rewards.worker import located
 from grpo.rollout import EVALUATION, Sampler, Sampling
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
+from grpo.user_code import located
 from kernels import dispatch_table
 
 PRINTED_LINES = 20  # of scored completions; the file has them all

@@ -333,10 +333,22 @@ def from_dict(values: Any, section: type = Config, prefix: str = "") -> Any:
     return section(**{name: _convert(kinds[name], value, prefix + name) for name, value in values.items()})
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the first of its values would be lost without a word."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ValueError(f"line {key.start_mark.line + 1}: key {key.value} stands twice; keep one of them")
+            seen.add(key.value)
+        return node
+
+
 def load(path: Path | str) -> Config:
     """The config in a YAML file; an error names the file."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         return from_dict({} if values is None else values)
     except OSError as error:
         shipped = sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.yaml"))

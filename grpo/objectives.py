@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from grpo.user_code import load_object
 
 ADVANTAGES = ("group", "group_mean", "batch", "rloo", "per_reward")  # the tables of grpo.advantages and grpo.batch
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
@@ -244,8 +244,8 @@ class Surrogate:
 
 @functools.cache
 def find_surrogate(name: str) -> Surrogate:
-    """The row of a name in SURROGATES, or a user's own `path/to/file.py:function`. ValueError says what is wrong."""
-    function = _user_function(name) if ".py:" in name else _lookup(SURROGATES, name, "surrogate")
+    """The row of a name in SURROGATES, or a user's own by `grpo.user_code`. ValueError says what is wrong."""
+    function = load_object(name) if ":" in name else _lookup(SURROGATES, name, "surrogate")
     parameters = inspect.signature(function).parameters.values()
     settings = tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
     unknown = [setting for setting in settings if setting not in SETTINGS]
@@ -255,18 +255,6 @@ def find_surrogate(name: str) -> Surrogate:
             f"(logprobs, old, advantages, *, ...) with keyword-only names out of {', '.join(SETTINGS)}"
         )
     return Surrogate(function, settings)
-
-
-def _user_function(name: str) -> Callable[..., Tensor]:
-    path, _, function_name = name.rpartition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"surrogate {name!r}: no file {path!r}; give path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function_name, None)):
-        raise ValueError(f"surrogate {name!r}: {path} defines no function {function_name}")
-    return getattr(module, function_name)
 
 
 def resolve(preset: str, **overrides: object) -> Objective:
@@ -365,9 +353,12 @@ def token_loss(
     row = find_surrogate(objective.surrogate)
     settings = {name: sequence if name == "sequence" else getattr(objective, name) for name in row.settings}
     surrogate = row.function(logprobs, old, advantages, **settings)
-    if surrogate.shape != logprobs.shape:
-        shapes = f"{tuple(surrogate.shape)} for log-probs of shape {tuple(logprobs.shape)}"
-        raise ValueError(f"surrogate {objective.surrogate!r} returned shape {shapes}; return one value per token")
+    if not isinstance(surrogate, Tensor) or surrogate.shape != logprobs.shape:
+        found = f"shape {tuple(surrogate.shape)}" if isinstance(surrogate, Tensor) else repr(surrogate)
+        raise ValueError(
+            f"surrogate {objective.surrogate!r} returned {found} for log-probs of shape {tuple(logprobs.shape)}; "
+            "return one value per token"
+        )
     loss = -surrogate
     if objective.kl_in_loss:
         name = objective.kl_estimator

@@ -23,7 +23,6 @@ from grpo.metrics import RunLogger, environment, token_texts
 from grpo.objectives import Objective, check_steps, resolve
 from grpo.policy import MovingReference, Policy, load_model_config, load_reference
 from grpo.rewards.pool import make_pool
-from grpo.rewards.worker import located
 from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
 from grpo.sharding import distribute
 from grpo.tasks import Task, make_task
@@ -31,6 +30,7 @@ from grpo.tasks.prompts import Prompter
 from grpo.tasks.stream import ProblemStream
 from grpo.tasks.word_problems import WordProblems
 from grpo.update import Updater, make_optimizer
+from grpo.user_code import located
 from kernels import dispatch_table
 
 BASE_CACHE = Path(".cache") / "base"

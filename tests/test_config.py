@@ -91,6 +91,14 @@ def test_a_wrong_key_or_type_is_named_with_what_was_expected(values, message):
         from_dict(values)
 
 
+def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
+    text = "optim: &slow {lr: 0.5}\nbase: {<<: *slow, lr: 0.25}\nseed: 1\nnum_steps: 2\nseed: 3\n"
+    with pytest.raises(ValueError, match="a.yaml: line 5: key seed stands twice; keep one of them"):
+        load(write(tmp_path / "a.yaml", text))
+    config = load(write(tmp_path / "a.yaml", text.removesuffix("seed: 3\n")))
+    assert (config.optim.lr, config.base.lr, config.seed) == (0.5, 0.25, 1)  # a merged key is no second one
+
+
 def test_an_error_names_the_file(tmp_path):
     for text in ("optim: {lrr: 1}", "a: [1"):
         with pytest.raises(ValueError, match="a.yaml: "):

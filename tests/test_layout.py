@@ -16,17 +16,18 @@ ARROWS = {  # room of grpo: the rooms that it may import
     "config_check": "config",
     "command_line": "config",
     "records": "",
-    "tasks": "config records rewards",
+    "user_code": "",
+    "tasks": "config records rewards user_code",
     "policy": "config records sharding",
     "lora": "checkpoint config policy",
     "layers": "",
     "rollout": "config layers records",
-    "rewards": "config records",
+    "rewards": "config records user_code",
     "batch": "config records",
     "attention": "records",
     "logprobs": "attention batch layers policy records",
     "advantages": "",
-    "objectives": "",
+    "objectives": "user_code",
     "update": "batch config distributed logprobs objectives records sharding",
     "base": "config policy records rewards rollout tasks",
     "evaluation": "config distributed records rewards rollout tasks",
@@ -115,7 +116,7 @@ def _forbidden_in_room(room: str, path: str, name: str) -> str | None:
         return f"{room} never sees a model"
     if _is(name, "kernels") and room not in USE_KERNELS:
         return f"{room} does not use kernels"
-    if room in ONLY_TORCH and not _is(name, "torch") and not _is_standard(name):
+    if room in ONLY_TORCH and not _is(name, "torch", "grpo.user_code") and not _is_standard(name):
         return f"{room} knows only torch"
     other = name.split(".")[1] if name.startswith("grpo.") else ""
     if ARROWS[room] == ALL:

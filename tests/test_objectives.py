@@ -341,7 +341,13 @@ def test_the_names_are_those_of_the_other_rooms():
 
 
 OWN = """
+from __future__ import annotations
+from dataclasses import dataclass
 import torch
+
+@dataclass
+class Margin:
+    width: float
 
 def squared(logprobs, old, advantages, *, clip_high):
     return -(torch.exp(logprobs - old) - 1 - clip_high * advantages) ** 2
@@ -354,6 +360,9 @@ def wrong_setting(logprobs, old, advantages, *, epsilon):
 
 def summed(logprobs, old, advantages):
     return (logprobs * advantages).sum()
+
+def forgotten(logprobs, old, advantages):
+    logprobs * advantages
 """
 
 
@@ -370,7 +379,7 @@ def test_a_surrogate_in_a_users_file_is_a_row_like_ours(tmp_path):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("cubed", "defines no function cubed"),
+        ("cubed", "defines no function or class 'cubed'"),
         ("with_default", r"takes \(logprobs, old, advantages, margin\); it must take"),
         ("wrong_setting", "with keyword-only names out of clip_low, clip_high"),
     ],
@@ -385,9 +394,10 @@ def test_a_users_function_that_does_not_fit_is_refused(tmp_path, function, messa
 def test_a_users_function_must_return_one_value_per_token(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(OWN)
-    objective = resolve("dr_grpo", surrogate=f"{file}:summed")
     logprobs, old, _, advantages = four_columns()
-    with pytest.raises(ValueError, match=r"returned shape \(\) for log-probs of shape \(10,\)"):
-        token_loss(objective, logprobs, old=old, ref=None, advantages=advantages)
+    for function, found in (("summed", r"shape \(\)"), ("forgotten", "None")):
+        objective = resolve("dr_grpo", surrogate=f"{file}:{function}")
+        with pytest.raises(ValueError, match=rf"returned {found} for log-probs of shape \(10,\); return one value"):
+            token_loss(objective, logprobs, old=old, ref=None, advantages=advantages)
     with pytest.raises(ValueError, match="no file"):
         find_surrogate("nowhere.py:f")

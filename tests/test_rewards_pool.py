@@ -15,7 +15,7 @@ import pytest
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT
 from grpo.rewards import Reward, correctness_reward, runner, score_texts
 from grpo.rewards.pool import Pool
-from grpo.rewards.worker import load_object
+from grpo.user_code import load_object
 from tests import reward_functions as functions
 
 ROOT = Path(__file__).parents[1]

@@ -37,6 +37,13 @@ class EndlessSums(Sums):
         return self.Split()
 
 
+def test_only_a_training_split_may_be_endless():
+    task = EndlessSums()
+    assert task.split("train")[10**9].answer == "1000000001"
+    with pytest.raises(ValueError, match="the validation split of task 'sums' is endless; only a training split may"):
+        task.split("validation")
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     """Byte by byte, and like many real ones it opens every text with a special token."""

@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
@@ -129,7 +129,12 @@ def take_rows(
 def call(name: str, function: Callable, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
     """One call of a reward function, awaited where it is async; ValueError where it does not return what it must."""
     values = function(completions, **columns)
-    values = list(asyncio.run(values) if inspect.iscoroutine(values) else values)
+    values = asyncio.run(values) if inspect.iscoroutine(values) else values
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(
+            f"reward {name!r} returned {type(values).__name__}; return a list, one float or None for each completion"
+        )
+    values = list(values)
     if len(values) != len(completions):
         raise ValueError(
             f"reward {name!r} returned {len(values)} values for {len(completions)} completions; "

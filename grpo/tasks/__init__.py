@@ -14,7 +14,7 @@ from dataclasses import replace
 from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
 from grpo.rewards import FINAL_PREFIX, Reward, correctness_reward, format_reward
-from grpo.rewards.worker import load_object
+from grpo.user_code import load_object
 
 TASKS = {
     "code": "grpo.tasks.code:Code",
@@ -53,7 +53,10 @@ class Task:
             raise ValueError(f"task {self.name!r} has no split {name!r}; use one of {', '.join(self.splits)}")
         if name not in self._splits:
             problems = self.load(name)
-            if not getattr(problems, "endless", False) and len(problems) == 0:
+            is_endless = getattr(problems, "endless", False)
+            if is_endless and name != "train":
+                raise ValueError(f"the {name} split of task {self.name!r} is endless; only a training split may be")
+            if not is_endless and len(problems) == 0:
                 raise ValueError(
                     f"the {name} split of task {self.name!r} is empty (data.path={self.data.path!r}, "
                     f"data.validation_fraction={self.data.validation_fraction}); give more rows or another fraction"

@@ -82,6 +82,8 @@ class RowTask(Task):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         rest = {name: value for name, value in row.items() if name not in (self.question_column, self.answer_column)}
+        if "completions" in rest:
+            raise ValueError(f"{where}: rewards get what was sampled as 'completions'; give this column another name")
         return Problem(id=id, question=question, answer=read[0], solution=read[1], columns=rest)
 
     def _text(self, row: dict[str, Any], column: str, where: str) -> str:
