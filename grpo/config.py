@@ -31,7 +31,7 @@ class ModelConfig:
     reference_offload: bool = False
     """Keep the weights of the frozen reference in CPU memory; they come to the device for its pass alone, once a step."""
     compile: bool | None = None
-    """torch.compile the layers, in training and while decoding: norm, rotary and MLP arithmetic in fewer kernels, attention left alone; a minute or two at the start. None: on CUDA, but not with `deterministic`, gradient_checkpointing or distributed.strategy=fsdp."""
+    """torch.compile the layers, in training and while decoding: norm, rotary and MLP arithmetic in fewer kernels, attention left alone; a minute or two at the start. None: on CUDA, but not with `deterministic`, gradient_checkpointing or distributed.strategy=fsdp, nor without a C compiler."""
 
 
 @dataclass(frozen=True)

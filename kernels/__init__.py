@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import sysconfig
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -50,6 +53,8 @@ def resolve(op: str, impl: str, device: torch.device | str) -> Choice:
         return Choice("triton", TRITON[op])
     if impl == "triton":
         raise ValueError(f"impl=triton: {obstacle}; use impl=auto or impl=torch")
+    if torch.device(device).type == "cuda":
+        _say_once(f"kernels run in torch, which is slower: {obstacle}")
     return Choice("torch", obstacle)
 
 
@@ -63,6 +68,8 @@ def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
         return None  # tests: Triton's interpreter, far slower than torch
     if device.type != "cuda":
         return f"Triton kernels need a CUDA device, not {device.type}"
+    if missing := missing_to_launch():
+        return missing
     capability = torch.cuda.get_device_capability(device)
     return None if capability >= (8, 0) else f"Triton kernels need compute capability 8.0, not {capability}"
 
@@ -70,6 +77,19 @@ def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
 @cache  # the search takes as long as a small op, and every call of one asks
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def missing_to_launch() -> str | None:
+    """What Triton, and so torch.compile, lacks to build the small C extensions that launch its kernels, or None."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton kernels need a C compiler, and there is none: install gcc, or name one in CC"
+    scheme = sysconfig.get_default_scheme()  # Debian's own says where pip installs, not where Python's headers are
+    folder = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    elsewhere = os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")
+    if not (Path(folder, "Python.h").is_file() or elsewhere):
+        return f"Triton kernels need Python.h, and it is not in {folder}: install python3-dev"
+    return None
 
 
 def _serves(op: str, impl: str, obstacle: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 
 import pytest
 import torch
@@ -189,6 +190,31 @@ def test_triton_on_a_cpu_is_refused_unless_interpreted(monkeypatch):
         kernels.resolve("sample_token", "triton", "cpu")
     with pytest.raises(ValueError, match="impl='cuda' is none of auto, torch, triton"):
         kernels.resolve("sample_token", "cuda", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"gcc": None, "clang": None}, "need a C compiler, and there is none: install gcc, or name one in CC"),
+        ({"include": "/nowhere"}, "need Python.h, and it is not in /nowhere: install python3-dev"),
+        ({"include": "/nowhere", "CPATH": "/somewhere"}, None),
+        ({"gcc": None, "clang": None, "CC": "/opt/cc"}, None),
+    ],
+)
+def test_where_no_launcher_can_be_built_a_device_gets_torch_and_a_word(found, message, monkeypatch, caplog, tmp_path):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: found.get(name, f"/usr/bin/{name}"))
+    monkeypatch.setattr(kernels.sysconfig, "get_path", lambda *_: found.get("include", str(tmp_path)))
+    monkeypatch.setattr(kernels.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.setitem(os.environ, name, found.get(name, ""))
+    for function in (kernels.missing_to_launch, kernels._say_once):
+        function.cache_clear()
+    choices = [kernels.resolve(op, "auto", "cuda") for op in kernels.OPS]
+    kernels.missing_to_launch.cache_clear()
+    assert {choice.impl for choice in choices} == {"torch" if message else "triton"}
+    expected = [f"kernels run in torch, which is slower: Triton kernels {message}"] if message else []
+    assert [record.message for record in caplog.records] == expected
 
 
 def test_truncation_goes_to_torch_and_is_said_once_or_refused(monkeypatch, caplog):

@@ -283,13 +283,17 @@ def test_a_run_that_goes_on_cannot_change_what_its_checkpoint_depends_on(finishe
         ({"model": {"compile": True}, "deterministic": True}, True),
     ],
 )
-def test_what_depends_on_the_device_is_settled_before_a_run(settings, compiled):
+def test_what_depends_on_the_device_is_settled_before_a_run(settings, compiled, monkeypatch):
+    monkeypatch.setattr(run, "missing_to_launch", lambda: None)
     settled = {kind: run.settle(from_dict(settings), World(0, 1, torch.device(kind)))[0] for kind in ("cpu", "cuda")}
     assert settled["cuda"].model.compile == compiled
     assert settled["cpu"].model.compile == settings.get("model", {}).get("compile", False)
     assert [settled[kind].batch.tokens_per_micro_batch for kind in ("cuda", "cpu")] == [16384, 4096]
     asked = from_dict(settings | {"batch": {"tokens_per_micro_batch": 7}})
     assert run.settle(asked, World(0, 1, torch.device("cpu")))[0].batch.tokens_per_micro_batch == 7
+    monkeypatch.setattr(run, "missing_to_launch", lambda: "there is no C compiler")
+    without = run.settle(from_dict(settings), World(0, 1, torch.device("cuda")))[0]
+    assert without.model.compile == settings.get("model", {}).get("compile", False)
 
 
 def test_a_run_that_cannot_go_on_keeps_its_config(finished, workplace, capsys):
