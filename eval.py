@@ -52,6 +52,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--shots", type=int, nargs="+", help="exemplars in the prompt, one evaluation each (default: the run's, or 8)")
     style = "plain text or the chat template (default: the run's, or plain)"
     add("--prompt.style", dest="style", choices=("plain", "chat"), help=style)
+    told = "for the chat template, such as enable_thinking=false (default: the run's)"
+    add("--prompt.template-options", dest="template_options", nargs="+", metavar="NAME=VALUE", help=told)
     add("--limit", type=int, help="evaluate the first N problems only")
     add("--samples", type=int, default=1, help="completions of each problem (default: 1, greedy)")
     add("--temperature", type=float, help="default: 0 with one sample, else 1")
@@ -100,7 +102,10 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     if options.data_path:
         config = replace(config, data=replace(config.data, path=options.data_path))
     if options.style:
-        config = replace(config, prompt=replace(config.prompt, style=options.style))
+        kept = config.prompt.template_options if options.style == "chat" else ()
+        config = replace(config, prompt=replace(config.prompt, style=options.style, template_options=kept))
+    if options.template_options:
+        config = replace(config, prompt=replace(config.prompt, template_options=tuple(options.template_options)))
     if options.max_new_tokens is not None:
         config = replace(config, rollout=replace(config.rollout, max_new_tokens=options.max_new_tokens))
     return [path for path, _ in resolved], config

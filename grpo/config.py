@@ -82,6 +82,8 @@ class PromptConfig:
     """builtin: eight short ones written for this project. train: drawn from the training split with `exemplar_seed`, never the problem itself."""
     exemplar_seed: int = 0
     """Seed of the exemplars drawn from the training split."""
+    template_options: tuple[str, ...] = ()
+    """Style chat: what the template is told besides the messages, each name=value in JSON, such as enable_thinking=false for Qwen3."""
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,27 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
         prompter(Sums(), tokenizer, style="chat")
 
 
+def test_a_chat_template_is_told_what_the_config_says(chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ thinking is defined and thinking }}{{ day }}{{ messages[0]['content'][-6:] }}"
+    problem, settings = Problem("0", "2 + 2?", "4"), {"style": "chat", "shots": 0}
+    told = prompter(Sums(), chat_tokenizer, **settings, template_options=("thinking=true", 'day="a=b"'))
+    assert told(problem).prompt == "Truea=b2 + 2?"
+    assert prompter(Sums(), chat_tokenizer, **settings)(problem).prompt == "False2 + 2?"
+
+
+@pytest.mark.parametrize(
+    ("style", "option", "message"),
+    [
+        ("chat", "thinking=False", "'thinking=False' is not name=value in JSON; enable_thinking=false and .* are"),
+        ("chat", "thinking", "'thinking' is not name=value in JSON"),
+        ("plain", "thinking=true", r"template_options=\['thinking=true'\] with prompt.style=plain: only chat has"),
+    ],
+)
+def test_an_option_that_no_template_can_take_is_refused(chat_tokenizer, style, option, message):
+    with pytest.raises(ValueError, match=message):
+        prompter(Sums(), chat_tokenizer, style=style, template_options=(option,))
+
+
 def test_a_chat_template_that_refuses_the_messages_is_answered_with_the_way_out(chat_tokenizer):
     chat_tokenizer.chat_template = "{{ raise_exception('one turn only') if messages | length > 1 }}"
     chat = prompter(Sums(), chat_tokenizer, style="chat", shots=2)

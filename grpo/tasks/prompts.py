@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpo.config import PromptConfig
 from grpo.records import Problem
@@ -41,6 +42,7 @@ class Prompter:
         self.task, self.prompt, self.tokenizer = task, prompt, tokenizer
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
         self.stop_strings = task.stop_strings if prompt.style == "plain" else ()
+        self._template_options = _read_options(prompt)
         self._candidates = _draw_exemplars(task, prompt)
 
     def __call__(self, problem: Problem) -> Problem:
@@ -50,9 +52,11 @@ class Prompter:
             text = self.task.plain_prompt(problem.question, shots)
             ids = self.tokenizer(text)["input_ids"]
         else:
-            messages = _messages(self.task, problem, shots)
+            messages, options = _messages(self.task, problem, shots), self._template_options
             try:
-                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                text = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False, **options
+                )
             except Exception as error:  # a template may raise, and asks Jinja to
                 message = f"the chat template of the tokenizer cannot take problem {problem.id}: {error}"
                 raise ValueError(f"{message}; use --prompt.style plain, or another number of shots") from error
@@ -69,6 +73,22 @@ class Prompter:
         pool = [problems[i] for i in range(CHECKED)] if getattr(problems, "endless", False) else problems
         for problem in sorted(pool, key=lambda problem: -len(problem.question))[:CHECKED]:
             self(problem)
+
+
+def _read_options(prompt: PromptConfig) -> dict[str, Any]:
+    """Keyword arguments for the chat template. ValueError where there is no template to take them."""
+    if prompt.template_options and prompt.style != "chat":
+        given = list(prompt.template_options)
+        raise ValueError(f"prompt.template_options={given} with prompt.style={prompt.style}: only chat has a template")
+    options = {}
+    for option in prompt.template_options:
+        name, _, value = option.partition("=")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            message = f"prompt.template_options: {option!r} is not name=value in JSON"
+            raise ValueError(f'{message}; enable_thinking=false and date="today" are') from None
+    return options
 
 
 def _messages(task: Task, problem: Problem, shots: Sequence[Problem]) -> list[dict[str, str]]:
