@@ -102,8 +102,7 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     if options.data_path:
         config = replace(config, data=replace(config.data, path=options.data_path))
     if options.style:
-        kept = config.prompt.template_options if options.style == "chat" else ()
-        config = replace(config, prompt=replace(config.prompt, style=options.style, template_options=kept))
+        config = replace(config, prompt=replace(config.prompt, style=options.style))
     if options.template_options:
         config = replace(config, prompt=replace(config.prompt, template_options=tuple(options.template_options)))
     if options.max_new_tokens is not None:

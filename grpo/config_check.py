@@ -76,7 +76,9 @@ def _indivisible(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    rollout, lora = config.rollout, config.lora
+    rollout, lora, prompt = config.rollout, config.lora, config.prompt
+    if prompt.template_options and prompt.style != "chat":
+        yield f"prompt.template_options={list(prompt.template_options)} with prompt.style={prompt.style}: use chat"
     if lora.dropout and config.batch.layout != "padded":
         yield (
             f"lora.dropout={lora.dropout} with batch.layout={config.batch.layout}: a packed prompt would lose the same "

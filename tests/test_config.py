@@ -321,6 +321,7 @@ def test_all_mistakes_are_reported_at_once():
             {"model": {"compile": True, "gradient_checkpointing": True}},
             "model.compile with model.grad.*: .* choose one",
         ),
+        ({"prompt": {"template_options": ["a=1"]}}, r"template_options=\['a=1'\] with prompt.style=plain: use chat"),
         ({"rewards": {"step_timeout_s": 1800}}, r"step_timeout_s=1800.0: ranks wait 1800.0 s .* choose less than that"),
     ],
 )

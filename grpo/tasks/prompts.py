@@ -42,7 +42,7 @@ class Prompter:
         self.task, self.prompt, self.tokenizer = task, prompt, tokenizer
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
         self.stop_strings = task.stop_strings if prompt.style == "plain" else ()
-        self._template_options = _read_options(prompt)
+        self._template_options = _read_options(prompt.template_options)
         self._candidates = _draw_exemplars(task, prompt)
 
     def __call__(self, problem: Problem) -> Problem:
@@ -75,20 +75,17 @@ class Prompter:
             self(problem)
 
 
-def _read_options(prompt: PromptConfig) -> dict[str, Any]:
-    """Keyword arguments for the chat template. ValueError where there is no template to take them."""
-    if prompt.template_options and prompt.style != "chat":
-        given = list(prompt.template_options)
-        raise ValueError(f"prompt.template_options={given} with prompt.style={prompt.style}: only chat has a template")
-    options = {}
-    for option in prompt.template_options:
+def _read_options(options: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments for the chat template. ValueError for what is not name=value."""
+    found = {}
+    for option in options:
         name, _, value = option.partition("=")
         try:
-            options[name] = json.loads(value)
+            found[name] = json.loads(value)
         except ValueError:
             message = f"prompt.template_options: {option!r} is not name=value in JSON"
             raise ValueError(f'{message}; enable_thinking=false and date="today" are') from None
-    return options
+    return found
 
 
 def _messages(task: Task, problem: Problem, shots: Sequence[Problem]) -> list[dict[str, str]]:
