@@ -171,6 +171,9 @@ def start(timeout_s: float = 1800.0) -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # On Hopper SDPA would prefer cuDNN's attention, which plans anew for every shape, for tenths of a second; ours
+        # change with every batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     elif (
         "OMP_NUM_THREADS" not in os.environ or size > 1
     ):  # torchrun sets 1; share the cores among the local ranks instead

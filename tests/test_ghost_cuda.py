@@ -16,6 +16,7 @@ from torch.nn.attention import varlen
 
 import eval as evaluation
 import train
+from grpo import distributed
 from grpo.attention import VARLEN_OPTIONS
 from grpo.metrics import read_metrics
 from grpo.records import Problem
@@ -101,6 +102,14 @@ def test_its_flash_attention_is_the_attention_of_each_sequence(device, window):
     assert torch.allclose(output.cpu().float(), torch.cat(parts), atol=2e-2)
     for ghost, leaf in zip(ghosts, exact, strict=True):
         assert (ghost.grad.cpu().float() - leaf.grad).norm() < 1e-2 * leaf.grad.norm()
+
+
+def test_attention_is_not_left_to_cudnn_which_plans_for_every_shape(device):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert distributed.start().device == CUDA and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 # The program on it ----------------------------------------------------------------------------------------------------
