@@ -64,7 +64,8 @@ def backend(query: Tensor) -> Callable[[Tensor, Tensor, Tensor, SharedPrefix, fl
     """Which of the three computes it: decided on the tensor."""
     if query.device.type == "cpu":
         return two_part
-    fits_flash = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+    width = query.shape[-1]
+    fits_flash = query.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
     return gathered if fits_flash and {"scale", "window_size"} <= VARLEN_OPTIONS else flex
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,15 @@ def test_flex_attention_with_the_layouts_blocks_equals_the_dense_mask(window, co
     tensors = [tensor.detach() for tensor in heads(layout, torch.float32, size=16)]  # no backward on CPU
     expected = dense(*tensors, layout, 0.3, window)
     assert torch.allclose(flex(*tensors, layout, 0.3, window), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "width, dtype, chosen",
+    [(64, "bfloat16", gathered), (25, "bfloat16", flex), (264, "bfloat16", flex), (64, "float32", flex)],
+)
+def test_on_cuda_flash_attention_serves_what_its_kernel_takes(width, dtype, chosen):
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=getattr(torch, dtype), shape=(1, 4, 128, width))
+    assert attention.backend(query) is chosen
 
 
 @pytest.mark.gpu
