@@ -113,9 +113,10 @@ def write_model_and_prompts(work: Workload, folder: Path, steps: int) -> None:
     tokenizer.save_pretrained(folder / "model")
     with (folder / "prompts.jsonl").open("w") as file:
         for _ in range(work.prompts * (steps + 1) * 2):
-            text, length = "", rng.randint(work.shortest, work.longest)
-            while len(tokenizer(text).input_ids) < length:
-                text += " ".join(rng.choices(words, k=10)) + " "
+            text, missing = "", rng.randint(work.shortest, work.longest)
+            while missing > 0:
+                piece = " " + " ".join(rng.choices(words, k=10))  # as many tokens alone as in the text
+                text, missing = text + piece, missing - len(tokenizer(piece).input_ids)
             file.write(json.dumps({"prompt": text.strip(), "answer": "0"}) + "\n")
 
 
