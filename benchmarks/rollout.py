@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         make_deterministic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: for `generate` with every token
     options = {"cuda_graph": not chosen.no_cuda_graph, "compile": chosen.compile}
     results = []
     for name in chosen.workload or DEFAULT[device.type]:

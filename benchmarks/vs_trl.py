@@ -277,6 +277,8 @@ class Contender:
         command += [f"--{option}={getattr(arguments, option)}" for option in ("steps", "threads", "workload")]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "false"}
+        # No attention by cuDNN: it plans anew for every length, and `generate` has another one with every token.
+        environment |= {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
         self.name, self.rows, self.failure = name, [], ""
