@@ -60,7 +60,7 @@ STAGES = {
     "rollout": Stage(
         "-m benchmarks.rollout --alone --compile --workload 0.5B", 75, "--repeats 1 --workload tiny --no-compile"
     ),
-    "vs_trl": Stage("-m benchmarks.vs_trl --steps 3", 115, "--workload tiny"),
+    "vs_trl": Stage("-m benchmarks.vs_trl --steps 3 --seconds 65", 115, "--workload tiny"),
     "decode_attention": Stage("-m kernels.decode_attention.bench", 20),
     "sample_token": Stage("-m kernels.sample_token.bench", 15),
     "train_step": Stage("-m benchmarks.train_step", 35, "--rounds 1 --prompt 40 --group 4"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import runpy
@@ -310,7 +311,7 @@ class Contender:
 
 def compare(arguments: argparse.Namespace) -> list[Contender]:
     """Every contender's steps, taken by turns; one at a time is at work."""
-    work = WORKLOADS[arguments.workload]
+    work, started = WORKLOADS[arguments.workload], time.perf_counter()
     names = [OURS]
     if find_spec("trl"):
         names += [GENERATE] + ([BATCHING] if arguments.continuous_batching else [])
@@ -320,7 +321,10 @@ def compare(arguments: argparse.Namespace) -> list[Contender]:
         write_model_and_prompts(work, Path(place), arguments.steps)
         contenders = [Contender(name, arguments, Path(place)) for name in names]
         try:
-            for _ in range(arguments.steps):
+            for turn in range(arguments.steps):
+                if turn and time.perf_counter() - started > arguments.seconds:
+                    print(f"after {arguments.seconds:g} s: {turn} of {arguments.steps} steps a side")
+                    break
                 for contender in contenders:
                     contender.step()
         finally:
@@ -378,6 +382,7 @@ def show(summary: dict, work: Workload) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2, help="steps a side, by turns")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further turn after so many")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of whoever is at work")
     parser.add_argument("--continuous-batching", action="store_true", help="TRL with it, too")
     parser.add_argument("--workload", choices=list(WORKLOADS), help="default: that of the device")

@@ -60,6 +60,7 @@ def attend(case, impl, *, stale=None, **terms):
     prefix = [stored.clone() for stored in case.prefix]
     suffix = [stored.clone() for stored in case.suffix]
     newest = [torch.zeros_like(stored[:, :, 0]) for stored in suffix]
+    newest[1] = newest[1].repeat(1, 2, 1)[:, newest[1].shape[1] :]  # as a slice of one projection for keys and values
     for row, group, prefix_length, suffix_length in case.rows():
         for stored in prefix:
             stored[group, :, prefix_length:] = stale

@@ -37,8 +37,8 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, prefix: tuple, suffix: t
         return f"dtypes {sorted({str(x.dtype) for x in tensors})}: all must be one of {[str(x) for x in DTYPES]}"
     if any(x.shape[-1] != width or x.stride(-1) != 1 for x in tensors):
         return "keys and values must be as wide as queries, with neighbouring elements side by side"
-    if any(one.stride() != other.stride() for one, other in ((key, value), prefix, suffix)):
-        return "keys and values must lie in memory alike"
+    if any(one.stride() != other.stride() for one, other in (prefix, suffix)):
+        return "stored keys and values must lie in memory alike"
     return None
 
 
@@ -58,6 +58,7 @@ def decode_attention(
     window: int | None = None,
 ) -> Tensor:
     """What reference.decode_attention says; what lies beyond a length may be anything here, NaN too."""
+    key, value = key.contiguous(), value.contiguous()  # of one projection for all, a value is a slice
     num_rows, num_heads, width = query.shape
     num_groups, kv_heads, prefix_size, _ = prefix[0].shape
     repeats = num_heads // kv_heads
