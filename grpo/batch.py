@@ -45,6 +45,8 @@ AGGREGATIONS = {"sequence_mean": sequence_mean, "token_mean": token_mean, "const
 
 Members = list[tuple[int, int]]  # (group, sample) of each sequence of a micro-batch
 
+SAME_ENTROPY = 1e-4  # nats
+
 ROW_MULTIPLE = {"cuda": 128}  # packed rows end on a whole block of keys there: flex_attention's backward asks for it
 
 
@@ -370,7 +372,8 @@ def weigh(
 def keep_high_entropy(batch: Batch, share: float, gather: Callable[[Tensor], list[Tensor]]) -> None:
     """Only this share of an optimizer step's counted tokens over all ranks, those of highest entropy, stays active.
 
-    arXiv:2506.01939. The denominators stay all counted tokens. Equal entropies at the edge all stay.
+    arXiv:2506.01939. The denominators stay all counted tokens. Entropies that equal the edge to SAME_ENTROPY all stay:
+    those of one distribution, computed in different micro-batches, differ in their last bits.
     gather: [tokens of this rank] -> the same of every rank.
     """
     for micro_batches in unique_steps(batch):
@@ -380,7 +383,7 @@ def keep_high_entropy(batch: Batch, share: float, gather: Callable[[Tensor], lis
         if len(entropy):
             threshold = entropy[math.floor(share * (len(entropy) - 1) + 1e-9)].item()
             for tokens in columns:
-                _scale(tokens, tokens.entropy >= threshold)
+                _scale(tokens, tokens.entropy >= threshold - SAME_ENTROPY)
 
 
 def correct_mismatch(batch: Batch, mode: str, *, level: str, cap: float) -> None:

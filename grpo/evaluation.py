@@ -25,7 +25,7 @@ class Evaluation:
 
     groups: list[Group]
     correct: torch.Tensor  # [N, samples] bool
-    components: dict[str, float]  # mean of each reward component
+    components: dict[str, float]  # mean of each reward component over what it judged; 0 of nothing
     reward: float  # mean total reward
     completion_length: float  # tokens
     truncated: float  # share that ran into the length limit
@@ -92,7 +92,7 @@ def evaluate(
     rows = list(zip(groups, *columns, strict=True))
     groups, components, totals, scored = zip(*world.interleave(world.gather(rows)), strict=True)
     components = torch.tensor(components, dtype=torch.float64)  # [N, samples, K]
-    means = dict(zip(rewards, components.nan_to_num(0.0).mean((0, 1)).tolist(), strict=True))
+    means = dict(zip(rewards, components.nanmean((0, 1)).nan_to_num(0.0).tolist(), strict=True))
     completions = [completion for group in groups for completion in group.completions]
     return Evaluation(
         groups=list(groups),
@@ -123,14 +123,16 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def majority_accuracy(groups: list[Group], correct: torch.Tensor, k: int) -> float:
     """maj@k: share of problems whose most frequent answer among the first k samples is correct (arXiv:2203.11171).
 
-    Completions without an answer do not vote; of equally frequent answers the one seen first wins.
+    Completions without an answer do not vote; of equally frequent answers the one seen first wins. One that was cut
+    off or not scored votes, but it is for the others to say whether its answer is right.
     """
     wins = 0
     for group, row in zip(groups, correct.tolist(), strict=True):
         answers = [final_answer(completion.text) for completion in group.completions[:k]]
         votes = Counter(answer for answer in answers if answer is not None)
         if votes:
-            wins += row[answers.index(votes.most_common(1)[0][0])]
+            winner = votes.most_common(1)[0][0]
+            wins += any(answer == winner and is_right for answer, is_right in zip(answers, row, strict=False))
     return wins / len(groups)
 
 

@@ -79,6 +79,12 @@ def test_majority_ignores_completions_without_an_answer_and_takes_the_first_of_e
     assert majority_accuracy(groups, correct, 1) == 0
 
 
+@pytest.mark.parametrize("cut_off", [0, 1, 2])
+def test_a_completion_that_was_cut_off_votes_but_does_not_make_a_right_answer_wrong(cut_off):
+    correct = torch.tensor([[sample != cut_off for sample in range(3)]])
+    assert majority_accuracy([group_of(["5", "5", "5"])], correct, 3) == 1
+
+
 def test_evaluate_counts_accuracy_format_and_length():
     sampler = Scripted({0: ["5", "6"], 1: [None, "5"], 2: ["5", "5"]})
     problems = [Problem(id=str(i), question="?", answer="5", index=i) for i in range(3)]
@@ -90,6 +96,16 @@ def test_evaluate_counts_accuracy_format_and_length():
     assert summary["reward"] == pytest.approx((5 * 0.5 + 4) / 6)
     assert summary["completion_length"] == 2 and summary["truncated"] == summary["unscored"] == 0
     assert "unscored" not in result_table({"model": summary})
+
+
+def test_a_component_that_abstains_has_its_mean_over_what_it_judged():
+    def on_fives(completions, **columns):
+        return [1.0 if "5" in text else None for text in completions]
+
+    rewards = REWARDS | {"fives": Reward(on_fives, 0.0), "never": Reward(lambda texts, **_: [None] * len(texts), 0.0)}
+    sampler, problems = Scripted({0: ["5", "6", "5", "7"]}), [Problem(id="0", question="?", answer="5")]
+    summary = evaluate(sampler, problems, rewards, require_finish=True, world=ALONE).summary()
+    assert (summary["reward/fives"], summary["reward/never"], summary["accuracy"]) == (1.0, 0.0, 0.5)
 
 
 def test_completions_whose_reward_fails_count_as_wrong_and_are_told():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -66,6 +67,21 @@ def test_a_term_counts_only_under_its_heading():
     assert pay(f"{first} {second}", sections=sections) == 0
 
 
+def test_a_heading_may_come_again_and_order_holds_over_all_headings():
+    diagnosis, therapy = "Diagnosis: It is the flu that he has today.", "Therapy: He should take some rest this week."
+    groups, sections = [["flu"], ["rest"]], ["Diagnosis", "Therapy"]
+    assert pay(f"{diagnosis}\n{therapy}", groups, sections=sections, ordered=True) == 1.0
+    assert pay(f"{therapy}\n{diagnosis}", groups, sections=sections, ordered=True) == 0.5
+    assert pay(f"{therapy}\n{diagnosis}\nTherapy: And he needs much water.", groups, sections=sections) == 1.0
+
+
+@pytest.mark.parametrize("text", [" " * 100_000, "*" * 100_000, "a:" * 50_000, "#\t" * 50_000])
+def test_a_degenerate_completion_is_read_at_once(text):
+    started = time.process_time()
+    assert pay(text, sections=["Diagnosis", "Therapy", None, None]) == 0
+    assert time.process_time() - started < 1
+
+
 def test_terms_out_of_order_earn_the_share_that_rises():
     groups = [["alpha"], ["beta"], ["gamma"]]
     text = "Here we have the {} first, then comes the {} of it, and at last we see the {} as well."
@@ -90,6 +106,7 @@ def test_the_embedded_references_earn_full_marks_and_another_cases_do_not():
     [
         ({"prompt": "p", "groups": []}, r"line 1: groups=\[\] is not"),
         ({"prompt": "p", "groups": [["a"], [""]]}, "line 1: groups="),
+        ({"prompt": "p", "groups": [["a"], ["+"]]}, "line 1: groups=.* each with a word"),
         ({"prompt": "p", "groups": [["a"]], "sections": []}, r"line 1: sections=\[\] for 1 groups"),
         ({"prompt": "p", "groups": [["a"]], "sections": "A"}, "line 1: sections='A' for 1 groups"),
         ({"prompt": "p", "groups": [["a"]], "sections": [1]}, r"line 1: sections=\[1\] for 1 groups"),

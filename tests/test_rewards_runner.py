@@ -100,7 +100,8 @@ def test_what_fails_alone_is_unscored_where_it_has_a_weight_and_the_rest_of_the_
 
 
 @pytest.mark.parametrize(
-    "returned", [[], [1.0], [1.0, 2.0, 3.0], [math.nan, 1.0], ["text", 1.0], None, 7, {0: 1.0, 1: 2.0}, "12"]
+    "returned",
+    [[], [1.0], [1.0, 2.0, 3.0], [math.nan, 1.0], [1e39, 1.0], ["a", 1.0], None, 7, {0: 1.0, 1: 2.0}, "12"],
 )
 def test_a_wrong_return_value_is_an_error_of_that_component_alone(returned):
     rewards = {"wrong": Reward(lambda completions, **_: returned, 1.0), "length": Reward(length_of, 1.0)}

@@ -76,6 +76,14 @@ def test_high_entropy_tokens_keep_their_weight_and_the_others_stay_in_the_denomi
     assert tokens.active.tolist() == [False, True, False, True, False] and tokens.counted.all()
 
 
+def test_tokens_of_one_distribution_stay_together_whatever_rounding_made_of_their_entropy():
+    batch, tokens, sequences = one_micro_batch(lengths_2_and_3())
+    weigh_alone(batch, torch.ones(1, 2, dtype=torch.bool))
+    tokens.entropy = torch.tensor([0.1, 0.9, 0.7 - 2e-6, 0.7, 0.3])
+    keep_high_entropy(batch, 0.4, lambda mine: [mine])
+    assert tokens.active.tolist() == [False, True, True, True, False]
+
+
 def test_the_entropy_threshold_is_over_all_ranks_and_ignores_what_is_not_counted():
     groups = lengths_2_and_3()
     batch, tokens, sequences = one_micro_batch(groups)

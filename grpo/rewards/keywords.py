@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections import defaultdict
 
 LIST_CREDIT = 0.5  # of a term outside a sentence
 SENTENCE_WORDS = 5  # fewer are a list item or a heading
+HEADING_CHARACTERS = 40  # at most, before the colon
 _WORD = re.compile(r"[^\W_]+")
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|\Z)|\n+")
-_HEADING = re.compile(r"^[ \t#*]*([^\n:]{1,40}?)[ \t*]*:", re.MULTILINE)
 _ENDINGS = (("ies", "y"), ("ing", ""), ("ed", ""), ("es", ""), ("s", ""), ("e", ""))
+
+Pieces = list[tuple[int, str]]  # of a text: how many of its words come before, and the piece
 
 
 def stem(word: str) -> str:
@@ -41,9 +44,9 @@ def keyword_reward(
 
 
 def _score(text: str, groups: list[list[str]], headings: list[str | None], ordered: bool) -> float:
-    terms = [[_stems(term) for term in group] for group in groups]
+    terms = [[stems(term) for term in group] for group in groups]
     parts = _sections(text)
-    shown = [text if heading is None else parts.get(heading.casefold(), "") for heading in headings]
+    shown = [[(0, text)] if heading is None else parts[heading.casefold()] for heading in headings]
     matches = [_find(part, group, terms) for part, group in zip(shown, terms, strict=True)]
     found = [match for match in matches if match]
     credit = sum(credit for _, credit in found)
@@ -52,25 +55,34 @@ def _score(text: str, groups: list[list[str]], headings: list[str | None], order
     return credit / len(groups)
 
 
-def _stems(text: str) -> list[str]:
+def stems(text: str) -> list[str]:
+    """Of its words."""
     return [stem(word) for word in _WORD.findall(text)]
 
 
-def _sections(text: str) -> dict[str, str]:
-    """Text by heading: what follows a line's opening `Heading:`, up to the next."""
-    marks = list(_HEADING.finditer(text))
-    ends = [*(mark.start() for mark in marks), len(text)][1:]
-    return {mark[1].strip().casefold(): text[mark.end() : end] for mark, end in zip(marks, ends, strict=True)}
+def _sections(text: str) -> dict[str, Pieces]:
+    """Text by the heading that it stands under: what follows a line's opening `Heading:`, up to the next."""
+    found, heading, place = defaultdict(list), "", 0
+    for line in text.split("\n"):
+        before, colon, after = line.partition(":")
+        name, start = before.strip(" \t#*"), place
+        place += len(_WORD.findall(line))
+        if colon and 0 < len(name) <= HEADING_CHARACTERS:
+            heading, line = name.casefold(), after
+            start = place - len(_WORD.findall(after))
+        found[heading].append((start, line))
+    return found
 
 
-def _find(text: str, group: list[list[str]], every: list[list[list[str]]]) -> tuple[int, float] | None:
+def _find(pieces: Pieces, group: list[list[str]], every: list[list[list[str]]]) -> tuple[int, float] | None:
     """(number of its first word, credit) of the best place of any term of the group; of equals the first."""
-    matches, start = [], 0
-    for words in (_stems(sentence) for sentence in _SENTENCE_END.split(text)):
-        places = [place for term in group for place in _places(words, term)]
-        if places:
-            matches.append((start + min(places), 1.0 if _is_prose(words, every) else LIST_CREDIT))
-        start += len(words)
+    matches = []
+    for start, text in pieces:
+        for words in map(stems, _SENTENCE_END.split(text)):
+            places = [place for term in group for place in _places(words, term)]
+            if places:
+                matches.append((start + min(places), 1.0 if _is_prose(words, every) else LIST_CREDIT))
+            start += len(words)
     return max(matches, key=lambda match: match[1], default=None)
 
 

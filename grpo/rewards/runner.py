@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Group, Scores
 
+LARGEST = 3.4e38  # what fp32 holds: rewards are made into advantages in fp32
+
 logger = logging.getLogger(__name__)
 _logged_kinds: set[tuple[str, str]] = set()  # a failing reward fails thousands of times: one traceback is enough
 
@@ -147,8 +149,8 @@ def _outcome(name: str, value: float | None) -> Outcome:
     if value is None:
         return Outcome(math.nan, ABSTAIN)
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"reward {name!r} returned {number}; return a finite float, or None to abstain")
+    if not abs(number) <= LARGEST:  # NaN, too
+        raise ValueError(f"reward {name!r} returned {number}; return a finite float (fp32), or None to abstain")
     return Outcome(number, OK)
 
 

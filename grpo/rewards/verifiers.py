@@ -20,7 +20,8 @@ _NUMBER = re.compile(
     re.ASCII,
 )
 # Words after a number that change its value, or offer a second one, are not units.
-_SCALES = {"k", "half", "dozen", "dozens", "hundred", "thousand", "million", "billion", "trillion", "point"}
+_SCALES = {"k", "bn", "half", "dozen", "hundred", "thousand", "million", "billion", "trillion", "point"}
+_SCALES |= {f"{scale}s" for scale in _SCALES - {"k", "bn", "half", "point"}}
 _CONJUNCTIONS = {"and", "or", "to", "plus", "minus"}
 
 

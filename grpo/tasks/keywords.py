@@ -12,7 +12,7 @@ from typing import Any
 from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
 from grpo.rewards import Reward
-from grpo.rewards.keywords import keyword_reward
+from grpo.rewards.keywords import keyword_reward, stems
 from grpo.tasks.rows import DATA, RowTask
 
 
@@ -30,8 +30,8 @@ class Keywords(RowTask):
     def _problem(self, id: str, where: str, row: dict[str, Any]) -> Problem:
         groups, headings = row.get("groups"), row.get("sections")
         is_groups = isinstance(groups, list) and groups and all(isinstance(g, list) and g for g in groups)
-        if not is_groups or not all(isinstance(term, str) and term.strip() for group in groups for term in group):
-            raise ValueError(f"{where}: groups={groups!r:.80} is not a list of groups of terms")
+        if not is_groups or not all(isinstance(term, str) and stems(term) for group in groups for term in group):
+            raise ValueError(f"{where}: groups={groups!r:.80} is not a list of groups of terms, each with a word")
         is_text = isinstance(headings, list) and all(isinstance(heading, str | None) for heading in headings)
         if headings is not None and not (is_text and len(headings) == len(groups)):
             raise ValueError(
