@@ -24,7 +24,7 @@ from grpo.command_line import Command, parse_command
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS
-from grpo.logprobs import check_packing
+from grpo.logprobs import check_packing, check_sampler
 from grpo.metrics import completion_records, length_metrics, training_seconds
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
@@ -42,10 +42,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     groups = world.mine(everyones)
     with timer("update"):
         layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
-        if run.layout == "packed" and step == run.steps_done + 1:
-            with run.policy.at_hand():
-                error = check_packing(run.module, groups, world.device)
-            run.log.say("packed log-probs of one group are off by {:.1g} nats, {:.1g} at most".format(*error))
+        if step == run.steps_done + 1:
+            check_first_batch(run, groups)
         rewards = scores.total + length_penalty(run, everyones)
         by_component = {"components": scores.components, "weights": scores.weights}
         advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
@@ -92,6 +90,16 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
         if round(teaching) >= config.rollout.prompts_per_step:
             break
     return groups, drawn
+
+
+def check_first_batch(run: Run, groups: list[Group]) -> None:
+    """Sampler, packed rows and padded rows compute one and the same, but for rounding. ValueError where they do not."""
+    with run.policy.at_hand():
+        found = f"the sampler's are off by {check_sampler(run.module, groups, run.world.device):.1g} nats"
+        if run.layout == "packed":
+            mean, largest = check_packing(run.module, groups, run.world.device)
+            found += f", those of packed rows by {mean:.1g}, {largest:.1g} at most"
+    run.log.say(f"log-probs of the first batch beside padded rows: {found}")
 
 
 def length_penalty(run: Run, groups: list[Group]) -> Tensor:

@@ -50,6 +50,7 @@ def shared_prefix_attention(
     """
     unserved = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     unserved += ["dropout"] if dropout else []
+    unserved += ["a mask of its own"] if attention_mask is not None else []
     if unserved:
         raise ValueError(
             f"{type(module).__name__} wants {', '.join(unserved)} in its attention, which packed rows cannot do; "

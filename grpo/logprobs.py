@@ -21,7 +21,7 @@ from grpo.policy import Policy
 from grpo.records import Batch, Group, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
 
-CHECKED = 3  # completions of one group in `check_packing`: one after the prompt, one after another, one between two
+CHECKED = 3  # completions of one group in the checks: one after the prompt, one after another, one between two
 
 # (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
 TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
@@ -213,6 +213,32 @@ def frozen_logprobs(
 
 
 @torch.no_grad()
+def check_sampler(policy: PolicyModule, groups: list[Group], device: torch.device) -> float:
+    """Mean error of the sampler's log-probs, in nats; ValueError where rounding does not explain it.
+
+    A model whose attention does what rollout does not know of would be sampled otherwise than it is trained. Error and
+    what is allowed: as in `check_packing`. Compared are up to CHECKED completions each of the two smallest groups.
+    """
+    smallest = sorted(groups, key=num_tokens)[:2]
+    members = [(g, s) for g, group in enumerate(smallest) for s in range(len(group.completions[:CHECKED]))]
+    rows = padded_rows(smallest, members, device)
+    found, truth = _beside_fp32(policy, rows)
+    error, rounding = ((logprobs - truth).abs().double().mean().item() for logprobs in (rows.tokens.sampler, found))
+    allowed = 4 * rounding + 1e-2
+    if not error <= allowed:  # also where it is NaN
+        raise ValueError(
+            f"the sampler's log-probs are off by {error:.2g} nats in the mean, where rounding explains {allowed:.2g}: "
+            f"rollout does not compute what {type(policy.working).__name__} computes; use another model"
+        )
+    return error
+
+
+def num_tokens(group: Group) -> int:
+    """Of its prompt and completions."""
+    return len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)
+
+
+@torch.no_grad()
 def check_packing(policy: PolicyModule, groups: list[Group], device: torch.device) -> tuple[float, float]:
     """Mean and largest error of packed log-probs, in nats; ValueError where rounding explains neither.
 
@@ -222,19 +248,13 @@ def check_packing(policy: PolicyModule, groups: list[Group], device: torch.devic
     of the next smallest: it must not see them, though their prompts may begin alike.
     """
     differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
-    size = lambda group: len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)  # noqa: E731
-    group = min(differing or groups, key=size)
-    pair = [group, *sorted((other for other in groups if other is not group), key=size)[:1]]
+    group = min(differing or groups, key=num_tokens)
+    pair = [group, *sorted((other for other in groups if other is not group), key=num_tokens)[:1]]
     first_of = {tuple(completion.ids): s for s, completion in reversed(list(enumerate(group.completions)))}
     members = [(0, s) for s in sorted(first_of.values())[:CHECKED]] + [(g, 0) for g in range(1, len(pair))]
     packed, padded = (build(pair, members, device) for build in (packed_row, padded_rows))
-    logprobs = {name: policy(rows)[0] for name, rows in (("packed", packed), ("padded", padded))}
-    truth = logprobs["padded"]
-    if policy.working.dtype.itemsize < 4:
-        options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
-        with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
-            truth = LogprobModel(policy.working, **options)(padded)[0]
-    error, rounding = ((found - truth).abs().double() for found in logprobs.values())
+    own, truth = _beside_fp32(policy, padded)
+    error, rounding = ((logprobs - truth).abs().double() for logprobs in (policy(packed)[0], own))
     found = (error.mean().item(), error.max().item())
     allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)
     if not (found[0] <= allowed[0] and found[1] <= allowed[1]):  # also where one is NaN
@@ -244,3 +264,13 @@ def check_packing(policy: PolicyModule, groups: list[Group], device: torch.devic
             "of this model do not see exactly their prompt and themselves; use batch.layout=padded"
         )
     return found
+
+
+def _beside_fp32(policy: PolicyModule, padded: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Log-probs of padded rows in the policy's own precision, and those of the working copy, computed in fp32."""
+    own = policy(padded)[0]
+    if policy.working.dtype.itemsize >= 4:
+        return own, own
+    options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
+    with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
+        return own, LogprobModel(policy.working, **options)(padded)[0]

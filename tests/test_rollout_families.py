@@ -4,11 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.rollout import draw
+from grpo.logprobs import PolicyModule, check_sampler
+from grpo.policy import Policy
+from grpo.rollout import attention, draw
 from tests.rollout_helpers import FAMILIES, PAD, problems, sampler, tiny_model
 from tests.tiny import adapted
 
+CAUSAL = attention._causal
 LENGTHS = (17, 30, 1, 5)  # ragged, across the sliding windows, and a prompt with nothing to prefill
 
 
@@ -92,6 +96,41 @@ def test_a_model_that_cannot_be_served_is_refused_by_name(family, overrides, mes
         setattr(model.config, name, value)
     with pytest.raises(ValueError, match=f"Qwen2ForCausalLM.*{message}"):
         sampler(model)
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    "family, settings, message",
+    [
+        ("diffllama", {}, "layer 0 attends twice in one pass"),
+        ("doge", {"keep_window_size": 8}, "DogeAttention wants a mask of its own"),
+        (
+            "qwen2_moe",
+            MOE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+            "window of 6 to",
+        ),
+    ],
+)
+def test_attention_that_does_what_rollout_cannot_see_is_refused(family, settings, message):
+    small = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 256, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small, **settings))
+    with pytest.raises(ValueError, match=message):
+        sampler(model).generate(problems(5), step=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_first_batch_check_passes_the_sampler_and_stops_one_that_computes_otherwise(precision, monkeypatch):
+    policy = Policy(tiny_model("mistral, window 12").train(), None, precision)
+    module = PolicyModule(policy, temperature=1.0, impl="torch")
+    draw_groups = lambda: sampler(policy.model, group_size=4, max_new_tokens=12).generate(problems(30, 25, 28), step=0)  # noqa: E731
+    assert check_sampler(module, draw_groups(), policy.model.device) < (1e-5 if precision == "fp32" else 0.1)
+    blind = lambda *tensors: CAUSAL(*tensors[:-1], None)  # noqa: E731
+    monkeypatch.setattr(attention, "_causal", blind)  # prompts are read without the window
+    with pytest.raises(ValueError, match="off by .* rollout does not compute what MistralForCausalLM computes"):
+        check_sampler(module, draw_groups(), policy.model.device)
 
 
 def test_a_model_without_attention_in_every_layer_is_refused():

@@ -39,9 +39,12 @@ def slab_attention(
 
     query: [N, H, length, D]; key, value: [N, Hkv, length, D], as transformers calls it.  Returns [N, length, H, D].
     """
-    for name in ("s_aux", "position_bias"):
-        if others.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} wants {name} in its attention, which rollout cannot do")
+    wants = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
+    wants += ["a mask of its own"] if attention_mask is not None else []
+    if wants:
+        raise ValueError(f"{type(module).__name__} wants {wants[0]} in its attention, which rollout cannot do")
+    if isinstance(slab, Probe) and sliding_window is None:
+        refuse_untold_window(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer, layout = slab.layer(module.layer_idx, key, value), slab.layout
     if isinstance(layout, Decode):
@@ -91,6 +94,18 @@ def _causal(
 
 
 AttentionInterface.register(NAME, slab_attention)
+
+
+def refuse_untold_window(module: torch.nn.Module) -> None:
+    """ValueError for a layer that by its model's config has a sliding window, but did not hand it down to us."""
+    config = module.config
+    kinds, window = (getattr(config, name, None) for name in ("layer_types", "sliding_window"))
+    is_used = kinds[module.layer_idx] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
+    if is_used and window and window < config.max_position_embeddings:
+        raise ValueError(
+            f"{type(module).__name__} keeps its sliding window of {window} to itself, so that rollout would see every "
+            "key; use a model that passes it to its attention, or set sliding_window to null in its config.json"
+        )
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:

@@ -45,6 +45,8 @@ class Probe:
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> None:
         """Remember the layer. key, value: [_, Hkv, _, D], any that it made."""
+        if index in self.shapes:
+            raise ValueError(f"layer {index} attends twice in one pass, which rollout cannot serve; use another model")
         self.shapes[index] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
 
 
