@@ -48,6 +48,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--task", help="gsm8k, word_problems, jsonl or file.py:ClassName; default: the task of the run folder")
     add("--completions", help="score the completions of this JSONL file (`completion`, `answer`) instead of generating")
     add("--data.path", dest="data_path", help="where the task's problems are (see train.py --help)")
+    for name in ("prompt", "answer"):
+        help_text = f"column of the {name} (task jsonl; default: the run's, or {name})"
+        add(f"--data.{name}-column", dest=f"{name}_column", help=help_text)
     add("--split", choices=("test", "validation", "train"), default="test", help="which problems (default: test)")
     add("--shots", type=int, nargs="+", help="exemplars in the prompt, one evaluation each (default: the run's, or 8)")
     style = "plain text or the chat template (default: the run's, or plain)"
@@ -99,8 +102,9 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
         names = ("functions", "weights", "format_weight", "correctness_weight")  # of the components of the run's task
         rewards = replace(config.rewards, **{name: getattr(RewardsConfig(), name) for name in names})
         config = replace(config, task=options.task, data=DataConfig(), rewards=rewards)
-    if options.data_path:
-        config = replace(config, data=replace(config.data, path=options.data_path))
+    given = {"path": options.data_path, "prompt_column": options.prompt_column, "answer_column": options.answer_column}
+    given = {name: value for name, value in given.items() if value}
+    config = replace(config, data=replace(config.data, **given))
     if options.style:
         config = replace(config, prompt=replace(config.prompt, style=options.style))
     if options.template_options:

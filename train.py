@@ -44,7 +44,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
         if step == run.steps_done + 1:
             check_first_batch(run, groups)
-        rewards = scores.total + length_penalty(run, everyones)
+        penalty = length_penalty(run, everyones)
+        rewards = scores.total + penalty
         by_component = {"components": scores.components, "weights": scores.weights}
         advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
         silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
@@ -63,6 +64,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     drawing = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
     drawing |= {"groups_dropped": 1 - len(everyones) / len(drawn), **run.stream.metrics()}
     drawing |= length_metrics(drawn, training_seconds(timer.recent))
+    if objective.overlong_share:
+        drawing["overlong_penalty"] = penalty.mean().item()
     return {**drawn_scores.means(), **drawing, **metrics, "lr": lr}
 
 

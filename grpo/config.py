@@ -93,7 +93,7 @@ class RewardsConfig:
     correctness_weight: Annotated[float, "[0, inf)"] = 1.0
     """Weight of the `correctness` component."""
     require_finish: bool = True
-    """Pay nothing to a completion that ran into the length limit. Without it, text that never ends can earn (seen: length goes to the limit, accuracy to 0)."""
+    """Pay nothing to a completion that ran into the length limit, and no more than to the worst that did not. Without it, text that never ends can earn (seen: length goes to the limit, accuracy to 0)."""
     functions: tuple[str, ...] = ()
     """Further components: path/to/file.py:function or module:function, each `(completions, **columns) -> list of float or None`; named after the function, weight 1."""
     weights: tuple[str, ...] = ()

@@ -29,7 +29,7 @@ class Evaluation:
     reward: float  # mean total reward
     completion_length: float  # tokens
     truncated: float  # share that ran into the length limit
-    unscored: float  # share whose rewards failed: they count as wrong
+    unscored: float  # share of which a reward failed, or correctness abstained: they count as wrong
 
     @property
     def accuracy(self) -> float:
@@ -94,14 +94,15 @@ def evaluate(
     components = torch.tensor(components, dtype=torch.float64)  # [N, samples, K]
     means = dict(zip(rewards, components.nanmean((0, 1)).nan_to_num(0.0).tolist(), strict=True))
     completions = [completion for group in groups for completion in group.completions]
+    correctness = components[..., list(rewards).index(CORRECTNESS)]
     return Evaluation(
         groups=list(groups),
-        correct=components[..., list(rewards).index(CORRECTNESS)] >= 1.0,
+        correct=correctness >= 1.0,
         components=means,
         reward=torch.tensor(totals, dtype=torch.float64).mean().item(),
         completion_length=sum(len(completion.ids) for completion in completions) / len(completions),
         truncated=sum(completion.finish == "length" for completion in completions) / len(completions),
-        unscored=1 - sum(map(sum, scored)) / len(completions),
+        unscored=1 - (torch.tensor(scored) & ~correctness.isnan()).double().mean().item(),
     )
 
 

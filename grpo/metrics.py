@@ -173,7 +173,7 @@ class RunLogger:
             rows = [[record[name] for name in COMPLETION_COLUMNS] for record in records if "tokens" in record]
             for tracker in self._open_trackers().values():
                 tracker.log_completions(step, rows)
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            lines = (json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
             (folder / f"step_{step}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
@@ -225,14 +225,16 @@ def completion_records(
 ) -> Iterator[dict[str, Any]]:
     """One plain record a completion, in the order of groups. advantages: [P, G].
 
-    `python -m grpo.rewards check` reads these lines again. A component without a value is null; its status says why.
-    The first GROUPS_WITH_TOKENS groups also have each token's text and log-prob as sampled, natural, to 3 decimals.
+    `python -m grpo.rewards check` reads these lines again, with the problem's own columns. A component without a value
+    is null; its status says why. The first GROUPS_WITH_TOKENS groups also have each token's text and log-prob as
+    sampled, natural, to 3 decimals.
     """
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
             values = scores.components[p, g].tolist()
-            record = {
+            record = group.problem.columns | {
                 "problem": group.problem.id,
+                "question": group.problem.question,
                 "sample": completion.sample,
                 "prompt": group.problem.prompt,
                 "completion": completion.text,
@@ -307,8 +309,17 @@ def git_commit() -> str | None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, less one that is being written, or that a kill cut off."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    """The rows of metrics.jsonl."""
+    return read_records(run_dir / "metrics.jsonl")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file of a run, less one that is being written, or that a kill cut off. NaN is None."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: a text may hold U+2028
+    try:
+        return [json.loads(line, parse_constant=lambda _: None) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is not JSON ({error}); mend or remove it") from None
 
 
 def draw_curves(run_dir: Path, *, start_accuracy: float | None = None, supervised: Points = ()) -> None:

@@ -78,14 +78,13 @@ class Objective:
 
     @property
     def acts_without_advantage(self) -> bool:
-        """There is a gradient even where every advantage is 0."""
-        return self.kl_in_loss or self.entropy_bonus != 0
+        """There is a gradient even where every advantage is 0: for a surrogate of the user's own, who knows."""
+        return self.kl_in_loss or self.entropy_bonus != 0 or self.surrogate not in SURROGATES
 
     @property
     def hears_all(self) -> bool:
-        """A group whose advantages are all 0 still matters: to the gradient, to a threshold over all tokens, or (who
-        knows) to a surrogate of the user's own."""
-        return self.acts_without_advantage or self.needs_frozen_pass or self.surrogate not in SURROGATES
+        """A group whose advantages are all 0 still matters: to the gradient, or to a threshold over all tokens."""
+        return self.acts_without_advantage or self.needs_frozen_pass
 
 
 # grpo: beta 0.02, half the paper's 0.04: short runs move little, and the reference is exercised by default.
@@ -359,6 +358,8 @@ def token_loss(
             f"surrogate {objective.surrogate!r} returned {found} for log-probs of shape {tuple(logprobs.shape)}; "
             "return one value per token"
         )
+    if logprobs.requires_grad and not surrogate.requires_grad:
+        raise ValueError(f"surrogate {objective.surrogate!r} returned a tensor without a gradient to the log-probs")
     loss = -surrogate
     if objective.kl_in_loss:
         name = objective.kl_estimator

@@ -18,10 +18,21 @@ from typing import Any
 import yaml
 
 from grpo.config import flat
-from grpo.metrics import definition, read_metrics
+from grpo.metrics import definition, read_metrics, read_records
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACE = "@DATA@"
+OF_A_SAMPLE = (
+    "sample",
+    "completion",
+    "finish_reason",
+    "rewards",
+    "status",
+    "reward",
+    "advantage",
+    "tokens",
+    "logprobs",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,12 +137,11 @@ def _completions(folder: Path, *, steps: int, groups: int) -> dict[str, Any]:
 
 def _groups(step: int, path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # not splitlines: a text may hold U+2028
-        record = json.loads(line, parse_constant=lambda _: None)  # NaN where a reward failed: not JSON for a browser
-        shared = {key: record.pop(key) for key in ("problem", "prompt", "answer")}
+    for record in read_records(path):
         if not found or record["sample"] == 0:
+            shared = {key: record[key] for key in ("problem", "prompt", "answer")}
             found.append({"step": step, **shared, "samples": []})
-        found[-1]["samples"].append(record)
+        found[-1]["samples"].append({key: record[key] for key in OF_A_SAMPLE if key in record})
     return found
 
 

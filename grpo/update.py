@@ -226,7 +226,7 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
     reduced = reduce_statistics(world, statistics)
     if not math.isfinite(reduced["loss"]):
         culprits = [name for name in world.gather(first_bad_sequence(passes)) if name]
-        culprits.append("every input is finite: the loss itself overflowed")
+        culprits.append("every input is finite: the loss itself overflowed, or its surrogate did")
         raise NonFiniteLoss(f"the loss is {reduced['loss']} at training step {step}; {culprits[0]}")
     return reduced
 
@@ -271,17 +271,13 @@ def token_statistics(
     low, high = clipped_low_and_high(objective, logprobs, old, tokens.advantage, tokens.sequence)
     ratio = torch.exp(logprobs - old)
     mismatch = old - tokens.sampler
-    kl = (
-        KL_ESTIMATORS[objective.kl_estimator](logprobs, tokens.ref)
-        if tokens.ref is not None
-        else torch.zeros_like(logprobs)
-    )
     total = lambda values: torch.where(counted, values, 0).sum()  # noqa: E731
     largest = lambda values: torch.where(counted, values, zero).max() if len(values) else zero  # noqa: E731
+    has_ref = tokens.ref is not None
     return {
         "loss": loss,
         "tokens": counted.sum(),
-        "kl": total(kl),
+        **({"kl": total(KL_ESTIMATORS[objective.kl_estimator](logprobs, tokens.ref))} if has_ref else {}),
         "entropy": total(entropy),
         "clip_fraction_low": total(low.to(logprobs.dtype)),
         "clip_fraction_high": total(high.to(logprobs.dtype)),

@@ -326,6 +326,14 @@ def test_what_a_row_needs_from_the_others():
     assert [name for name in objectives.PRESETS if resolve(name).needs_whole_sequences] == ["gspo"]
     assert not resolve("grpo").needs_frozen_pass and resolve("grpo", mismatch="sequence_mask").needs_frozen_pass
     assert resolve("dr_grpo", entropy_bonus=0.01).acts_without_advantage
+    assert not resolve("dr_grpo").hears_all
+
+
+def test_a_users_surrogate_is_heard_and_steps_without_advantages_too(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    mine = resolve("dr_grpo", surrogate=f"{file}:squared")
+    assert mine.hears_all and mine.acts_without_advantage
 
 
 def test_reinforce_makes_one_step_on_a_rollout_and_says_why():
@@ -363,6 +371,9 @@ def summed(logprobs, old, advantages):
 
 def forgotten(logprobs, old, advantages):
     logprobs * advantages
+
+def detached(logprobs, old, advantages):
+    return logprobs.detach() * advantages
 """
 
 
@@ -399,5 +410,8 @@ def test_a_users_function_must_return_one_value_per_token(tmp_path):
         objective = resolve("dr_grpo", surrogate=f"{file}:{function}")
         with pytest.raises(ValueError, match=rf"returned {found} for log-probs of shape \(10,\); return one value"):
             token_loss(objective, logprobs, old=old, ref=None, advantages=advantages)
+    objective = resolve("dr_grpo", surrogate=f"{file}:detached")
+    with pytest.raises(ValueError, match="returned a tensor without a gradient to the log-probs"):
+        token_loss(objective, logprobs.requires_grad_(), old=old, ref=None, advantages=advantages)
     with pytest.raises(ValueError, match="no file"):
         find_surrogate("nowhere.py:f")

@@ -64,6 +64,7 @@ def test_a_component_without_a_value_is_null_and_the_worst_status_names_the_line
     assert [row["status"] for row in rows] == ["abstain", "ok", "error"]
     assert [row["rewards"]["odd"] for row in rows] == [None, 1.0, None]
     assert said[0] == "3 completions (1 abstain, 1 ok, 1 error), mean of:" and said[2].split() == ["odd", "1.0000"]
+    assert said[1].split() == ["reward", "0.5000"], "the mean of 0 and 1: of the third it is not known"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,15 @@ def test_the_command_without_a_file_shows_what_references_and_wrong_answers_earn
     assert rows["reference"] == ["1.000", "1.000", "1.250", "0"]
     assert rows["another's reference"][0] == "1.000" and float(rows["another's reference"][1]) < 0.5
     assert rows["empty"] == rows["first half"] == ["0.000", "0.000", "0.000", "0"]
+
+
+def test_the_command_reads_the_columns_that_it_is_told(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"q": "{i}?", "a": {i}}}\n' for i in range(30)))
+    assert main(["check", "jsonl", "--data.path", str(file), "--data.prompt-column", "q"]) == 2
+    assert "no column 'answer' among ['a', 'q']" in capsys.readouterr().err
+    assert main(["check", "jsonl", "--data.path", str(file), "--data.prompt-column=q", "--data.answer-column=a"]) == 0
+    assert "mean over 3 problems" in capsys.readouterr().out
 
 
 def test_the_command_scores_without_a_model_or_a_data_set(tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,19 @@ def test_an_unfinished_completion_earns_nothing_and_is_not_shown_to_the_function
     assert scores.components[1].tolist() == [[0.0] * 3] * 2 and scores.scored.all()
     paid = score_groups([cut], GSM8K, require_finish=False)
     assert paid.total.tolist() == [[1.5, 0.0]]
+
+
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+def test_running_into_the_limit_never_pays_more_than_finishing(weight):
+    penalty = Reward(lambda texts, **_: [None if text == "?" else -weight * len(text) for text in texts], weight)
+    texts = [(LINE + "4", "eos"), ("1234567", "stop"), ("?", "eos"), ("", "length")]
+    completions = [Completion([], [], text, finish, i) for i, (text, finish) in enumerate(texts)]
+    mixed = replace(group("a"), completions=completions)
+    scores = score_groups([mixed], GSM8K | {"penalty": penalty}, require_finish=True)
+    assert scores.components[0, 3].tolist() == [0.0, 0.0, -weight * len(texts[0][0])]
+    assert scores.total[0, 3] <= scores.total[0, :3].min()
+    alone = replace(mixed, completions=completions[3:])
+    assert score_groups([alone], {"penalty": penalty}, require_finish=True).total.tolist() == [[0.0]]
 
 
 def test_functions_get_columns_beside_the_completions_and_never_the_finish_reason():

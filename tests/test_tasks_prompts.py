@@ -44,6 +44,19 @@ def test_only_a_training_split_may_be_endless():
         task.split("validation")
 
 
+@pytest.mark.parametrize("returned", [None, iter([]), [{"question": "?"}], [Problem("0", "?", 4)]])
+def test_what_load_must_return_is_said(returned, monkeypatch):
+    monkeypatch.setattr(Sums, "load", lambda self, split: returned)
+    with pytest.raises(ValueError, match=r"load\('train'\) of task 'sums'.*Problem"):
+        Sums().split("train")
+
+
+def test_a_prompt_is_text(tokenizer, monkeypatch):
+    monkeypatch.setattr(Sums, "plain_prompt", lambda *_: None)
+    with pytest.raises(ValueError, match="plain_prompt of task 'sums' returned None; return the prompt's text"):
+        prompter(Sums(), tokenizer)(Problem("0", "2 + 2?", "4"))
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     """Byte by byte, and like many real ones it opens every text with a special token."""

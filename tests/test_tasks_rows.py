@@ -1,6 +1,7 @@
 """Loading rows: every local format gives the same problems, splits are disjoint, and errors name the row."""
 
 import json
+import random
 
 import pytest
 
@@ -96,11 +97,28 @@ def test_validation_is_a_seeded_tenth_of_the_training_file(folder):
 
 
 def test_shares_are_disjoint_complete_and_in_file_order():
-    rows = [(str(i), "", {}) for i in range(50)]
-    shares = hold_out(rows, 0.1, 3, parts=2)
+    rows = [(str(i), "", {"q": f"{i}?"}) for i in range(50)]
+    shares = hold_out(rows, "q", 0.1, 3, parts=2)
     assert [len(share) for share in shares] == [40, 5, 5]
-    assert sorted(row for share in shares for row in share) == sorted(rows)
+    assert sorted(rows, key=str) == sorted((row for share in shares for row in share), key=str)
     assert all(share == sorted(share, key=rows.index) for share in shares)
+    assert shares[1] == [rows[i] for i in sorted(random.Random(3).sample(range(50), 50)[:5])]
+
+
+def test_what_is_held_out_is_asked_nowhere_else():
+    rows = [(str(i), "", {"q": f"{i % 21}?"}) for i in range(100)]
+    shares = hold_out(rows, "q", 0.1, 0, parts=2)
+    asked = [{columns["q"] for _, _, columns in share} for share in shares]
+    assert [len(questions) for questions in asked] == [17, 2, 2] and len(set.union(*asked)) == 21
+    assert sum(map(len, shares)) == 100
+    alike = [(str(i), "", {"q": "?"}) for i in range(10)]
+    assert [len(share) for share in hold_out(alike, "q", 0.1, 0, parts=2)] == [8, 1, 1]
+
+
+@pytest.mark.parametrize(("number", "text"), [("1e-7", "0.0000001"), ("2.50", "2.5"), ("1e16", "1" + "0" * 16)])
+def test_numbers_of_json_are_read_without_an_exponent(tmp_path, number, text):
+    (tmp_path / "train.jsonl").write_text(f'{{"prompt": "?", "answer": {number}}}')
+    assert task("jsonl", tmp_path, validation_fraction=0).split("train")[0].answer == text
 
 
 def test_a_single_file_is_split_three_ways(tmp_path):

@@ -1,6 +1,7 @@
 """The problem stream: epochs are permutations, a curriculum leaves problems out, and its state is enough to go on."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,12 @@ def test_a_problem_is_visited_the_more_often_the_nearer_its_rate_is_to_the_targe
 def test_without_a_curriculum_what_is_remembered_changes_nothing():
     stream = ProblemStream(TEN, seed=0)
     assert visit(stream, 30, lambda i: i / 9) == "".join(ids(ProblemStream(TEN, seed=0).take(30)))
+
+
+def test_a_stream_over_other_problems_is_not_gone_on_with():
+    state, others = ProblemStream(TEN, seed=0).state_dict(), [replace(problem, answer="?") for problem in TEN]
+    with pytest.raises(ValueError, match="has data=.* resume with the same data and seed"):
+        ProblemStream(others, seed=0).load_state_dict(state)
 
 
 @pytest.mark.parametrize("curriculum", ["drop_solved", "target_rate"])

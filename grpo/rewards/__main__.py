@@ -20,7 +20,15 @@ from typing import Any
 from grpo.config import DataConfig, RewardsConfig
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Completion, Group
 from grpo.rewards.pool import Pool, make_pool
-from grpo.rewards.runner import Outcome, Reward, Scorer, score_groups, score_paid, score_texts, weighted_total
+from grpo.rewards.runner import (
+    Outcome,
+    Reward,
+    Scorer,
+    score_groups,
+    score_paid,
+    score_texts,
+    weighted_total,
+)
 from grpo.tasks import Task, make_task
 from grpo.tasks.rows import read_jsonl
 
@@ -37,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("--completions", help="JSONL with `completion` and `answer` on every line")
     check.add_argument("--output", help="the same lines with `rewards`, `reward` and `status` added")
     check.add_argument("--data.path", dest="data_path", default="", help="where the task's problems are")
+    for name in ("prompt", "answer"):
+        dest, text = f"{name}_column", f"column of the {name} (task jsonl; default: {name})"
+        check.add_argument(f"--data.{name}-column", dest=dest, default=name, help=text)
     check.add_argument("--rewards.functions", dest="functions", nargs="+", default=[], help="as in train.py")
     check.add_argument("--rewards.weights", dest="weights", nargs="+", default=[], help="as in train.py")
     args = parser.parse_args(argv)
@@ -44,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         check.error("--completions and --output go together")
     settings = RewardsConfig(functions=tuple(args.functions), weights=tuple(args.weights))
     try:
-        task = make_task(args.task, DataConfig(path=args.data_path), settings)
+        data = DataConfig(path=args.data_path, prompt_column=args.prompt_column, answer_column=args.answer_column)
+        task = make_task(args.task, data, settings)
         with make_pool(settings) as pool:
             if args.completions:
                 options = {"require_finish": settings.require_finish, "score": pool}
@@ -94,9 +106,10 @@ def score_file(
     rows = [_checked(row, where) for where, row in read_jsonl(Path(completions_path))]
     if not rows:
         raise ValueError(f"{completions_path} holds no completions; write one JSON object a line")
-    is_paid = [not (require_finish and row.get("finish_reason") == "length") for row in rows]
+    is_paid = [not (require_finish and (row.get("finish_reason") or "").lower() == "length") for row in rows]
     table = score_paid([row["completion"] for row in rows], [_columns(row) for row in rows], is_paid, rewards, score)
     scored = [row | _verdict(outcomes, rewards) for row, outcomes in zip(rows, table, strict=True)]
+    Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     with open(output_path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in scored)
     return scored
@@ -129,8 +142,8 @@ def _verdict(outcomes: list[Outcome], rewards: dict[str, Reward]) -> dict[str, A
 
 
 def report(rows: list[dict], output_path: str) -> str:
-    """Count by status, and mean of the reward and of each component, of the lines that `score_file` wrote."""
-    values = {"reward": [row["reward"] for row in rows]}
+    """Counts by status; mean of the reward, if nothing failed, and of each component, of what `score_file` wrote."""
+    values = {"reward": [None if row["status"] in (ERROR, TIMEOUT) else row["reward"] for row in rows]}
     values |= {name: [row["rewards"][name] for row in rows] for name in rows[0]["rewards"]}
     known = {name: [value for value in column if value is not None] for name, column in values.items()}
     lines = [f"{name:<20} {f'{fmean(column):.4f}' if column else '-'}" for name, column in known.items()]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Group, Scores
 
-LARGEST = 3.4e38  # what fp32 holds: rewards are made into advantages in fp32
+LARGEST = 1e18  # whose square fp32 holds: advantages are made of rewards in fp32
 
 logger = logging.getLogger(__name__)
 _logged_kinds: set[tuple[str, str]] = set()  # a failing reward fails thousands of times: one traceback is enough
@@ -65,15 +65,16 @@ def score_groups(
 ) -> Scores:
     """Scores of this rank's groups, each of the same size G: components [P, G, K], total and scored [P, G].
 
-    require_finish: a completion that ended by `length` earns 0 in every component and is not shown to the
-    functions. They get as columns `answer`, `question`, `prompt` and the problems' own columns (None where a
+    require_finish: a completion that ended by `length` is not shown to the functions. In every component it earns 0 or,
+    where weights or values are negative, what the worst finished completion of its group earns: to run into the limit
+    never pays. The functions get as columns `answer`, `question`, `prompt` and the problems' own columns (None where a
     problem lacks one), and never the finish reason.
     """
     pairs = [(group.problem, completion) for group in groups for completion in group.completions]
     texts = [completion.text for _, completion in pairs]
     rows = [{**p.columns, "answer": p.answer, "question": p.question, "prompt": p.prompt} for p, _ in pairs]
     is_paid = [not (require_finish and completion.finish == "length") for _, completion in pairs]
-    return _as_scores(score_paid(texts, rows, is_paid, rewards, score), rewards, num_groups=len(groups))
+    return _as_scores(score_paid(texts, rows, is_paid, rewards, score), is_paid, rewards, num_groups=len(groups))
 
 
 def score_paid(
@@ -88,6 +89,17 @@ def score_paid(
     columns = {name: [row.get(name) for row in paid_rows] for name in names}
     outcomes = iter(score(list(compress(texts, is_paid)), columns, rewards))
     return [next(outcomes) if paid else [UNFINISHED] * len(rewards) for paid in is_paid]
+
+
+def _worst_for_unpaid(group: Table, is_paid: list[bool], rewards: dict[str, Reward]) -> Table:
+    """Outcomes of a group in which what is not paid gets, in each component, the worse of 0 and the worst paid."""
+    sign = [-1.0 if reward.weight < 0 else 1.0 for reward in rewards.values()]
+    columns = zip(*compress(group, is_paid), strict=True) if any(is_paid) else [()] * len(sign)
+    worst = [
+        Outcome(s * min(s * outcome.value for outcome in (UNFINISHED, *column) if outcome.status == OK), OK)
+        for s, column in zip(sign, columns, strict=True)
+    ]
+    return [row if paid else worst for row, paid in zip(group, is_paid, strict=True)]
 
 
 def weighted_total(row: list[Outcome], rewards: dict[str, Reward]) -> float:
@@ -150,7 +162,7 @@ def _outcome(name: str, value: float | None) -> Outcome:
         return Outcome(math.nan, ABSTAIN)
     number = float(value)
     if not abs(number) <= LARGEST:  # NaN, too
-        raise ValueError(f"reward {name!r} returned {number}; return a finite float (fp32), or None to abstain")
+        raise ValueError(f"reward {name!r} returned {number}; return a float within {LARGEST:g}, or None to abstain")
     return Outcome(number, OK)
 
 
@@ -161,13 +173,16 @@ def log_once(name: str, kind: str, details: str) -> None:
         logger.warning("reward %r failed; further failures of this kind are only counted: %s\n%s", name, kind, details)
 
 
-def _as_scores(table: Table, rewards: dict[str, Reward], *, num_groups: int) -> Scores:
-    """[N][K] outcomes of equally large groups -> Scores [P, G, K]."""
+def _as_scores(table: Table, is_paid: list[bool], rewards: dict[str, Reward], *, num_groups: int) -> Scores:
+    """[N][K] outcomes of equally large groups, and which of the N may be paid -> Scores [P, G, K]."""
     import torch
 
     group_size = len(table) // num_groups if num_groups else 0
     assert len(table) == num_groups * group_size, "groups differ in size"
     shape = (num_groups, group_size)
+    for start in range(0, len(table), group_size or 1):
+        group = slice(start, start + group_size)
+        table[group] = _worst_for_unpaid(table[group], is_paid[group], rewards)
     values = [[outcome.value for outcome in row] for row in table]
     status = [[outcome.status for outcome in row] for row in table]
     totals = [weighted_total(row, rewards) for row in table]

@@ -56,11 +56,18 @@ class Task:
             is_endless = getattr(problems, "endless", False)
             if is_endless and name != "train":
                 raise ValueError(f"the {name} split of task {self.name!r} is endless; only a training split may be")
+            if not (hasattr(problems, "__getitem__") and (is_endless or hasattr(problems, "__len__"))):
+                raise ValueError(
+                    f"load({name!r}) of task {self.name!r} returned {problems!r:.80}; return a list of Problem"
+                )
             if not is_endless and len(problems) == 0:
                 raise ValueError(
                     f"the {name} split of task {self.name!r} is empty (data.path={self.data.path!r}, "
                     f"data.validation_fraction={self.data.validation_fraction}); give more rows or another fraction"
                 )
+            if not (isinstance(problems[0], Problem) and isinstance(problems[0].answer, str)):
+                found = f"{problems[0]!r:.80} is no grpo.records.Problem with texts for question and answer"
+                raise ValueError(f"load({name!r}) of task {self.name!r}: {found}")
             self._splits[name] = problems
         return self._splits[name]
 

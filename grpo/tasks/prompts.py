@@ -50,6 +50,10 @@ class Prompter:
         shots = [shot for shot in self._candidates if shot.question != problem.question][: self.prompt.shots]
         if self.prompt.style == "plain":
             text = self.task.plain_prompt(problem.question, shots)
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"plain_prompt of task {self.task.name!r} returned {text!r:.80}; return the prompt's text"
+                )
             ids = self.tokenizer(text)["input_ids"]
         else:
             messages, options = _messages(self.task, problem, shots), self._template_options

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from grpo.tasks import Task
 Row = tuple[str, str, dict[str, Any]]  # problem id, where it stands (for errors), columns
 DATA = Path(__file__).parent / "data"  # what comes with the package
 SUFFIXES = (".jsonl", ".json", ".parquet")
+BOM = b"\xef\xbb\xbf"
 
 
 class RowTask(Task):
@@ -56,9 +58,9 @@ class RowTask(Task):
     def _rows(self, split: str) -> list[Row]:
         fraction, seed, part = self.data.validation_fraction, self.data.split_seed, self.splits.index(split)
         if self.data.path and Path(self.data.path).is_file():
-            return hold_out(read_file(Path(self.data.path)), fraction, seed, parts=2)[part]
+            return hold_out(read_file(Path(self.data.path)), self.question_column, fraction, seed, parts=2)[part]
         rows = self._read("test" if split == "test" else "train")
-        return rows if split == "test" else hold_out(rows, fraction, seed, parts=1)[part]
+        return rows if split == "test" else hold_out(rows, self.question_column, fraction, seed, parts=1)[part]
 
     def _read(self, name: str) -> list[Row]:
         """The "train" or "test" rows of data.path: a folder, a hub id, or the task's own default."""
@@ -93,20 +95,29 @@ class RowTask(Task):
                 "--data.prompt_column and --data.answer_column"
             )
         value = row[column]
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or not (text := str(value).strip()):
+        written = format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)  # no 1e-07
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or not (text := written.strip()):
             raise ValueError(f"{where}: {column}={value!r} is neither text nor a number")
         if text != text.encode(errors="ignore").decode():  # JSON may hold it, a tokenizer takes no such text
             raise ValueError(f"{where}: {column} holds half of a surrogate pair, which is no character; mend the row")
         return text
 
 
-def hold_out(rows: list[Row], fraction: float, seed: int, *, parts: int) -> list[list[Row]]:
-    """[rest, part, ...]: `parts` disjoint random shares of round(fraction * len(rows)) rows; all keep file order."""
-    size = round(fraction * len(rows))
-    order = random.Random(seed).sample(range(len(rows)), len(rows))
+def hold_out(rows: list[Row], question: str, fraction: float, seed: int, *, parts: int) -> list[list[Row]]:
+    """[rest, part, ...]: `parts` disjoint random shares, each this fraction of what is asked; all keep file order.
+
+    question: the column by which rows ask the same. They stay together, so that what is held out is asked nowhere else,
+    unless too little differs for a part of its own.
+    """
+    asked = [str(columns.get(question, i)) for i, (_, _, columns) in enumerate(rows)]
+    if not round(fraction * len(set(asked))):
+        asked = list(map(str, range(len(rows))))
+    unique = list(dict.fromkeys(asked))
+    size = round(fraction * len(unique))
+    order = random.Random(seed).sample(unique, len(unique))
     chosen = [set(order[i * size : (i + 1) * size]) for i in range(parts)]
     rest = set(order[parts * size :])
-    return [[row for i, row in enumerate(rows) if i in part] for part in (rest, *chosen)]
+    return [[row for row, text in zip(rows, asked, strict=True) if text in part] for part in (rest, *chosen)]
 
 
 def read_folder(folder: Path, split: str) -> list[Row]:
@@ -127,7 +138,7 @@ def read_file(path: Path) -> list[Row]:
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
         rows = [(f"{path} row {i}", row) for i, row in enumerate(_parquet_rows(path))]
-    elif path.suffix == ".json" and path.read_bytes().lstrip()[:1] == b"[":
+    elif path.suffix == ".json" and path.read_bytes().removeprefix(BOM).lstrip()[:1] == b"[":
         rows = [_object(row, f"{path} row {i}") for i, row in enumerate(_parse(path.read_bytes(), str(path)))]
     else:
         rows = read_jsonl(path)

@@ -6,6 +6,8 @@ easy or all hard. A problem's rate is the share of its completions that were cor
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -45,6 +47,12 @@ CURRICULA: dict[str, Callable[[Rates, float, random.Random], list[bool]]] = {
 }
 
 
+def digest(problems: Sequence[Problem]) -> str:
+    """The same for the same questions and answers in the same order: rates and places are of no use to others."""
+    texts = json.dumps([(problem.question, problem.answer) for problem in problems])
+    return hashlib.sha256(texts.encode()).hexdigest()[:16]
+
+
 class ProblemStream:
     """Problems without end, a pure function of (split, seed) and, with a curriculum, of the rates remembered.
 
@@ -63,6 +71,7 @@ class ProblemStream:
                 "comes back; use none, or a task with a finite training split"
             )
         self.rates: list[float | None] = [] if self.is_endless else [None] * len(problems)  # at the last visit
+        self.data = "" if self.is_endless else digest(problems)
         self.epoch = self.skipped = 0  # epochs begun, and problems that the last of them leaves out
         self.queue: list[int] = []  # what is left of it, as places in the split, the next one last
         self.taken: list[int] = []  # places of the last take
@@ -101,12 +110,12 @@ class ProblemStream:
         return {"problems/epoch": self.epoch} | {f"problems/{k}": n / len(self.rates) for k, n in shares.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: copy(getattr(self, name)) for name in STATE} | {"problems": len(self.rates)}
+        return {name: copy(getattr(self, name)) for name in STATE} | {"problems": len(self.rates), "data": self.data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on at the saved position; ValueError where the stream is not the one that was saved."""
         own = self.state_dict()
-        for key in ("seed", "problems"):
+        for key in ("seed", "problems", "data"):
             if state[key] != own[key]:
                 raise ValueError(
                     f"the checkpoint's problem stream has {key}={state[key]}, this run {key}={own[key]}; "
