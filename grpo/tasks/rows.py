@@ -33,8 +33,8 @@ class RowTask(Task):
     and again for test. A problem's id is its file and row ("train/17"), whichever split it is in.
     """
 
-    question_column: str
-    answer_column: str
+    question_column: str = "prompt"
+    answer_column: str = "answer"
     hub: tuple[str, str | None] | None = None  # data set and configuration that an empty data.path stands for
     embedded: Path | None = None  # or a file, of which a quarter each is held out
 
