@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--model", action="append", default=[], help=models)
     add("--task", help="gsm8k, word_problems, jsonl or file.py:ClassName; default: the task of the run folder")
     add("--completions", help="score the completions of this JSONL file (`completion`, `answer`) instead of generating")
-    add("--data.path", dest="data_path", help="where the task's problems are (see train.py --help)")
+    add("--data.path", "--data", dest="data_path", help="where the task's problems are (see train.py --help)")
     for name in ("prompt", "answer"):
         help_text = f"column of the {name} (task jsonl; default: the run's, or {name})"
         add(f"--data.{name}-column", dest=f"{name}_column", help=help_text)

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("task", help="task name, or path/to/file.py:ClassName")
     check.add_argument("--completions", help="JSONL with `completion` and `answer` on every line")
     check.add_argument("--output", help="the same lines with `rewards`, `reward` and `status` added")
-    check.add_argument("--data.path", dest="data_path", default="", help="where the task's problems are")
+    check.add_argument("--data.path", "--data", dest="data_path", default="", help="where the task's problems are")
     for name in ("prompt", "answer"):
         dest, text = f"{name}_column", f"column of the {name} (task jsonl; default: {name})"
         check.add_argument(f"--data.{name}-column", dest=dest, default=name, help=text)
