@@ -66,7 +66,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--max-sequences", type=int, default=512, help="sequences decoded at a time (default: 512)")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
     add("--impl", choices=("auto", "torch", "triton"), default="auto", help="kernels (default: auto)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: bf16 on CUDA, else fp32")
+    precision = "default: the run's, or bf16 on CUDA and fp32 elsewhere (auto)"
+    add("--precision", choices=("auto", "fp32", "bf16"), help=precision)
     output = "JSON file of results, the chart beside it (default: runs/eval-TASK-TIME.json); with --completions, JSONL"
     add("--output", help=output)
     options = parser.parse_args(argv)
@@ -102,15 +103,16 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
         names = ("functions", "weights", "format_weight", "correctness_weight")  # of the components of the run's task
         rewards = replace(config.rewards, **{name: getattr(RewardsConfig(), name) for name in names})
         config = replace(config, task=options.task, data=DataConfig(), rewards=rewards)
-    given = {"path": options.data_path, "prompt_column": options.prompt_column, "answer_column": options.answer_column}
-    given = {name: value for name, value in given.items() if value}
-    config = replace(config, data=replace(config.data, **given))
-    if options.style:
-        config = replace(config, prompt=replace(config.prompt, style=options.style))
-    if options.template_options:
-        config = replace(config, prompt=replace(config.prompt, template_options=tuple(options.template_options)))
-    if options.max_new_tokens is not None:
-        config = replace(config, rollout=replace(config.rollout, max_new_tokens=options.max_new_tokens))
+    columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
+    told = options.template_options and tuple(options.template_options)
+    given = {
+        "data": {"path": options.data_path, **columns},
+        "prompt": {"style": options.style, "template_options": told},
+        "rollout": {"max_new_tokens": options.max_new_tokens},
+    }
+    for section, values in given.items():
+        stated = {name: value for name, value in values.items() if value is not None}
+        config = replace(config, **{section: replace(getattr(config, section), **stated)})
     return [path for path, _ in resolved], config
 
 
@@ -119,7 +121,7 @@ def evaluate_model(
 ) -> dict[int, dict]:
     """Summary by number of shots."""
     timer = PhaseTimer(Progress(world.is_writer and can_show()))
-    policy = lora.load(path, precision=options.precision, device=world.device)
+    policy = lora.load(path, precision=options.precision or config.model.precision, device=world.device)
     chosen = islice(task.split(options.split), options.limit)
     problems = [replace(problem, index=i) for i, problem in enumerate(chosen)]
     lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
@@ -146,6 +148,8 @@ def evaluate_model(
             seed=options.seed,
             max_sequences=max(options.max_sequences, options.samples),
             prefill_tokens=config.rollout.prefill_tokens,
+            kv_gib=config.rollout.kv_gib,
+            cuda_graph=config.rollout.cuda_graph,
             impl=options.impl,
             progress=timer.progress,
         )

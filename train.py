@@ -35,38 +35,16 @@ from grpo.update import fill_frozen, learning_rate, update_policy
 
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout and its optimizer steps. Steps count from 1."""
-    config, world, timer, objective = run.config, run.world, run.log.timer, run.updater.objective
     drawn, drawn_scores = draw(run, step)
-    teaching = fill_with_teaching(drawn_scores.total, drawn_scores.scored, config.rollout.prompts_per_step)
-    everyones, scores = [drawn[i] for i in teaching], drawn_scores.pick(teaching)
-    groups = world.mine(everyones)
-    with timer("update"):
-        layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
-        if step == run.steps_done + 1:
-            check_first_batch(run, groups)
-        penalty = length_penalty(run, everyones)
-        rewards = scores.total + penalty
-        by_component = {"components": scores.components, "weights": scores.weights}
-        advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
-        silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
-        batch = pack(groups, **layout, silent=silent, max_over_ranks=world.max, device=world.device)
-        fill_frozen(run.updater, batch, run.module, run.reference)
-        if objective.kl_in_reward:
-            advantages = normalise(objective.advantages, rewards - kl_penalty(run, batch), scores.scored)
-        set_weights(run, batch, groups, advantages, scores.scored)
-        torch.manual_seed(hash((config.seed, step, world.rank)))  # of dropout, resumed or not
-        optim = config.optim
-        lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
-        metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
-        if run.moving and step % objective.ref_refresh_every == 0:
-            run.moving.follow(run.policy, objective.ref_mix)
-    run.log.log_completions(step, completion_records(everyones, scores, advantages, run.token_text))
+    used = fill_with_teaching(drawn_scores.total, drawn_scores.scored, run.config.rollout.prompts_per_step)
+    groups, scores = [drawn[i] for i in used], drawn_scores.pick(used)
+    with run.log.timer("update"):
+        advantages, metrics = learn(run, step, groups, scores)
+    run.log.log_completions(step, completion_records(groups, scores, advantages, run.token_text))
     drawing = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
-    drawing |= {"groups_dropped": 1 - len(everyones) / len(drawn), **run.stream.metrics()}
-    drawing |= length_metrics(drawn, training_seconds(timer.recent))
-    if objective.overlong_share:
-        drawing["overlong_penalty"] = penalty.mean().item()
-    return {**drawn_scores.means(), **drawing, **metrics, "lr": lr}
+    drawing |= {"groups_dropped": 1 - len(groups) / len(drawn), **run.stream.metrics()}
+    drawing |= length_metrics(drawn, training_seconds(run.log.timer.recent))
+    return {**drawn_scores.means(), **drawing, **metrics}
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
@@ -95,6 +73,34 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
     return groups, drawn
 
 
+def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[Tensor, dict[str, float]]:
+    """The optimizer steps on everyone's groups. Returns the advantages, [P, G], and what is worth logging."""
+    config, world, objective = run.config, run.world, run.updater.objective
+    groups = world.mine(everyones)
+    if step == run.steps_done + 1:
+        check_first_batch(run, groups)
+    penalty = length_penalty(run, everyones)
+    rewards = scores.total + penalty
+    by_component = {"components": scores.components, "weights": scores.weights}
+    advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
+    silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
+    layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
+    batch = pack(groups, **layout, silent=silent, max_over_ranks=world.max, device=world.device)
+    fill_frozen(run.updater, batch, run.module, run.reference)
+    if objective.kl_in_reward:
+        advantages = normalise(objective.advantages, rewards - kl_penalty(run, batch), scores.scored)
+    set_weights(run, batch, groups, advantages, scores.scored)
+    torch.manual_seed(hash((config.seed, step, world.rank)))  # of dropout, resumed or not
+    optim = config.optim
+    lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
+    metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
+    if run.moving and step % objective.ref_refresh_every == 0:
+        run.moving.follow(run.policy, objective.ref_mix)
+    if objective.overlong_share:
+        metrics["overlong_penalty"] = penalty.mean().item()
+    return advantages, metrics | {"lr": lr}
+
+
 def check_first_batch(run: Run, groups: list[Group]) -> None:
     """Sampler, packed rows and padded rows compute one and the same, but for rounding. ValueError where they do not."""
     with run.policy.at_hand():
@@ -113,7 +119,7 @@ def length_penalty(run: Run, groups: list[Group]) -> Tensor:
 
 def kl_penalty(run: Run, batch: Batch) -> Tensor:
     """What the rewards of everyone's groups lose for their distance from the reference: [P, G]."""
-    mine = kl_by_completion(batch, batch.lengths.shape)
+    mine = kl_by_completion(batch)
     return run.updater.objective.beta * torch.stack(run.world.interleave(run.world.gather(list(mine))))
 
 

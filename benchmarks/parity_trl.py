@@ -55,7 +55,7 @@ def draw(seed: int = 0) -> Draw:
     """Ragged completions, off-policy enough for every clip and gate to act somewhere."""
     generator = torch.Generator().manual_seed(seed)
     size = (NUM_GROUPS * GROUP_SIZE, MAX_NEW_TOKENS)
-    normal = lambda: torch.randn(size, generator=generator, dtype=torch.float64)  # noqa: E731
+    normal = lambda: torch.randn(size, generator=generator, dtype=torch.float64)
     lengths = torch.randint(1, MAX_NEW_TOKENS + 1, size[:1], generator=generator)
     lengths[0] = MAX_NEW_TOKENS
     truncated = lengths == MAX_NEW_TOKENS
@@ -164,7 +164,7 @@ def bare_trainer(kind: type, args: object) -> object:
     trainer.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     trainer.current_gradient_accumulation_steps, trainer.aux_loss_enabled = 1, False
     trainer._entropy_bonus_enabled, trainer._metrics = args.entropy_coef != 0, {"train": defaultdict(list)}
-    same = lambda value, *_, **__: value  # noqa: E731
+    same = lambda value, *_, **__: value
     collectives = dict.fromkeys(("gather", "reduce", "pad_across_processes", "gather_for_metrics"), same)
     trainer.accelerator = SimpleNamespace(num_processes=1, sync_gradients=True, **collectives)
     return trainer
@@ -295,7 +295,7 @@ def difference(a: tuple[float, Tensor], b: tuple[float, Tensor]) -> float:
 
 def compare(case: Case, data: Draw) -> dict[str, object]:
     """Both sides as they are and, where they differ, after the stated change."""
-    by_trl = lambda settings: loss_and_gradient(data, lambda data, logprobs: theirs(data, logprobs, settings))  # noqa: E731
+    by_trl = lambda settings: loss_and_gradient(data, lambda data, logprobs: theirs(data, logprobs, settings))
     mine = loss_and_gradient(data, lambda data, logprobs: ours(data, logprobs, case.objective))
     trl = by_trl(case.settings)
     row = {"case": case.name, "loss_ours": mine[0], "loss_trl": trl[0], "difference": difference(mine, trl)}

@@ -148,7 +148,7 @@ def table(rows: list[Row]) -> str:
     lines = [f"| {' | '.join(heading)} |", f"|{'---|' * len(heading)}"]
     for preset in dict.fromkeys(row["preset"] for row in rows):
         runs = [row for row in rows if row["preset"] == preset]
-        over = lambda key: mean(row[key] for row in runs)  # noqa: E731, B023
+        over = lambda key: mean(row[key] for row in runs)  # noqa: B023
         after = [row["accuracy_after"] for row in runs]
         cells = [f"`{preset}`", str(len(runs)), f"{over('accuracy_before'):.1%}", f"{mean(after):.1%}"]
         cells += [f"{min(after):.1%} to {max(after):.1%}", f"{over('entropy'):.3f}", f"{over('completions'):,.0f}"]

@@ -62,7 +62,7 @@ def make_group(
 ) -> Group:
     """Random ids; completion lengths uniform between `shortest` and `longest`."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda length: torch.randint(5, vocabulary, (length,), generator=generator).tolist()  # noqa: E731
+    draw = lambda length: torch.randint(5, vocabulary, (length,), generator=generator).tolist()
     lengths = torch.randint(shortest, longest + 1, (group_size,), generator=generator).tolist()
     completions = [Completion(draw(length), [-1.0] * length, "", "eos", i) for i, length in enumerate(lengths)]
     return Group(Problem(id="", question="", answer="", prompt_ids=tuple(draw(prompt))), completions, step=0)

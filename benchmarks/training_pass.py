@@ -86,7 +86,7 @@ def head_only(module: PolicyModule, micro_batch: MicroBatch, hidden: Tensor) -> 
     def run() -> None:
         leaf = hidden.detach().requires_grad_()
         with module._weights_for_this_pass():
-            loss_of = lambda logprobs, entropy, rows: -micro_batch.tokens.weight[rows] * logprobs  # noqa: E731
+            loss_of = lambda logprobs, entropy, rows: -micro_batch.tokens.weight[rows] * logprobs
             module.compute.folded_loss(leaf, micro_batch.tokens, loss_of)[0].backward()
 
     return run

@@ -99,13 +99,13 @@ def of_the_head(device: torch.device, shape: tuple[int, int, int]) -> Iterator[I
         from kernels.linear_logprob import kernel
 
         inputs = head_bench.make_inputs(*shape, "values", device)
-        forward = lambda: kernel.forward(inputs.hidden, inputs.weight, None, inputs.target, Temper(1.0))  # noqa: E731
+        forward = lambda: kernel.forward(inputs.hidden, inputs.weight, None, inputs.target, Temper(1.0))
         yield sweep(f"mode A, {width}", forward, kernel, "TILE", tiles(), device)
         yield sweep(f"mode A, {width}", forward, kernel, "SPAN", [1024, 2048, 4096, 8192, 16384], device)
         rows = min(shape[0], modes.rows_per_chunk(shape[2], "cuda"))
         logits, target = torch.randn(rows, shape[2], device=device), inputs.target[:rows]
         blocks = [{"BLOCK": block, "num_warps": warps} for block in (2048, 4096, 8192) for warps in (4, 8, 16)]
-        measure_rows = lambda: kernel.statistics(logits, target, Temper(1.0))[:2]  # noqa: E731
+        measure_rows = lambda: kernel.statistics(logits, target, Temper(1.0))[:2]
         yield sweep("statistics of rows", measure_rows, kernel, "ROW_BLOCK", blocks, device)
     inputs = head_bench.make_inputs(*shape, "training", device)
 
@@ -122,7 +122,7 @@ def of_decoding(device: torch.device) -> Iterator[Iterator[Trial]]:
     from kernels.sample_token import kernel as sampling
 
     shape = bench.SHAPES["cuda"][0]
-    normal = lambda *size: torch.randn(*size, device=device).bfloat16()  # noqa: E731
+    normal = lambda *size: torch.randn(*size, device=device).bfloat16()
     rows, kv = shape.groups * shape.seats, (shape.kv_heads, shape.width)
     query, key, value = normal(rows, shape.heads, shape.width), normal(rows, *kv), normal(rows, *kv)
     prefix = [normal(shape.groups, kv[0], shape.prefix, kv[1]) for _ in range(2)]
@@ -131,7 +131,7 @@ def of_decoding(device: torch.device) -> Iterator[Iterator[Trial]]:
     layout = {"seats": shape.seats, "place": place, "scale": shape.width**-0.5}
     layout |= {"prefix_lengths": torch.full_like(place, shape.prefix)}
     layout |= {"suffix_lengths": torch.full_like(place, shape.suffix - 1)}
-    attend = lambda: kernel.decode_attention(query, key, value, prefix, suffix, **layout)  # noqa: E731
+    attend = lambda: kernel.decode_attention(query, key, value, prefix, suffix, **layout)
     values = {
         "TILE_ROWS": [{2: rows, 4: 16} for rows in (16, 32, 64, 128)],
         "BLOCK_BYTES": [4096, 8192, 16384],
@@ -142,7 +142,7 @@ def of_decoding(device: torch.device) -> Iterator[Iterator[Trial]]:
         yield sweep(f"decode attention, {shape.name}", attend, kernel, constant, candidates, device)
     logits = torch.randn(rows, 151_936, device=device).bfloat16()
     uniforms = torch.rand(rows, dtype=torch.float64, device=device)
-    sample = lambda: sampling.sample_token(logits, uniforms, temperature=1.0)[1]  # noqa: E731
+    sample = lambda: sampling.sample_token(logits, uniforms, temperature=1.0)[1]
     yield sweep(f"sampling, {rows} rows", sample, sampling, "TILE", [1024, 2048, 4096, 8192, 16384], device)
 
 

@@ -16,7 +16,6 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch.nn.attention import varlen
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from grpo.layers import attention_mode
 from grpo.records import SharedPrefix
 
 NAME = "grpo_shared_prefix"
@@ -200,17 +200,6 @@ def _compiled(function: Callable) -> Callable:
 # The model ------------------------------------------------------------------------------------------------------------
 
 AttentionInterface.register(NAME, shared_prefix_attention)
-
-
-@contextmanager
-def attention_mode(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """The model attends through the function registered as `name`; its own comes back in any case."""
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(name)
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def choose_layout(layout: str, model: PreTrainedModel) -> tuple[str, str]:

@@ -129,6 +129,7 @@ class Supervisor:
         self.validation = [self.prompter(p) for p in task.split("validation")[: base.validation_problems]]
 
     def solved_problems(self, first: int) -> Iterator[Problem]:
+        """Endless, from place `first` of `task.solved` on, less those with unseen words."""
         unseen = set(self.base.unseen_words)
         solved = (self.task.solved[i] for i in itertools.count(first))
         solved = (problem for problem in solved if not unseen & set(re.findall(r"\w+", problem.question)))
@@ -273,7 +274,7 @@ def continue_supervised(
     model = AutoModelForCausalLM.from_pretrained(folder).to(device)
     supervisor = Supervisor(model, AutoTokenizer.from_pretrained(folder), base, task, seed)
     curve, best = [(0.0, supervisor.accuracy())], copy.deepcopy(model.state_dict())
-    share_done = lambda step, spent: spent / seconds  # noqa: E731
+    share_done = lambda step, spent: spent / seconds
     for point in supervisor.train(lr=base.continue_lr, guesses=base.guess_share, share_done=share_done):
         if point.share >= len(curve) / CONTINUE_VALIDATIONS:
             accuracy = supervisor.accuracy()

@@ -292,9 +292,7 @@ def _part(whole: MicroBatch, groups: list[Group], members: Members, span: slice)
     """Some neighbouring sequences of a weighed micro-batch; `span`: their tokens."""
     build = packed_row if whole.shared_prefix else padded_rows
     part = build(groups, members, whole.source.device)
-    for name in _WRITTEN_LATER:
-        column = getattr(whole.tokens, name)
-        setattr(part.tokens, name, None if column is None else column[span])
+    _copy_columns(whole, part, lambda column: column[span])
     rows = whole.tokens.head_rows
     if rows is not None:
         part.tokens.head_rows = rows[(rows >= span.start) & (rows < span.stop)] - span.start
@@ -304,13 +302,15 @@ def _part(whole: MicroBatch, groups: list[Group], members: Members, span: slice)
 def dummy_like(micro_batch: MicroBatch, groups: list[Group]) -> MicroBatch:
     """A dummy with the columns that this weighed micro-batch has."""
     made = dummy(packed_row if micro_batch.shared_prefix else padded_rows, groups[0], micro_batch.source.device)
-    for name in _WRITTEN_LATER:
-        column = getattr(micro_batch.tokens, name)
-        setattr(made.tokens, name, None if column is None else column.new_zeros(1))
+    _copy_columns(micro_batch, made, lambda column: column.new_zeros(1))
     return made
 
 
-_WRITTEN_LATER = ("old", "ref", "entropy", "advantage", "weight", "counted", "active")  # than pack
+def _copy_columns(source: MicroBatch, to: MicroBatch, take: Callable[[Tensor], Tensor]) -> None:
+    """`take` of every column that is written after `pack`, where there is one."""
+    for name in ("old", "ref", "entropy", "advantage", "weight", "counted", "active"):
+        column = getattr(source.tokens, name)
+        setattr(to.tokens, name, None if column is None else take(column))
 
 
 def counted_completions(groups: list[Group], scored: Tensor, *, mask_truncated: bool) -> Tensor:
@@ -322,12 +322,12 @@ def counted_completions(groups: list[Group], scored: Tensor, *, mask_truncated: 
     return scored & torch.tensor(finished) if mask_truncated else scored
 
 
-def kl_by_completion(batch: Batch, shape: tuple[int, int]) -> Tensor:
+def kl_by_completion(batch: Batch) -> Tensor:
     """Sum over each completion's tokens of old - ref, the k1 estimate of KL(policy || ref), in nats.
 
-    shape: (groups of this rank, G), also that of the result. For the KL in the reward, before advantages are made.
+    Returns [groups of this rank, G]. For the KL in the reward, before advantages are made.
     """
-    sums = torch.zeros(shape)
+    sums = torch.zeros(batch.lengths.shape)
     for micro_batches in unique_steps(batch):
         for micro_batch in micro_batches:
             tokens = micro_batch.tokens

@@ -6,7 +6,7 @@
 
 A checkpoint is built in a staging folder, flushed to disk and renamed, so a folder named step_N was complete; what
 happened to it since, the manifest tells (`verify`). Rank 0 alone writes; what differs by rank is gathered into `state`
-first. Called by grpo.run between steps.
+first. Written by grpo.run between steps; read by it, grpo.results, grpo.lora and eval.py.
 """
 
 from __future__ import annotations

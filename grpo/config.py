@@ -119,7 +119,7 @@ class RolloutConfig:
     max_new_tokens: Annotated[int, "[1, inf)"] = 40
     """Longest completion, in tokens."""
     temperature: Annotated[float, "(0, inf)"] = 1.0
-    """Divides the logits, while sampling and in the loss alike. 0 is greedy (evaluation only)."""
+    """Divides the logits, while sampling and in the loss alike. Validation and test are greedy whatever it is."""
     top_p: float = 1.0
     """Nucleus sampling. Training wants 1: the loss must see the distribution that was sampled."""
     top_k: int = 0

@@ -30,7 +30,7 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     learns from here on. ValueError where the checkpoint would not fit any more."""
     old, new = flat(asdict(before)), flat(asdict(now))
     text = {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]}
-    is_in = lambda key, table: any(f"{key}.".startswith(f"{entry}.") for entry in table)  # noqa: E731
+    is_in = lambda key, table: any(f"{key}.".startswith(f"{entry}.") for entry in table)
     fixed = [line for key, line in text.items() if is_in(key, FIXED)]
     if fixed:
         raise ValueError(f"a run that goes on cannot change {'; '.join(fixed)}; start another run with these values")

@@ -37,7 +37,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a small tensor over all ranks, on the CPU, in fp64 (so that it does not depend on the order)."""
+        """The sum of a small tensor over all ranks, on the CPU, in fp64: their order moves its last bits only."""
         values = values.detach().to("cpu", torch.float64)
         if self.size > 1:
             self.barrier()
@@ -175,9 +175,8 @@ def start(timeout_s: float = 1800.0) -> World:
         # On Hopper SDPA would prefer cuDNN's attention, which plans anew for every shape, for tenths of a second; ours
         # change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    elif (
-        "OMP_NUM_THREADS" not in os.environ or size > 1
-    ):  # torchrun sets 1; share the cores among the local ranks instead
+    elif size > 1 or "OMP_NUM_THREADS" not in os.environ:
+        # torchrun sets 1; share the cores among the local ranks instead
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if size == 1:

@@ -149,7 +149,7 @@ def weights_estimate(config: Config, world_size: int, model: ModelFacts) -> tupl
     size, trained, strategy = model.bytes_per_element, model.num_trained, config.distributed.strategy
     if world_size == 1:
         strategy = "ddp"
-    share = lambda num, *strategies: math.ceil(num / (world_size if strategy in strategies else 1))  # noqa: E731
+    share = lambda num, *strategies: math.ceil(num / (world_size if strategy in strategies else 1))
     is_copied = size < 4 or strategy == "fsdp"
     stays, passing = {}, {}
     stays["fp32 masters"] = 4 * share(trained, *(("zero1", "fsdp") if is_copied else ()))

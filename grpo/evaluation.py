@@ -1,4 +1,4 @@
-"""Generate, score, count: accuracy with its interval, pass@k, maj@k. Called by train.py and eval.py.
+"""Generate, score, count: accuracy with its interval, pass@k, maj@k. Called by grpo.run and eval.py.
 
 Problems are shared among the ranks and every rank gets the whole result.
 """
@@ -157,5 +157,5 @@ def result_table(results: dict[str, dict]) -> str:
         numbers += [f"{entry[name]:.1%}" for name in shares_at_end]
         rows.append([name, *cells, *numbers])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align = lambda row: [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]  # noqa: E731
+    align = lambda row: [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
     return "\n".join("  ".join(align(row)) for row in rows)

@@ -1,5 +1,5 @@
 """A transformers model that computes otherwise for a while: with other weights, in fp32, with its layers compiled, or
-with each of them computed again in the backward pass. The model itself stays as it is.
+with each of them computed again in the backward pass. Put back afterwards, all but `checkpoint_layers`.
 
 Used by grpo.logprobs, which trains, and by grpo.rollout, which samples.
 """
@@ -49,6 +49,17 @@ def using_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
     finally:
         for module in forwards:
             del module.forward
+
+
+@contextmanager
+def attention_mode(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model attends through the function registered as `name`; its own comes back in any case."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 @contextmanager

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.attention import NAME as SHARED_PREFIX
-from grpo.attention import attention_mode
 from grpo.batch import packed_row, padded_rows, unique_steps
-from grpo.layers import checkpoint_layers, compiled_layers, in_fp32, using_forwards, using_weights
+from grpo.layers import attention_mode, checkpoint_layers, compiled_layers, in_fp32, using_forwards, using_weights
 from grpo.policy import Policy
 from grpo.records import Batch, Group, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
@@ -69,6 +68,7 @@ class LogprobModel(nn.Module):
                 parameter.data = weights
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
+        """Log-probs and entropy, each [T]; or, given `token_loss`, as `PolicyModule.forward`."""
         # row source[t] predicts token t: the only shift
         hidden = self._hidden(micro_batch).flatten(0, 1)[micro_batch.source]
         if token_loss is None:
@@ -81,7 +81,7 @@ class LogprobModel(nn.Module):
         rows, options = tokens.head_rows, self._head_options()
         if rows is None:
             return linear_logprob_loss(hidden, self._head.weight, tokens.target, token_loss, **options)
-        loss_of = lambda *values: token_loss(*values[:2], rows[values[2]])  # noqa: E731
+        loss_of = lambda logprobs, entropy, chunk: token_loss(logprobs, entropy, rows[chunk])
         arguments = (hidden[rows], self._head.weight, tokens.target[rows], loss_of)
         loss, *columns = linear_logprob_loss(*arguments, **options)
         return loss, *(column.new_full((len(hidden),), torch.nan).index_copy_(0, rows, column) for column in columns)
@@ -250,8 +250,10 @@ def check_packing(policy: PolicyModule, groups: list[Group], device: torch.devic
     differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
     group = min(differing or groups, key=num_tokens)
     pair = [group, *sorted((other for other in groups if other is not group), key=num_tokens)[:1]]
-    first_of = {tuple(completion.ids): s for s, completion in reversed(list(enumerate(group.completions)))}
-    members = [(0, s) for s in sorted(first_of.values())[:CHECKED]] + [(g, 0) for g in range(1, len(pair))]
+    first_of: dict[tuple[int, ...], int] = {}
+    for s, completion in enumerate(group.completions):
+        first_of.setdefault(tuple(completion.ids), s)
+    members = [(0, s) for s in list(first_of.values())[:CHECKED]] + [(g, 0) for g in range(1, len(pair))]
     packed, padded = (build(pair, members, device) for build in (packed_row, padded_rows))
     own, truth = _beside_fp32(policy, padded)
     error, rounding = ((logprobs - truth).abs().double() for logprobs in (policy(packed)[0], own))

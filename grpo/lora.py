@@ -150,9 +150,9 @@ def add_adapters(
 
 def _named(model: nn.Module, names: tuple[str, ...], key: str, kind: type) -> dict[str, nn.Module]:
     """The modules that `names` stand for; `key` names them in the error. A subclass of nn.Linear computes otherwise."""
-    is_kind = lambda module: kind is nn.Module or type(module) is kind  # noqa: E731
+    is_kind = lambda module: kind is nn.Module or type(module) is kind
     modules = {name: module for name, module in model.named_modules() if name and is_kind(module)}
-    fits = lambda module, name: f".{module}".endswith(f".{name}" if kind is nn.Linear else name)  # noqa: E731
+    fits = lambda module, name: f".{module}".endswith(f".{name}" if kind is nn.Linear else name)
     for name in names:
         if not any(fits(module, name) for module in modules):
             known = sorted({last for module in modules if not (last := module.rpartition(".")[2]).isdecimal()})

@@ -107,7 +107,7 @@ class RunLogger:
     """Writes metrics.jsonl, completions/, env.json, summary.json and curves.png; prints the table; feeds the trackers.
 
     track: names of trackers, opened at the first step that they get.  config: every setting by its dotted key, for
-    them. ValueError where another process is writing in the same folder.
+    them, and num_steps for the display. ValueError where another process is writing in the same folder.
     """
 
     def __init__(
@@ -366,6 +366,7 @@ def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
     return [row["step"] for row in present], [row[key] for row in present]
 
 
+@cache
 def documented_keys() -> dict[str, str]:
     """What docs/metrics.md says of each key that it defines; `<...>` in a key stands for a name."""
     text = DEFINITIONS.read_text(encoding="utf-8")

@@ -273,9 +273,9 @@ def resolve(preset: str, **overrides: object) -> Objective:
     for name in ("clip_low", "clip_high", "beta"):
         if getattr(objective, name) < 0:
             raise ValueError(f"objective.{name}={getattr(objective, name)} is negative; use 0 or more")
-    bounded, usual = CLIP_RANGE.get(objective.surrogate, ("", 0.0))
-    is_for_another = bounded not in ("", CLIP_RANGE.get(row.surrogate, ("",))[0]) and objective.clip_high != usual
-    if is_for_another and "clip_high" not in stated:
+    bounded, usual = CLIP_RANGE.get(objective.surrogate, (None, None))
+    bounded_by_preset, _ = CLIP_RANGE.get(row.surrogate, (None, None))
+    if "clip_high" not in stated and bounded not in (None, bounded_by_preset) and objective.clip_high != usual:
         raise ValueError(
             f"objective.clip_high={objective.clip_high} of preset {preset!r} is not meant for surrogate "
             f"{objective.surrogate!r}, where clip_high bounds {bounded}; state it, for example {usual}"

@@ -47,8 +47,8 @@ class Policy:
         """Bring the working copy up to the masters, in place: its addresses never change."""
         working = dict(self.model.named_parameters())
         pairs = ((working[name], own) for name, own in self.own.items())
-        has_memory = lambda whole: whole.untyped_storage().nbytes()  # noqa: E731 else it gets its weights in `at_hand`
-        fill_all((whole, own) for whole, own in pairs if own is not whole and has_memory(whole))
+        # A working copy without memory gets its weights in `at_hand`.
+        fill_all((whole, own) for whole, own in pairs if own is not whole and whole.untyped_storage().nbytes())
 
     @torch.no_grad()
     def keep_shares(self, share_of: Callable[[Tensor], Tensor]) -> None:

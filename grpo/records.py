@@ -35,8 +35,8 @@ class Problem:
 
 
 def common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that several prompts begin with, where they are worth to be computed once for all: LEAST_COMMON or more.
-    Each prompt keeps its last token to itself."""
+    """How many tokens the prompts have in common at their start, each but for its last; 0 where these are fewer than
+    LEAST_COMMON, and not worth sharing."""
     if len(prompts) < 2:
         return 0
     length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))

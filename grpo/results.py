@@ -67,7 +67,7 @@ def supervised_result(run: Run) -> tuple[dict, list]:
         log.say(f"supervised training, continued for the {seconds:.0f} s that GRPO took")
         options = {"seconds": seconds, "seed": run.config.seed, "device": str(device), "progress": log.progress}
         with log.timer("supervised"):
-            go_on = lambda: base.continue_supervised(run.base_folder, settings, run.task, **options)  # noqa: E731
+            go_on = lambda: base.continue_supervised(run.base_folder, settings, run.task, **options)
             model, curve = run.world.after_writer("supervised", go_on)
     with log.timer("evaluation"):
         return evaluate_greedily(run, "test", run.config.eval.test_problems, model=model).summary(), curve

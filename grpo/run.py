@@ -118,7 +118,7 @@ class Run:
 
 
 def describe(run: Run) -> None:
-    """config.yaml and env.json, and one line about the run: not before it is known that a run can go on with them."""
+    """Write config.yaml and env.json and say one line about the run: after its checkpoint, if any, has been loaded."""
     config, world, log = run.config, run.world, run.log
     dispatch = {op: choice._asdict() for op, choice in dispatch_table(config.impl, world.device).items()}
     if world.is_writer:
@@ -245,7 +245,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     by_rank = run.world.gather({"sampler": run.sampler.state_dict(), "random": checkpoint.random_state()})
     state |= {"step": step, "best": run.best, "before": run.before, "by_rank": by_rank}
     if run.world.is_writer:
-        write_model = lambda folder, state: run.policy.save(folder, state["policy"])  # noqa: E731
+        write_model = lambda folder, state: run.policy.save(folder, state["policy"])
         run.writer.save(step, write_model, state, best=run.best)
 
 
@@ -262,7 +262,7 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     mine = state["by_rank"][world.rank % len(state["by_rank"])]
     run.sampler.load_state_dict(mine["sampler"])
     checkpoint.set_random_state(mine["random"])
-    recall = lambda: checkpoint.recall_best(run.log.run_dir, state["best"], run.log.say)  # noqa: E731
+    recall = lambda: checkpoint.recall_best(run.log.run_dir, state["best"], run.log.say)
     run.best = world.after_writer("best", recall)
     run.before, run.steps_done = state["before"], state["step"]
     run.log.say(f"going on from {folder}")

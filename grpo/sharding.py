@@ -86,16 +86,18 @@ def _gather(wholes: tuple[Tensor, ...], shares: tuple[DTensor, ...]) -> None:
     """From each rank one message in the dtype of the whole tensors: its rows of each, in as much room as most have."""
     mesh = shares[0].device_mesh
     sizes = [whole.chunk(mesh.size())[0].numel() for whole in wholes]
-    fitting = lambda slot, rows: slot[: rows.numel()].view_as(rows)  # noqa: E731
+    fitting = lambda slot, rows: slot[: rows.numel()].view_as(rows)
     mine = [share.to_local() for share in shares]
     sent = wholes[0].new_empty(sum(sizes))
     torch._foreach_copy_(list(map(fitting, sent.split(sizes), mine)), mine)
     received = [torch.empty_like(sent) for _ in range(mesh.size())]
     torch.distributed.all_gather(received, sent, group=mesh.get_group())
-    slots = zip(*(of_rank.split(sizes) for of_rank in received), strict=True)  # of each tensor, one from each rank
-    pairs = zip(wholes, slots, strict=True)
-    parts = [part for whole, slots in pairs for part in zip(whole.chunk(mesh.size()), slots, strict=False)]
-    torch._foreach_copy_([rows for rows, _ in parts], [fitting(slot, rows) for rows, slot in parts])
+    into, out_of = [], []
+    for whole, *slots in zip(wholes, *(of_rank.split(sizes) for of_rank in received), strict=True):
+        for rows, slot in zip(whole.chunk(mesh.size()), slots, strict=False):  # fewer rows than ranks: fewer chunks
+            into.append(rows)
+            out_of.append(fitting(slot, rows))
+    torch._foreach_copy_(into, out_of)
 
 
 class SharedAdamW(torch.optim.AdamW):
@@ -110,6 +112,7 @@ class SharedAdamW(torch.optim.AdamW):
         self.pairs = list(zip(shares, masters, strict=True))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of the masters."""
         for _, master in self.pairs:
             if set_to_none:
                 master.grad = None
@@ -117,6 +120,7 @@ class SharedAdamW(torch.optim.AdamW):
                 master.grad.zero_()
 
     def step(self) -> None:
+        """On this rank's rows, by its rows of each gradient."""
         for rows, (share, master) in zip(self.rows, self.pairs, strict=True):
             gradient = master.grad
             rows.grad = gradient.to_local() if share is master else rows_of(gradient, share.device_mesh)
@@ -138,6 +142,7 @@ class SharedAdamW(torch.optim.AdamW):
         return state | {"state": moments}
 
     def load_state_dict(self, state: dict) -> None:
+        """This rank's rows of what `state_dict` gave to rank 0."""
         shares = {
             index: {
                 name: rows_of(value, share.device_mesh).clone() if value.shape == share.shape else value

@@ -100,7 +100,8 @@ def update_policy(
     totals: dict[str, float] = {}
     done = 0
     if updater.world.size > 1:
-        batch.optimizer_steps = [smallest_last(step, batch.made_of) for step in batch.optimizer_steps]
+        ordered = {id(step): smallest_last(step, batch.made_of) for step in batch.optimizer_steps}
+        batch.optimizer_steps = [ordered[id(step)] for step in batch.optimizer_steps]
     for position in range(len(batch.optimizer_steps)):
         for name, value in optimizer_step(updater, batch, position, step=step).items():
             totals[name] = max(totals.get(name, 0.0), value) if name.endswith("_max") else totals.get(name, 0.0) + value
@@ -117,7 +118,7 @@ def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) 
     a row were skipped before it. All ranks alike.
     """
     try:
-        attempt = lambda: accumulate_gradients(updater, batch.optimizer_steps[position], step=step)  # noqa: E731
+        attempt = lambda: accumulate_gradients(updater, batch.optimizer_steps[position], step=step)
         sums = in_halves_if_short(updater, batch, position, attempt)
         norm = take_step(updater, sums, step=step)
     except NonFiniteLoss as error:
@@ -148,7 +149,7 @@ def in_halves_if_short(updater: Updater, batch: Batch, position: int, attempt: C
 
 
 def fits(updater: Updater, work: Callable[[], None]) -> bool:
-    """Do work that needs no other rank; whether no rank ran out of memory. Under FSDP all work is done together."""
+    """Do work that needs no other rank (under FSDP all work does). Returns whether every rank had memory enough."""
     is_short = False
     try:
         with together(updater.world) if isinstance(updater.module, FSDPModule) else contextlib.nullcontext():
@@ -185,8 +186,8 @@ def halve_micro_batches(updater: Updater, batch: Batch, position: int) -> None:
 
 
 def smallest_last(micro_batches: list[MicroBatch], groups: list[Group]) -> list[MicroBatch]:
-    """Largest first, at least two: in the last pass ranks wait for each other, and what was enough for the others, just
-    before, is enough for it."""
+    """Largest first, and at least two: ranks wait for each other in the last pass, which then needs no more memory than
+    those before it."""
     if len(micro_batches) == 1:
         micro_batches = halve(micro_batches, groups)
     return sorted(micro_batches, key=lambda micro_batch: -micro_batch.input_ids.numel())
@@ -209,20 +210,20 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
         passes.append((micro_batch, logprobs))
         return loss * world.size  # DDP and FSDP take the mean over ranks; the weights already hold the global mean
 
-    *alone, last = micro_batches if world.size > 1 else [*micro_batches, None]
+    num_alone = len(micro_batches) - (world.size > 1)
 
     def passes_alone() -> None:
         with updater.module.no_sync() if has_buckets else contextlib.nullcontext():
-            for micro_batch in alone:
+            for micro_batch in micro_batches[:num_alone]:
                 loss_of(micro_batch).backward()
 
     # Asked before the one pass that ranks make together: until here each may give up by itself. Its forward belongs to
     # it: DDP would reduce in the next backward pass, whichever that is.
     if not fits(updater, passes_alone):
         return None
-    if last is not None:
+    for micro_batch in micro_batches[num_alone:]:
         with together(world):
-            loss_of(last).backward()
+            loss_of(micro_batch).backward()
     reduced = reduce_statistics(world, statistics)
     if not math.isfinite(reduced["loss"]):
         culprits = [name for name in world.gather(first_bad_sequence(passes)) if name]
@@ -251,7 +252,7 @@ def weighted_loss(objective: Objective, micro_batch: MicroBatch) -> TokenLoss:
         assert not objective.needs_whole_sequences or len(logprobs) == len(tokens.target), (
             f"surrogate {objective.surrogate} got {len(logprobs)} of {len(tokens.target)} tokens: not whole sequences"
         )
-        pick = lambda column: None if column is None else column[rows]  # noqa: E731
+        pick = lambda column: None if column is None else column[rows]
         columns = {"old": tokens.old, "ref": tokens.ref, "advantages": tokens.advantage, "sequence": tokens.sequence}
         columns = {name: pick(column) for name, column in columns.items()}
         return tokens.weight[rows] * token_loss(objective, logprobs, **columns, entropy=entropy)
@@ -266,13 +267,12 @@ def token_statistics(
     """Sums over the counted tokens of one micro-batch, as scalars on its device; keys ending in `_max` are maxima."""
     tokens = micro_batch.tokens
     counted = tokens.counted
-    zero = torch.zeros((), dtype=logprobs.dtype, device=logprobs.device)
     old = logprobs if tokens.old is None else tokens.old
     low, high = clipped_low_and_high(objective, logprobs, old, tokens.advantage, tokens.sequence)
     ratio = torch.exp(logprobs - old)
     mismatch = old - tokens.sampler
-    total = lambda values: torch.where(counted, values, 0).sum()  # noqa: E731
-    largest = lambda values: torch.where(counted, values, zero).max() if len(values) else zero  # noqa: E731
+    total = lambda values: torch.where(counted, values, 0).sum()
+    largest = lambda values: torch.where(counted, values, 0).max()
     has_ref = tokens.ref is not None
     return {
         "loss": loss,
@@ -285,16 +285,11 @@ def token_statistics(
         "active": tokens.active.sum(),
         "mismatch": total(mismatch.abs()),
         "mismatch_kl": total(kl_k3(tokens.sampler, old)),
-        "mismatch_outside": total(outside_band(mismatch.exp()).to(logprobs.dtype)),
+        "mismatch_outside": total((mismatch.abs() > math.log(1.25)).to(logprobs.dtype)),
         "teaching_tokens": (tokens.active & (tokens.advantage != 0)).sum(),
         "ratio_max": largest(ratio),
         "mismatch_max": largest(mismatch.abs()),
     }
-
-
-def outside_band(ratio: Tensor, low: float = 0.8, high: float = 1.25) -> Tensor:
-    """Where the sampler and the training forward disagree by more than a fifth."""
-    return (ratio < low) | (ratio > high)
 
 
 def reduce_statistics(world: World, statistics: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -309,14 +304,9 @@ def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]]) -> str | None:
     """Names this rank's first sequence with a log-prob, reference log-prob or advantage that is not finite, if any."""
     for micro_batch, logprobs in passes:
         tokens = micro_batch.tokens
-        for name, column in (
-            ("log-prob", logprobs),
-            ("old", tokens.old),
-            ("ref", tokens.ref),
-            ("advantage", tokens.advantage),
-        ):
-            bad = None if column is None else (~torch.isfinite(column) & tokens.counted).nonzero()
-            if bad is not None and len(bad):
+        columns = {"log-prob": logprobs, "old": tokens.old, "ref": tokens.ref, "advantage": tokens.advantage}
+        for name, column in columns.items():
+            if column is not None and len(bad := (~column.isfinite() & tokens.counted).nonzero()):
                 group, sample = micro_batch.sequences[int(tokens.sequence[bad[0, 0]])]
                 return f"the {name} of group {group}, sample {sample} of its rank is not finite"
     return None

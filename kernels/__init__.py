@@ -23,13 +23,13 @@ from kernels.linear_logprob import modes
 from kernels.linear_logprob.rows import TORCH, Temper
 from kernels.sample_token import reference as sample_token_reference
 
-OPS = ("linear_logprob", "decode_attention", "sample_token")
 IMPLS = ("auto", "torch", "triton")
 TRITON = {  # op: what its kernel does not do; torch does that
     "linear_logprob": "fp64 in torch",
     "decode_attention": "head widths other than 16, 32, 64, 128 and 256 in torch",
     "sample_token": "top-k, top-p and min-p in torch",
 }
+OPS = tuple(TRITON)
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,6 @@ def resolve(op: str, impl: str, device: torch.device | str) -> Choice:
 
 def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
     """Why no Triton kernel can compute `op` on `device`, or None."""
-    if op not in TRITON:
-        return f"{op} has no Triton kernel"
     if not _has_triton():
         return "triton is not installed"
     if device.type == "cpu" and impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1":

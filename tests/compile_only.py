@@ -116,7 +116,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
         usage = run(tools / "cuobjdump", "--dump-resource-usage", file.name)
         return next(line for line in usage.splitlines() if "REG:" in line), run(tools / "nvdisasm", "-c", file.name)
 

@@ -143,11 +143,11 @@ def run(func, args: tuple, kwargs: dict) -> object:
     if to is not None:
         real_kwargs["device"] = torch.device("cpu")
     if name in REPLACED:
-        work = lambda: REPLACED[name](*real_args, **real_kwargs)  # noqa: E731
+        work = lambda: REPLACED[name](*real_args, **real_kwargs)
     elif name in MATMULS and "dtype" in overload:
-        work = lambda: matmul_to(func.overloadpacket, *real_args, **real_kwargs)  # noqa: E731
+        work = lambda: matmul_to(func.overloadpacket, *real_args, **real_kwargs)
     else:
-        work = lambda: func(*real_args, **real_kwargs)  # noqa: E731
+        work = lambda: func(*real_args, **real_kwargs)
     result = device.do(work, real_of(tensors))
     if to_host or name in ("_local_scalar_dense", "_fused_sdp_choice"):
         return result
@@ -294,7 +294,7 @@ class _Calls(TorchFunctionMode):
         if func is Tensor.cuda:
             func, args = Tensor.to, (args[0], CUDA)
         if func is Tensor.to:
-            is_device = lambda x: x in ("cuda", torch.device("cuda")) if isinstance(x, (str, torch.device)) else False  # noqa: E731
+            is_device = lambda x: x in ("cuda", torch.device("cuda")) if isinstance(x, (str, torch.device)) else False
             args = tuple(CUDA if is_device(x) else x for x in args)
             kwargs = {name: CUDA if is_device(x) else x for name, x in kwargs.items()}
         return func(*args, **kwargs)
@@ -370,9 +370,9 @@ def ghost_cuda() -> Iterator[Device]:
 
     device.__init__()
     properties = SimpleNamespace(total_memory=MEMORY, multi_processor_count=132, name="ghost", major=9, minor=0)
-    nothing = lambda *args, **kwargs: None  # noqa: E731
-    zero = lambda *args, **kwargs: 0  # noqa: E731
-    random_state = lambda *args, **kwargs: torch.zeros(16, dtype=torch.uint8)  # noqa: E731
+    nothing = lambda *args, **kwargs: None
+    zero = lambda *args, **kwargs: 0
+    random_state = lambda *args, **kwargs: torch.zeros(16, dtype=torch.uint8)
     names = {
         **dict.fromkeys(("_lazy_init", "set_device", "empty_cache", "reset_peak_memory_stats", "ipc_collect"), nothing),
         **dict.fromkeys(("manual_seed", "manual_seed_all", "set_rng_state"), nothing),

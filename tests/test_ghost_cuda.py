@@ -80,7 +80,7 @@ def test_a_graph_is_recorded_and_not_run_and_sees_new_values_at_old_addresses(de
 @pytest.mark.parametrize("window", [(-1, 0), (2, 0), (-1, -1)])
 def test_its_flash_attention_is_the_attention_of_each_sequence(device, window):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda rows, heads: torch.randn(rows, heads, 8, generator=generator).bfloat16()  # noqa: E731
+    draw = lambda rows, heads: torch.randn(rows, heads, 8, generator=generator).bfloat16()
     rows, keys = [(0, 3), (3, 4)], [(0, 5), (5, 9)]
     leaves = [draw(4, 4), draw(9, 2), draw(9, 2)]
     ghosts = [leaf.to(CUDA).requires_grad_() for leaf in leaves]

@@ -79,7 +79,7 @@ def train_three_steps(precision: str, groups_of, *, base: str | None) -> tuple[f
 
 @pytest.mark.parametrize("base", [None, "none", "nf4"])
 def test_three_steps_in_bf16_have_finite_losses_and_move_the_masters_as_far_as_in_fp32(base):
-    fixed = lambda sampler, step: made_up_groups(8, 8, seed=step)  # noqa: E731
+    fixed = lambda sampler, step: made_up_groups(8, 8, seed=step)
     distance_fp32, _ = train_three_steps("fp32", fixed, base=base)
     distance_bf16, rows = train_three_steps("bf16", fixed, base=base)
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
@@ -89,7 +89,7 @@ def test_three_steps_in_bf16_have_finite_losses_and_move_the_masters_as_far_as_i
 @pytest.mark.parametrize("base", [None, "none", "nf4"])
 def test_sampled_log_probs_agree_with_the_training_forward(base):
     problems = [Problem(id=str(i), question="", answer="", index=i, prompt_ids=(2 + i, 3, 4)) for i in range(8)]
-    sample = lambda sampler, step: sampler.generate(problems, step)  # noqa: E731
+    sample = lambda sampler, step: sampler.generate(problems, step)
     _, fp32 = train_three_steps("fp32", sample, base=base)
     _, bf16 = train_three_steps("bf16", sample, base=base)
     assert max(row["mismatch_max"] for row in fp32) < 1e-3
@@ -111,7 +111,7 @@ def gradient(precision: str, layout: str) -> torch.Tensor:
 
 def test_a_shared_prefix_gives_the_gradient_of_padded_rows():
     exact = gradient("fp32", "padded")
-    distance = lambda found: ((found - exact).norm() / exact.norm()).item()  # noqa: E731
+    distance = lambda found: ((found - exact).norm() / exact.norm()).item()
     assert distance(gradient("fp32", "packed")) < 1e-4
     assert distance(gradient("bf16", "packed")) < 1.5 * distance(gradient("bf16", "padded")) < 0.15
 

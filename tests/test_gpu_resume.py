@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
     shape = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     save_tiny_model(tmp_path / "model", context=1024, **shape)
     write_gsm8k_files(tmp_path / "data")
-    said = lambda name: (tmp_path / f"{name}.txt").read_text()  # noqa: E731
+    said = lambda name: (tmp_path / f"{name}.txt").read_text()
     assert run(tmp_path, "whole") == 0, said("whole")
     assert all(row["grad_norm"] for row in read_metrics(tmp_path / "whole"))
     assert run(tmp_path, "killed", dies_before=4) == -9, said("killed")

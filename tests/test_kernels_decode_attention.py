@@ -41,7 +41,7 @@ class Case:
 
 def make(heads, kv_heads, width, prefix_lengths, suffix_lengths, *, seats=3, place=None, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
+    normal = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE, dtype)
     place = list(range(len(suffix_lengths))) if place is None else place
     prefix = (len(prefix_lengths), kv_heads, max(prefix_lengths), width)
     suffix = (len(place), kv_heads, max(suffix_lengths) + 1, width)

@@ -24,7 +24,7 @@ ARROWS = {  # room of grpo: the rooms that it may import
     "rollout": "config layers records",
     "rewards": "config records user_code",
     "batch": "config records",
-    "attention": "records",
+    "attention": "layers records",
     "logprobs": "attention batch layers policy records",
     "advantages": "",
     "objectives": "user_code",

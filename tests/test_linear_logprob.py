@@ -157,7 +157,7 @@ def test_gradcheck_of_log_prob_and_entropy(softcap):
         )
 
     assert torch.autograd.gradcheck(both, (hidden, weight, bias))
-    frozen = lambda hidden: both(hidden, weight.detach(), bias.detach())  # noqa: E731
+    frozen = lambda hidden: both(hidden, weight.detach(), bias.detach())
     assert torch.autograd.gradcheck(frozen, hidden)
 
 

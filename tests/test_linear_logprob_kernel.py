@@ -143,7 +143,7 @@ def test_every_mode_gives_what_torch_gives(is_frozen, monkeypatch):
         results += [logprobs, entropy, *torch.autograd.grad((scale * logprobs.exp()).sum(), parameters)]
         logprobs, entropy = kernels.linear_logprob(hidden, weight, target, entropy_gradient=True, **options)
         results += torch.autograd.grad((scale * logprobs.exp() * entropy).sum(), parameters)
-        loss_of = lambda logprobs, entropy, rows: scale[rows] * logprobs.exp() * entropy  # noqa: E731
+        loss_of = lambda logprobs, entropy, rows: scale[rows] * logprobs.exp() * entropy
         loss, *columns = kernels.linear_logprob_loss(hidden, weight, target, loss_of, entropy_gradient=True, **options)
         return [*results, loss, *columns, *torch.autograd.grad(loss, parameters)]
 

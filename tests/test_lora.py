@@ -232,7 +232,7 @@ def on_two_ranks(world):
 def test_two_ranks_train_adapters_like_one_and_reduce_in_fp32_over_a_bf16_base(monkeypatch):
     use_fp64_rms_norm(monkeypatch)
     expected_gradients, expected_weights, _ = one_update(ALONE, torch.float64, "grpo", 40, 2, 2, "packed", adapted)
-    as_tensors = lambda arrays: {name: torch.from_numpy(array) for name, array in arrays.items()}  # noqa: E731
+    as_tensors = lambda arrays: {name: torch.from_numpy(array) for name, array in arrays.items()}
     for reduced, alone, gradients, weights in run_ranks(2, on_two_ranks):
         assert distance(as_tensors(gradients), expected_gradients) < 1e-10
         assert distance(as_tensors(weights), expected_weights) < 1e-10
@@ -374,7 +374,7 @@ def test_merging_what_has_no_adapters_or_into_a_full_folder_is_refused(base, cap
 
 
 def test_adapters_depend_on_the_seed_alone(base):
-    draw = lambda seed: lora.load(str(base), LoraConfig(rank=2), precision="fp32", device=CPU, seed=seed)  # noqa: E731
+    draw = lambda seed: lora.load(str(base), LoraConfig(rank=2), precision="fp32", device=CPU, seed=seed)
     first, again, other = (draw(seed).state_dict()["masters"] for seed in (0, 0, 1))
     name = "model.layers.0.mlp.up_proj.lora_A"
     assert all(torch.equal(first[name], again[name]) for name in first) and not torch.equal(first[name], other[name])

@@ -156,7 +156,7 @@ def test_reward_rises_with_adapters_over_4_bits(library):
 
 
 def on_two_ranks(world):
-    wrap = lambda module: DistributedDataParallel(module, broadcast_buffers=False)  # noqa: E731
+    wrap = lambda module: DistributedDataParallel(module, broadcast_buffers=False)
     reduced = bf16_gradients(wrap, world.rank, adapt=in_4_bits)
     return reduced, bf16_gradients(lambda module: module, 0, 1, adapt=in_4_bits)
 

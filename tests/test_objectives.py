@@ -122,7 +122,7 @@ def oracle_sum(name, now, stopped, old, advantages, settings):
     for t, s in enumerate(SEQUENCE.tolist()):
         members = [u for u, other in enumerate(SEQUENCE.tolist()) if other == s]
         columns = {"now": now, "stopped": stopped}
-        mean_ratio = lambda which: math.exp(sum(columns[which][u] - old[u] for u in members) / len(members))  # noqa: E731, B023
+        mean_ratio = lambda which: math.exp(sum(columns[which][u] - old[u] for u in members) / len(members))  # noqa: B023
         total.append(oracle(name, now[t], stopped[t], old[t], advantages[t], settings, mean_ratio))
     return total
 
@@ -252,9 +252,9 @@ def test_kl_estimators_against_the_exact_kl_on_five_tokens(estimator, corrected)
     for sampled_from in (logits, older_logits):
         old = sampled_from.log_softmax(-1)
         if corrected:
-            estimate = lambda logprobs: objectives.corrected_kl(estimator, logprobs, old, ref)  # noqa: E731, B023
+            estimate = lambda logprobs: objectives.corrected_kl(estimator, logprobs, old, ref)  # noqa: B023
         else:
-            estimate = lambda logprobs: objectives.KL_ESTIMATORS[estimator](logprobs, ref)  # noqa: E731
+            estimate = lambda logprobs: objectives.KL_ESTIMATORS[estimator](logprobs, ref)
         value, gradient = expected_value_and_gradient(estimate, logits, sampled_from)
         found.append("KL(policy, ref)" if torch.isclose(value, kl, rtol=1e-9) else "-")
         equal = [name for name, (_, exact) in named.items() if torch.allclose(gradient, exact, rtol=1e-9, atol=1e-12)]

@@ -158,7 +158,7 @@ def test_a_moving_reference_copies_or_averages_and_never_moves_the_policy(precis
     all_set_to(1.0, policy)
     reference = MovingReference(policy)
     all_set_to(3.0, policy)
-    values = lambda model: {value for parameter in model.parameters() for value in parameter.unique().tolist()}  # noqa: E731
+    values = lambda model: {value for parameter in model.parameters() for value in parameter.unique().tolist()}
     assert values(reference.model) == {1.0}
     for expected in (1.5, 1.875):  # a quarter of the way: 1 + 2/4, then 1.5 + 1.5/4
         reference.follow(policy, 0.25)

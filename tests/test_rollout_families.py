@@ -125,9 +125,9 @@ def test_attention_that_does_what_rollout_cannot_see_is_refused(family, settings
 def test_the_first_batch_check_passes_the_sampler_and_stops_one_that_computes_otherwise(precision, monkeypatch):
     policy = Policy(tiny_model("mistral, window 12").train(), None, precision)
     module = PolicyModule(policy, temperature=1.0, impl="torch")
-    draw_groups = lambda: sampler(policy.model, group_size=4, max_new_tokens=12).generate(problems(30, 25, 28), step=0)  # noqa: E731
+    draw_groups = lambda: sampler(policy.model, group_size=4, max_new_tokens=12).generate(problems(30, 25, 28), step=0)
     assert check_sampler(module, draw_groups(), policy.model.device) < (1e-5 if precision == "fp32" else 0.1)
-    blind = lambda *tensors: CAUSAL(*tensors[:-1], None)  # noqa: E731
+    blind = lambda *tensors: CAUSAL(*tensors[:-1], None)
     monkeypatch.setattr(attention, "_causal", blind)  # prompts are read without the window
     with pytest.raises(ValueError, match="off by .* rollout does not compute what MistralForCausalLM computes"):
         check_sampler(module, draw_groups(), policy.model.device)

@@ -135,7 +135,7 @@ def test_strategies_agree_with_one_rank_and_share_out_what_the_dry_run_says(worl
     for case, limit in CASES.items():
         gradients, weights, metrics = one_update(ALONE, *case)
         for found_gradients, found_weights, found_metrics in (found for _, _, of in results for found in of[case]):
-            as_tensors = lambda arrays: {name: torch.from_numpy(array) for name, array in arrays.items()}  # noqa: E731
+            as_tensors = lambda arrays: {name: torch.from_numpy(array) for name, array in arrays.items()}
             assert distance(as_tensors(found_gradients), gradients) < limit
             assert distance(as_tensors(found_weights), weights) < limit
             assert found_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)

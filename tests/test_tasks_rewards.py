@@ -70,7 +70,7 @@ class NoCorrectness(Task):
 
 def test_the_rewards_of_a_users_class_are_its_own_and_one_of_them_is_correctness(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    own = lambda name: make_task(f"{tmp_path}/own.py:{name}", DataConfig(), RewardsConfig()).rewards  # noqa: E731
+    own = lambda name: make_task(f"{tmp_path}/own.py:{name}", DataConfig(), RewardsConfig()).rewards
     assert {name: reward.weight for name, reward in own("OfTheClass").items()} == {"correctness": 2.0}
     with pytest.raises(ValueError, match=r"'correctness' of the task is <function right.*Reward\(function, weight\)"):
         own("BareFunction")

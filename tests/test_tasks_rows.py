@@ -146,7 +146,7 @@ def test_column_names_are_configurable(tmp_path):
         ("gsm8k", b"\xff\xfe{}", r"train.jsonl line 3 is not JSON"),
         ("gsm8k", "[1, 2]", r"train.jsonl line 3 is not a JSON object"),
         ("gsm8k", '{"question": "?"}', r"line 3: no column 'answer' among \['question'\]"),
-        ("jsonl", '{"prompt": "?", "answer": "1", "completions": []}', r"line 3: rewards get what .* another name"),
+        ("jsonl", '{"prompt": "?", "answer": "1", "completions": []}', r"line 3: rewards get .* rename this column"),
         ("gsm8k", '{"question": "?", "answer": null}', r"line 3: answer=None is neither text nor a number"),
         ("gsm8k", '{"question": "", "answer": "#### 1"}', r"line 3: question='' is neither"),
         ("jsonl", '{"prompt": " ", "answer": "4"}', r"line 3: prompt=' ' is neither"),

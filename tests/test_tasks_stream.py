@@ -96,7 +96,7 @@ def test_a_stream_over_other_problems_is_not_gone_on_with():
 @pytest.mark.parametrize("curriculum", ["drop_solved", "target_rate"])
 def test_a_loaded_stream_remembers_what_the_saved_one_knew(curriculum):
     stream, resumed = (ProblemStream(TEN, seed=5, curriculum=curriculum) for _ in range(2))
-    rate_of = lambda i: i % 3 / 2  # noqa: E731
+    rate_of = lambda i: i % 3 / 2
     visit(stream, 14, rate_of)
     resumed.load_state_dict(stream.state_dict())
     assert visit(resumed, 40, rate_of) == visit(stream, 40, rate_of)

@@ -49,7 +49,7 @@ def advantages_and_scored():
 def gathered(world, objective, batch, rewards, scored):
     """Advantages that need what other ranks know; where they do not, `rewards` stand for them."""
     if objective.kl_in_reward:
-        kl = kl_by_completion(batch, world.mine(rewards).shape)
+        kl = kl_by_completion(batch)
         kl = torch.stack(world.interleave(world.gather(list(kl))))
         return normalise(objective.advantages, rewards - objective.beta * kl, scored)
     if objective.advantages == "per_reward":
@@ -124,7 +124,7 @@ def one_update(
 
 def distance(a, b):
     """||a - b|| / ||b|| over all parameters."""
-    flat = lambda tensors: torch.cat([tensor.flatten().double() for tensor in tensors.values()])  # noqa: E731
+    flat = lambda tensors: torch.cat([tensor.flatten().double() for tensor in tensors.values()])
     return ((flat(a) - flat(b)).norm() / flat(b).norm()).item()
 
 
@@ -204,7 +204,7 @@ def test_gradients_are_the_same_on_one_rank_and_on_several(world_size):
         *arguments, _, limit = case
         gradients, weights, metrics = one_update(ALONE, *arguments, layout="padded")  # whichever the ranks had
         for (rank_gradients, rank_weights), rank_metrics in by_rank:
-            as_tensors = lambda arrays: {name: torch.from_numpy(array) for name, array in arrays.items()}  # noqa: E731
+            as_tensors = lambda arrays: {name: torch.from_numpy(array) for name, array in arrays.items()}
             assert distance(as_tensors(rank_gradients), gradients) < limit
             assert distance(as_tensors(rank_weights), weights) < limit
             assert rank_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
@@ -279,7 +279,7 @@ def test_nan_stops_the_update_before_the_weights_move_and_names_step_and_sequenc
 
 
 def test_learning_rate_warms_up_linearly_then_stays_or_falls_as_a_cosine():
-    rate = lambda step, schedule: learning_rate(step, 2.0, schedule, warmup=0.1, num_steps=40)  # noqa: E731
+    rate = lambda step, schedule: learning_rate(step, 2.0, schedule, warmup=0.1, num_steps=40)
     assert [rate(step, "constant") for step in (1, 2, 4, 5, 40)] == [0.5, 1.0, 2.0, 2.0, 2.0]
     assert rate(4, "cosine") == 2.0
     assert rate(22.5, "cosine") == pytest.approx(1.0)  # half way between the end of the warm-up (4) and 41

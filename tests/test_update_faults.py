@@ -169,7 +169,7 @@ def test_halves_hold_the_same_tokens_with_the_same_columns_and_equally_many_ever
     halves = halve(halve(whole, batch.made_of), batch.made_of)
     assert len(halves) == 4 * len(whole)
     for name in ("target", "sampler", "old", "ref", "advantage", "weight", "counted", "active"):
-        join = lambda parts: torch.cat([getattr(part.tokens, name) for part in parts if part.sequences])  # noqa: E731, B023
+        join = lambda parts: torch.cat([getattr(part.tokens, name) for part in parts if part.sequences])  # noqa: B023
         assert torch.equal(join(halves), join(whole)), name
     assert all(not part.tokens.weight.any() for part in halves if part.is_dummy)
     heads = [part.tokens for part in halves if part.tokens.head_rows is not None]
@@ -204,7 +204,7 @@ def out_of_memory_together(world, strategy: str, in_backward: bool, is_frozen: b
     """Rank 1 has no memory for a pass that ranks make together: under ddp the last, under fsdp any. What ends each."""
     trainee = Trainee(world, strategy=strategy)
     if world.rank == 1:
-        fails = lambda _: getattr(trainee.updater.module, "require_backward_grad_sync", True)  # noqa: E731
+        fails = lambda _: getattr(trainee.updater.module, "require_backward_grad_sync", True)
         short_of_memory(trainee.module, fails, in_backward=in_backward, is_frozen=is_frozen)
     with pytest.raises((ValueError, RuntimeError)) as raised:
         trainee.update()

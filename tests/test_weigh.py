@@ -131,7 +131,7 @@ def test_kl_by_completion_sums_old_minus_ref():
     tokens.ref = torch.zeros(5)
     column = {0: [0.5, 0.25], 1: [1.0, 2.0, -0.5]}
     tokens.old = torch.cat([torch.tensor(column[sample]) for _, sample in sequences])
-    assert kl_by_completion(batch, (1, 2)).tolist() == [[0.75, 2.5]]
+    assert kl_by_completion(batch).tolist() == [[0.75, 2.5]]
 
 
 class Ranks:

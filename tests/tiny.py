@@ -73,7 +73,7 @@ def use_fp64_rms_norm(monkeypatch=None) -> None:
 def made_up_groups(num_groups: int = 8, group_size: int = 4, seed: int = 0) -> list[Group]:
     """Ragged prompts (1 to 9 tokens) and completions (1 to 12 tokens) with plausible sampler log-probs."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda low, high, size=(): torch.randint(low, high, size, generator=generator)  # noqa: E731
+    draw = lambda low, high, size=(): torch.randint(low, high, size, generator=generator)
     groups = []
     for index in range(num_groups):
         prompt = tuple(draw(2, VOCABULARY, (int(draw(1, 10)),)).tolist())

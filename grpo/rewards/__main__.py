@@ -124,6 +124,8 @@ def _checked(row: dict, where: str) -> dict:
                 f"{where}: {name}={value!r}; every line needs `completion`, a text, and `answer`, a text or number; "
                 '`finish_reason` is "stop", "eos" or "length", or left out'
             )
+    if "completions" in row:
+        raise ValueError(f"{where}: rewards get the texts as 'completions'; rename this column")
     return row
 
 

@@ -47,7 +47,7 @@ def parse_value(text: str) -> Fraction | None:
 
 def exact_match(completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
     """1 where the final text is the answer, but for case and the amount of space."""
-    fold = lambda text: " ".join(text.casefold().split())  # noqa: E731
+    fold = lambda text: " ".join(text.casefold().split())
     return [float(fold(final_text(c)) == fold(a)) for c, a in zip(completions, answer, strict=True)]
 
 

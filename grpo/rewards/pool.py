@@ -100,6 +100,7 @@ class Work:
         return [part for call in job for part in (call.one_by_one() if call.component in self.late else [call])]
 
     def message(self, job: list[Call]) -> bytes:
+        """The calls, pickled; ValueError for a column that cannot be."""
         calls = [
             (self.names[call.component], self.packed[call.component])
             + take_rows(self.completions, self.columns, call.rows)

@@ -93,12 +93,10 @@ def score_paid(
 
 def _worst_for_unpaid(group: Table, is_paid: list[bool], rewards: dict[str, Reward]) -> Table:
     """Outcomes of a group in which what is not paid gets, in each component, the worse of 0 and the worst paid."""
-    sign = [-1.0 if reward.weight < 0 else 1.0 for reward in rewards.values()]
-    columns = zip(*compress(group, is_paid), strict=True) if any(is_paid) else [()] * len(sign)
-    worst = [
-        Outcome(s * min(s * outcome.value for outcome in (UNFINISHED, *column) if outcome.status == OK), OK)
-        for s, column in zip(sign, columns, strict=True)
-    ]
+    worst = []
+    for k, reward in enumerate(rewards.values()):
+        values = [row[k].value for row in compress(group, is_paid) if row[k].status == OK]
+        worst.append(Outcome((max if reward.weight < 0 else min)([0.0, *values]), OK))
     return [row if paid else worst for row, paid in zip(group, is_paid, strict=True)]
 
 

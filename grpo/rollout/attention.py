@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 import kernels
+from grpo.layers import attention_mode
 from grpo.rollout.slab import Decode, KVSlab, Prefill, Probe
 
 NAME = "grpo_slab"
@@ -131,17 +132,15 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 @contextmanager
 def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, slab attention, no gradients; random state, modes and attention come back in any case."""
-    attention = model.config._attn_implementation
     in_training = [module for module in model.modules() if module.training]
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         model.eval()
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
-            raise ValueError(f"{type(model).__name__} does not let its attention be replaced; rollout cannot serve it")
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with attention_mode(model, NAME), torch.no_grad(), torch.random.fork_rng(devices):
+            if model.config._attn_implementation != NAME:
+                name = type(model).__name__
+                raise ValueError(f"{name} does not let its attention be replaced; rollout cannot serve it")
             yield
     finally:
-        model.set_attn_implementation(attention)
         for module in in_training:
             module.training = True

@@ -120,7 +120,7 @@ class Draw:
             return
         device, group_size = self.device, self.sampling.group_size
         prompts = [problem.prompt_ids for problem in problems]
-        by_row = lambda values: torch.tensor(values, device=device).repeat_interleave(group_size)  # noqa: E731
+        by_row = lambda values: torch.tensor(values, device=device).repeat_interleave(group_size)
         keys = dict(seed=self.sampler.seed, step=self.training_step, stream=self.sampling.stream, device=device)
         numbers = uniforms([problem.index for problem in problems], group_size, self.plan.suffix_size, **keys)
         # Between the first and the last of them lie only rows without an owner.
@@ -150,19 +150,12 @@ class Draw:
 
     def _layout(self) -> Decode:
         """With the bounds of the rows as they are; in a step made ahead, with those that always hold."""
-        rows, step, plan = self.rows, self.step, self.plan
+        rows, step, plan, here = self.rows, self.step, self.plan, slice(self.rows.size)
         if self.sampler.is_static:
             bounds = (min(plan.num_groups, rows.size), plan.prefix_size, plan.suffix_size)
         else:
-            bounds = (rows.num_groups(), int(step.prefix[: rows.size].max()), int(step.length[: rows.size].max()) + 1)
-        num_groups, longest_prefix, longest_suffix = bounds
-        return step.layout(
-            rows.size,
-            num_groups=num_groups,
-            seats=rows.seats,
-            longest_prefix=longest_prefix,
-            longest_suffix=longest_suffix,
-        )
+            bounds = (int(rows.group[-1]) + 1, int(step.prefix[here].max()), int(step.length[here].max()) + 1)
+        return Decode(rows.seats, step.place[here], step.prefix[here], step.stored[here], *bounds)
 
     def _stop_rows(self) -> None:
         """End the live rows whose text has come to a stop string. Saves time only: `Ending.finish` finds it anyway."""

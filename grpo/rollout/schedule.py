@@ -52,10 +52,6 @@ class Rows:
         """No rows."""
         return cls(0, 0, *(torch.empty(0, dtype=torch.int64) for _ in range(3)))
 
-    def num_groups(self) -> int:
-        """Groups that have a row."""
-        return int(self.group[-1]) + 1 if len(self.group) else 0
-
 
 def prefill_chunks(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Indices of `lengths` in chunks of similar length: at most max_tokens after padding, but always one prompt."""

@@ -136,11 +136,11 @@ class Prefill:
 class Decode:
     """This forward pass reads one token of each row. See kernels/decode_attention for place and seats."""
 
-    num_groups: int
     seats: int
     place: Tensor  # [B] int64
     prefix_lengths: Tensor  # [B] int64
     suffix_lengths: Tensor  # [B] int64, without the token read now; -1 for a row that has ended
+    num_groups: int
     longest_prefix: int
     longest_suffix: int  # with the token read now; the two are upper bounds, known without asking the device
 
@@ -157,16 +157,12 @@ class KVSlab:
     def _allocate(self, shape: LayerShape, device: torch.device) -> Layer:
         sizes = [(self.plan.num_groups, self.plan.prefix_size), (self.plan.num_rows, self.plan.suffix_size)]
         widths = [shape.key_width, shape.value_width]
-        make = lambda count, size, width: torch.zeros(count, shape.heads, size, width, dtype=shape.dtype, device=device)  # noqa: E731
+        make = lambda count, size, width: torch.zeros(count, shape.heads, size, width, dtype=shape.dtype, device=device)
         return Layer(*(make(count, size, width) for count, size in sizes for width in widths))
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> Layer:
         """The storage of one layer."""
         return self.layers[index]
-
-    def num_bytes(self) -> int:
-        """Of all storage."""
-        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)
 
     def clear(self, groups: slice, rows: slice) -> None:
         """Zero what earlier owners left: masked keys get probability 0, but 0 times NaN is NaN."""

@@ -43,7 +43,7 @@ class DecodeStep:
     def __init__(self, model: PreTrainedModel, slab: KVSlab, sampling: Sampling, eos: list[int], forward: Forward):
         self.model, self.slab, self.sampling, self.forward = model, slab, sampling, forward
         num_rows, width, device = slab.plan.num_rows, slab.plan.suffix_size, model.device
-        make = lambda dtype, *shape: torch.zeros(num_rows, *shape, dtype=dtype, device=device)  # noqa: E731
+        make = lambda dtype, *shape: torch.zeros(num_rows, *shape, dtype=dtype, device=device)
         self.token = make(torch.int64)  # what it reads next
         self.prefix = make(torch.int64)  # tokens of its prompt, without the last
         self.length = make(torch.int64)  # sampled so far, and so where the next one goes; a finished row stands still
@@ -79,15 +79,6 @@ class DecodeStep:
         token.copy_(drawn)
         length += alive
         alive &= (drawn[:, None] != self.eos).all(1) & (length < sampling.max_new_tokens)
-
-    def layout(self, size: int, **bounds: int) -> Decode:
-        """What the attention of a step over the first `size` rows needs to know."""
-        return Decode(
-            place=self.place[:size],
-            prefix_lengths=self.prefix[:size],
-            suffix_lengths=self.stored[:size],
-            **bounds,
-        )
 
     def move(self, rows: Tensor, to: Tensor) -> None:
         """Rows to the places `to`; every other row is left without an owner: finished, and of no length."""

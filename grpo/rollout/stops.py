@@ -62,8 +62,8 @@ class Ending:
         """
         if self.stop_at(text) is None:
             return ids, text, "eos" if ids[-1] in self.eos else "length"
-        ends = [last for last, token in enumerate(ids[:-1]) if self.may_complete(token)] + [len(ids) - 1]
-        kept = 1 + ends[bisect_left(ends, True, hi=len(ends) - 1, key=lambda last: self.stops(ids[: last + 1]))]
+        counts = [n for n, token in enumerate(ids, 1) if n == len(ids) or self.may_complete(token)]
+        kept = counts[bisect_left(counts[:-1], True, key=lambda n: self.stops(ids[:n]))]
         text = self.texts([ids[:kept]])[0]
         return ids[:kept], text[: self.stop_at(text)], "stop"
 

@@ -53,7 +53,11 @@ class RowTask(Task):
         raise NotImplementedError(f"{type(self).__name__} does not define read_answer(text)")
 
     def load(self, split: str) -> list[Problem]:
-        return [self._problem(*row) for row in self._rows(split)]
+        rows = self._rows(split)
+        for _, where, columns in rows:
+            if "completions" in columns:
+                raise ValueError(f"{where}: rewards get the sampled texts as 'completions'; rename this column")
+        return [self._problem(*row) for row in rows]
 
     def _rows(self, split: str) -> list[Row]:
         fraction, seed, part = self.data.validation_fraction, self.data.split_seed, self.splits.index(split)
@@ -84,8 +88,6 @@ class RowTask(Task):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         rest = {name: value for name, value in row.items() if name not in (self.question_column, self.answer_column)}
-        if "completions" in rest:
-            raise ValueError(f"{where}: rewards get what was sampled as 'completions'; give this column another name")
         return Problem(id=id, question=question, answer=read[0], solution=read[1], columns=rest)
 
     def _text(self, row: dict[str, Any], column: str, where: str) -> str:

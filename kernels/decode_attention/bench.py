@@ -43,7 +43,7 @@ SHAPES = {
 def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, object]:
     """Times of every contender, printed and returned, and how far each output is from the reference's."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    normal = lambda *size: torch.randn(*size, device=device).to(dtype)  # noqa: E731
+    normal = lambda *size: torch.randn(*size, device=device).to(dtype)
     rows, kv = shape.groups * shape.seats, (shape.kv_heads, shape.width)
     query, key, value = normal(rows, shape.heads, shape.width), normal(rows, *kv), normal(rows, *kv)
     prefix = [normal(shape.groups, kv[0], shape.prefix, kv[1]) for _ in range(2)]
@@ -56,10 +56,10 @@ def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, objec
         suffix_lengths=torch.full_like(place, shape.suffix - 1),
         scale=shape.width**-0.5,
     )
-    ours = lambda impl: lambda: kernels.decode_attention(query, key, value, prefix, suffix, impl=impl, **layout)  # noqa: E731
+    ours = lambda impl: lambda: kernels.decode_attention(query, key, value, prefix, suffix, impl=impl, **layout)
     expected = ours("torch")()  # stores the newest
     joined = [torch.cat([x.repeat_interleave(shape.seats, 0), y], 2) for x, y in zip(prefix, suffix, strict=True)]
-    peer = lambda: F.scaled_dot_product_attention(query[:, :, None], *joined, enable_gqa=True)[:, :, 0]  # noqa: E731
+    peer = lambda: F.scaled_dot_product_attention(query[:, :, None], *joined, enable_gqa=True)[:, :, 0]
     contenders = {"reference": ours("torch"), "SDPA, prefix repeated": peer}
     if device.type == "cuda":
         contenders["triton"] = ours("triton")

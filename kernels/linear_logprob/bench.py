@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels.linear_logprob.reference import linear_logprob as checkpointed
+from kernels.linear_logprob.reference import linear_logprob as reference
 from kernels.measure import alternate, bench_parser, device_name, versions
 
 MATMULS = {"values": 1, "frozen head": 2, "training": 3}  # of 2TDV flops: the least that a job can need
@@ -32,6 +33,7 @@ SHAPES = {  # device: (rows T, width D, vocabulary V)
 }
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
 MIB = 2**20
+BLOCK_ELEMENTS = {"cuda": 2**28, "cpu": 2**24}  # logits at a time of `recomputed`
 
 
 class Inputs(NamedTuple):
@@ -64,8 +66,11 @@ def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 @by_logprobs
 def recomputed(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """reference.py: blocks of rows, each computed again in the backward pass."""
-    return checkpointed(hidden, weight, target, temperature=1.0)[0]
+    """reference.py on a block of rows at a time, each computed again in the backward pass."""
+    rows = max(1, BLOCK_ELEMENTS[hidden.device.type] // len(weight))
+    block = lambda hidden, target: reference(hidden, weight, target, temperature=1.0)[0]
+    pairs = zip(hidden.split(rows), target.split(rows), strict=True)
+    return torch.cat([checkpoint(block, *pair, use_reentrant=False) for pair in pairs])
 
 
 def any_loss(impl: str) -> Contender:
@@ -77,7 +82,7 @@ def folded(impl: str) -> Contender:
     """Mode C."""
 
     def run(inputs: Inputs) -> Tensor:
-        loss_of = lambda logprobs, entropy, rows: ratio_loss(logprobs, inputs.coefficient[rows])  # noqa: E731
+        loss_of = lambda logprobs, entropy, rows: ratio_loss(logprobs, inputs.coefficient[rows])
         return kernels.linear_logprob_loss(*inputs[:3], loss_of, temperature=1.0, impl=impl)[0]
 
     return run

@@ -158,7 +158,7 @@ class _AnyLoss(torch.autograd.Function):
     def backward(ctx, g: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target = ctx.saved_tensors
         head = ctx.head._replace(weight=weight, bias=bias)
-        coefficients = lambda found, rows: (g[rows], h[rows] if ctx.entropy_gradient else None)  # noqa: E731
+        coefficients = lambda found, rows: (g[rows], h[rows] if ctx.entropy_gradient else None)
         gradients = _fold(head, hidden, target, coefficients, ctx.needs_input_grad[:3])[2]
         return *gradients, None, None, None
 
@@ -199,7 +199,7 @@ def _fold(
             _add_product(of_logits.t(), hidden[rows], of_weight)
         if of_bias is not None:
             of_bias += of_logits.sum(0, dtype=of_bias.dtype)
-    cast = lambda gradient, like: None if gradient is None else gradient.to(like.dtype)  # noqa: E731
+    cast = lambda gradient, like: None if gradient is None else gradient.to(like.dtype)
     return logprobs, entropy, (of_hidden, cast(of_weight, head.weight), cast(of_bias, head.bias))
 
 
@@ -222,7 +222,7 @@ def _differentiate(
 
 def _outputs(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for log-probs [T], entropy [T] and the logits of a chunk."""
-    new = lambda *shape: hidden.new_empty(shape, dtype=_accumulator(hidden.dtype))  # noqa: E731
+    new = lambda *shape: hidden.new_empty(shape, dtype=_accumulator(hidden.dtype))
     return new(len(hidden)), new(len(hidden)), new(min(head.rows_per_chunk, len(hidden)), len(head.weight))
 
 

@@ -28,7 +28,7 @@ def measure(shape: tuple[int, int], device: torch.device, repeats: int) -> dict[
     logits = logits.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     uniforms = torch.rand(rows, dtype=torch.float64, device=device)
     options = dict(temperature=1.0, top_p=1.0, top_k=0)
-    ours = lambda impl: lambda: kernels.sample_token(logits, uniforms, impl=impl, **options)  # noqa: E731
+    ours = lambda impl: lambda: kernels.sample_token(logits, uniforms, impl=impl, **options)
     contenders = {"reference": ours("torch"), "multinomial": lambda: multinomial(logits)}
     same = {}
     if device.type == "cuda":
