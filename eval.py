@@ -24,7 +24,7 @@ from grpo import checkpoint, distributed, lora
 from grpo.config import Config, DataConfig, RewardsConfig, RolloutConfig, load
 from grpo.distributed import World
 from grpo.evaluation import evaluate, result_table
-from grpo.live import Progress, can_show
+from grpo.live import Progress, can_show, print_any_text
 from grpo.metrics import PhaseTimer, environment
 from grpo.rewards.__main__ import report, score_file
 from grpo.rewards.pool import Pool, make_pool
@@ -113,6 +113,8 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     for section, values in given.items():
         stated = {name: value for name, value in values.items() if value is not None}
         config = replace(config, **{section: replace(getattr(config, section), **stated)})
+    if told and config.prompt.style != "chat":
+        raise ValueError(f"--prompt.template-options {' '.join(told)}: only --prompt.style chat has a template")
     return [path for path, _ in resolved], config
 
 
@@ -230,6 +232,7 @@ def score_completions(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Score completions or evaluate models; a user's mistake is one line and status 2."""
     options = parse(sys.argv[1:] if argv is None else argv)
+    print_any_text()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

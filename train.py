@@ -24,6 +24,7 @@ from grpo.command_line import Command, parse_command
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS
+from grpo.live import print_any_text
 from grpo.logprobs import check_packing, check_sampler
 from grpo.metrics import completion_records, length_metrics, training_seconds
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
@@ -190,6 +191,7 @@ def run_command(command: Command, world: World) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, join the other ranks, work; a user's mistake is one line and status 2."""
+    print_any_text()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     command = parse_command(sys.argv[1:] if argv is None else argv)

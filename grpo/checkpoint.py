@@ -262,7 +262,10 @@ def best(run_dir: Path | str) -> Path | None:
     marker = Path(run_dir) / "checkpoints" / "best.json"
     if not marker.is_file():
         return None
-    folder = marker.with_name(f"step_{json.loads(marker.read_text(encoding='utf-8'))['step']}")
+    try:
+        folder = marker.with_name(f"step_{json.loads(marker.read_bytes())['step']}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{marker} cannot be read ({error!r}); remove it, or name a checkpoint") from error
     return folder if folder.is_dir() else None
 
 

@@ -75,7 +75,7 @@ def _base_config(argv: list[str]) -> tuple[Path, str]:
         raise ValueError(f"--config {chosen.config} with --resume: the run has its own config; leave --config out")
     if chosen.resume:
         path = Path(chosen.resume) / "config.yaml"
-        if not path.is_file():
+        if not (path.is_file() and path.stat().st_size):
             raise ValueError(f"--resume {chosen.resume}: no config.yaml there; name a run folder such as runs/NAME")
         return path, f"config: {path}, of the run that goes on"
     if chosen.config:

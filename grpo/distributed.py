@@ -75,10 +75,13 @@ class World:
         did not come. TimeoutError names the ranks, on rank 0."""
         if self.size == 1:
             return
+        began = time.monotonic()
         try:
             dist.monitored_barrier(self.cpu_group, timedelta(seconds=self.timeout_s), wait_all_ranks=True)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
+            if time.monotonic() - began < 0.9 * self.timeout_s:
+                raise TimeoutError(f"another rank has ended; what it said is the cause: {reason}") from error
             raise TimeoutError(f"ranks wait {self.timeout_s:g} s (distributed.timeout_s) at most: {reason}") from error
 
     def mine(self, items: list | Tensor) -> list | Tensor:

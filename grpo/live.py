@@ -28,6 +28,13 @@ def can_show() -> bool:
     return sys.stdout.isatty() and encodes and os.environ.get("TERM") != "dumb"
 
 
+def print_any_text() -> None:
+    """What standard output cannot encode is printed in escapes: a model's text must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class Progress:
     """Called as progress(done, total, note) within a phase; `begin` and `close` are called around it."""
 

@@ -173,7 +173,7 @@ class RunLogger:
             rows = [[record[name] for name in COMPLETION_COLUMNS] for record in records if "tokens" in record]
             for tracker in self._open_trackers().values():
                 tracker.log_completions(step, rows)
-            lines = (json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (folder / f"step_{step}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
@@ -225,16 +225,15 @@ def completion_records(
 ) -> Iterator[dict[str, Any]]:
     """One plain record a completion, in the order of groups. advantages: [P, G].
 
-    `python -m grpo.rewards check` reads these lines again, with the problem's own columns. A component without a value
-    is null; its status says why. The first GROUPS_WITH_TOKENS groups also have each token's text and log-prob as
-    sampled, natural, to 3 decimals.
+    `python -m grpo.rewards check` reads these lines again, for rewards that need no further column of the problem. A
+    component without a value is null; its status says why. The first GROUPS_WITH_TOKENS groups also have each token's
+    text and log-prob as sampled, natural, to 3 decimals.
     """
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
             values = scores.components[p, g].tolist()
-            record = group.problem.columns | {
+            record = {
                 "problem": group.problem.id,
-                "question": group.problem.question,
                 "sample": completion.sample,
                 "prompt": group.problem.prompt,
                 "completion": completion.text,

@@ -30,7 +30,7 @@ from grpo.tasks.prompts import Prompter
 from grpo.tasks.stream import ProblemStream
 from grpo.tasks.word_problems import WordProblems
 from grpo.update import Updater, make_optimizer
-from grpo.user_code import located, located_path
+from grpo.user_code import located
 from kernels import dispatch_table, missing_to_launch
 
 BASE_CACHE = Path(".cache") / "base"
@@ -48,7 +48,6 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
     config = replace(
         config,
         task=located(config.task),
-        data=replace(config.data, path=located_path(config.data.path)),
         rewards=replace(config.rewards, functions=tuple(map(located, functions))),
         objective=replace(config.objective, surrogate=surrogate and located(surrogate)),
     )
@@ -61,7 +60,7 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
         message = f"task {config.task} without model.path: the embedded model knows word_problems only; name one"
         raise ValueError(message)
     stated = ObjectiveConfig(preset=config.objective.preset, **asdict(objective))
-    model, batch = replace(config.model, path=located_path(config.model.path)), config.batch
+    model, batch = config.model, config.batch
     if model.compile is None:
         is_hindered = config.deterministic or model.gradient_checkpointing or config.distributed.strategy == "fsdp"
         model = replace(model, compile=world.device.type == "cuda" and not (is_hindered or missing_to_launch()))

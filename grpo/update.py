@@ -315,8 +315,8 @@ def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]]) -> str | None:
 def take_step(updater: Updater, sums: dict[str, float], *, step: int) -> float:
     """Clip and step; returns the gradient norm before clipping.
 
-    A step without a single non-zero advantage teaches nothing where the loss has neither KL nor entropy bonus: no
-    optimizer step, so that momentum does not move.
+    A step of which no token counts teaches nothing, and one without a single non-zero advantage only by KL, entropy
+    bonus or a surrogate of the user's own: else no optimizer step, so that momentum does not move.
     """
     parameters = [parameter for parameter in updater.module.parameters() if parameter.requires_grad]
     norm = whole_of(torch.nn.utils.clip_grad_norm_(parameters, updater.max_grad_norm)).item()
@@ -325,7 +325,7 @@ def take_step(updater: Updater, sums: dict[str, float], *, step: int) -> float:
             f"the gradient norm is {norm} at training step {step} though the loss {sums['loss']} is finite; "
             "lower optim.lr or raise objective.beta"
         )
-    if sums["teaching_tokens"] or updater.objective.acts_without_advantage:
+    if sums["tokens"] and (sums["teaching_tokens"] or updater.objective.acts_without_advantage):
         updater.optimizer.step()
         updater.refresh()
     return norm

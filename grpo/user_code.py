@@ -1,5 +1,4 @@
-"""Names of a user's own functions and classes, `path/to/file.py:name` or `module:name`, and what they stand for; and
-of a user's files.
+"""Names of a user's own functions and classes, `path/to/file.py:name` or `module:name`, and what they stand for.
 
 Imports nothing of ours: tasks, rewards and surrogates are all found here, in worker processes too.
 """
@@ -19,11 +18,6 @@ def located(name: str) -> str:
     """`path/to/file.py:name` with the file's whole path, which holds in any folder; another name as it is."""
     source, _, rest = name.rpartition(":")
     return f"{os.path.abspath(source)}:{rest}" if source.endswith(".py") else name
-
-
-def located_path(path: str) -> str:
-    """The whole path of a file or folder that is here; anything else, a hub id too, as it is."""
-    return os.path.abspath(os.path.expanduser(path)) if path and os.path.exists(os.path.expanduser(path)) else path
 
 
 @lru_cache

@@ -118,6 +118,9 @@ def test_best_is_remembered_until_its_folder_is_gone(tmp_path):
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {"step": 4, "accuracy": 0.75}
     checkpoint.mark_best(tmp_path, 0.8, 8)
     assert checkpoint.best(tmp_path) is None
+    (tmp_path / "checkpoints" / "best.json").write_text("")
+    with pytest.raises(checkpoint.Damaged, match="checkpoints/best.json cannot be read .*; remove it, or name"):
+        checkpoint.best(tmp_path)
 
 
 def test_a_used_run_folder_is_refused_with_the_remedy(tmp_path):

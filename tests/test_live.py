@@ -1,5 +1,6 @@
 """The live view: what a terminal shows at each moment, found by playing back what was written to it."""
 
+import io
 import re
 import sys
 import time
@@ -25,6 +26,14 @@ def screen(written: str) -> list[str]:
         else:
             lines[-1] += part
     return lines[:-1]
+
+
+def test_what_a_stream_cannot_encode_is_printed_in_escapes(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    live.print_any_text()
+    print("5 \u2013 ë", flush=True)
+    assert stream.buffer.getvalue() == b"5 \\u2013 \\xeb\n"
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from datetime import date
 
 import pytest
 import torch
@@ -129,7 +128,7 @@ def test_phase_seconds_are_measured_taken_once_and_summed_over_the_run(monkeypat
 
 
 def test_completion_records_hold_what_the_reward_checker_reads():
-    columns = {"level": 2, "made": date(2026, 1, 1), "reward": "a column of this name is ours"}
+    columns = {"tokens": 57, "status": "a column of this name is ours"}
     problem = Problem("train/7", "2+3?", "5", prompt="Question: 2+3?\nAnswer:", columns=columns)
     group = Group(
         problem, [Completion([1], [-0.5], "5!", "stop", 0), Completion([2], [-0.1], "6", "length", 1)], step=3
@@ -140,9 +139,6 @@ def test_completion_records_hold_what_the_reward_checker_reads():
     scores = Scores(("format", "style"), (0.5, 1.0), components, status, total, torch.ones(1, 2, dtype=torch.bool))
     first, second = metrics.completion_records([group], scores, torch.tensor([[1.0, -1.0]]), "abc".__getitem__)
     assert first == {
-        "level": 2,
-        "made": date(2026, 1, 1),
-        "question": "2+3?",
         "problem": "train/7",
         "sample": 0,
         "prompt": "Question: 2+3?\nAnswer:",

@@ -22,7 +22,6 @@ from grpo import run
 from grpo.config import from_dict
 from grpo.distributed import World
 from grpo.metrics import definition, read_metrics
-from grpo.user_code import located_path
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model, write_gsm8k_files
 from tests.trainee import rows_without_clock
@@ -309,13 +308,10 @@ def test_paths_of_ones_own_files_are_settled_whole(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text("def one(logprobs, old, advantages):\n    return advantages * logprobs\n")
     monkeypatch.chdir(tmp_path)
     own = {"rewards": {"functions": ["own.py:one", "math:sqrt"]}, "objective": {"surrogate": "own.py:one"}}
-    own |= {"data": {"path": "own.py"}}
     settled, objective = run.settle(from_dict(own), World(0, 1, torch.device("cpu")))
     whole = f"{tmp_path}/own.py:one"  # a run may go on from another folder, where own.py is another file
     assert settled.rewards.functions == (whole, "math:sqrt")
     assert settled.objective.surrogate == objective.surrogate == whole and settled.task == "word_problems"
-    assert settled.data.path == f"{tmp_path}/own.py" and settled.model.path == ""
-    assert [located_path(name) for name in ("Qwen/Qwen2.5-0.5B", "")] == ["Qwen/Qwen2.5-0.5B", ""]
 
 
 def test_a_used_run_folder_is_refused_with_the_way_to_go_on(finished, capsys):

@@ -222,9 +222,13 @@ def test_two_passes_move_the_weights_further_and_clip_against_the_first():
     assert metrics["ratio_max"] > 1.0
 
 
-def test_a_step_that_cannot_teach_leaves_weights_and_momentum_alone():
+@pytest.mark.parametrize(
+    "objective, is_counted", [(resolve("dr_grpo"), True), (resolve("dr_grpo", entropy_bonus=0.1), False)]
+)
+def test_a_step_that_cannot_teach_leaves_weights_and_momentum_alone(objective, is_counted):
     policy = Policy(tiny_qwen2(), word_tokenizer(), "fp32")
-    module = PolicyModule(policy, temperature=1.0, impl="torch")
+    gradient = {"entropy_gradient": objective.entropy_bonus > 0}
+    module = PolicyModule(policy, temperature=1.0, impl="torch", **gradient)
     before = copy.deepcopy(policy.masters.state_dict())
     batch = pack(
         made_up_groups(2),
@@ -237,13 +241,13 @@ def test_a_step_that_cannot_teach_leaves_weights_and_momentum_alone():
     weigh(
         batch,
         torch.zeros(2, 4),
-        torch.ones(2, 4, dtype=torch.bool),
+        torch.full((2, 4), is_counted),
         aggregation="constant",
         max_new_tokens=12,
         sum_over_ranks=ALONE.sum,
     )
     optimizer = make_optimizer(list(module.parameters()), lr=1.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-    update_policy(Updater(module, optimizer, resolve("dr_grpo"), ALONE, 1.0, policy.refresh), batch, step=0, lr=1.0)
+    update_policy(Updater(module, optimizer, objective, ALONE, 1.0, policy.refresh), batch, step=0, lr=1.0)
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.masters.state_dict().items())
     assert not optimizer.state
 
