@@ -216,15 +216,16 @@ def frozen_logprobs(
 def check_sampler(policy: PolicyModule, groups: list[Group], device: torch.device) -> float:
     """Mean error of the sampler's log-probs, in nats; ValueError where rounding does not explain it.
 
-    A model whose attention does what rollout does not know of would be sampled otherwise than it is trained. Error and
-    what is allowed: as in `check_packing`. Compared are up to CHECKED completions each of the two smallest groups.
+    A model whose attention does what rollout does not know of would be sampled otherwise than it is trained. Error: as
+    in `check_packing`. Compared are up to CHECKED completions each of the two smallest groups.
     """
     smallest = sorted(groups, key=num_tokens)[:2]
     members = [(g, s) for g, group in enumerate(smallest) for s in range(len(group.completions[:CHECKED]))]
     rows = padded_rows(smallest, members, device)
     found, truth = _beside_fp32(policy, rows)
     error, rounding = ((logprobs - truth).abs().double().mean().item() for logprobs in (rows.tokens.sampler, found))
-    allowed = 4 * rounding + 1e-2
+    # In bf16 the sampler's logits are rounded as well, as those of the training head are not: one of 20 by 0.03.
+    allowed = 4 * rounding + (1e-2 if policy.working.dtype.itemsize >= 4 else 0.1)
     if not error <= allowed:  # also where it is NaN
         raise ValueError(
             f"the sampler's log-probs are off by {error:.2g} nats in the mean, where rounding explains {allowed:.2g}: "

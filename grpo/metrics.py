@@ -145,8 +145,9 @@ class RunLogger:
         if not self._is_placed:
             self._place(0)  # restarted before its first checkpoint: the run begins again
         row = {key: None if value is None or not math.isfinite(value) else value for key, value in row.items()}
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
+        with self._naming_the_folder():
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
         scalars = {key: float(value) for key, value in row.items() if value is not None and key != "step"}
         for tracker in self._open_trackers().values():
             tracker.log(row["step"], scalars)
@@ -168,13 +169,22 @@ class RunLogger:
         """completions/step_N.jsonl, one line a completion (see `completion_records`); trackers get the first groups."""
         if self.is_writer:
             folder = self.run_dir / "completions"
-            folder.mkdir(exist_ok=True)
             records = list(records)
             rows = [[record[name] for name in COMPLETION_COLUMNS] for record in records if "tokens" in record]
             for tracker in self._open_trackers().values():
                 tracker.log_completions(step, rows)
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            (folder / f"step_{step}.jsonl").write_text("".join(lines), encoding="utf-8")
+            with self._naming_the_folder():
+                folder.mkdir(exist_ok=True)
+                (folder / f"step_{step}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    @contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        """A full disk says no more than that it is full."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"could not write in {self.run_dir}: {error}; free space or mend permissions") from error
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
         """env.json, summary.json and the like, indented."""

@@ -127,6 +127,12 @@ def test_phase_seconds_are_measured_taken_once_and_summed_over_the_run(monkeypat
     assert metrics.training_seconds(timer.totals) == 5.5, "evaluation does not count as training"
 
 
+def test_what_cannot_be_written_is_told_with_the_folder(logger, tmp_path):
+    (tmp_path / "completions").write_text("in the way of the folder")
+    with pytest.raises(OSError, match=f"could not write in {tmp_path}: .*; free space or mend permissions"):
+        logger.log_completions(1, [])
+
+
 def test_completion_records_hold_what_the_reward_checker_reads():
     columns = {"tokens": 57, "status": "a column of this name is ours"}
     problem = Problem("train/7", "2+3?", "5", prompt="Question: 2+3?\nAnswer:", columns=columns)
