@@ -25,7 +25,7 @@ from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS
 from grpo.live import print_any_text
-from grpo.logprobs import check_packing, check_sampler
+from grpo.logprobs import check_packing, check_sampler, make_yardstick
 from grpo.metrics import completion_records, length_metrics, training_seconds
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
@@ -105,9 +105,10 @@ def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[
 def check_first_batch(run: Run, groups: list[Group]) -> None:
     """Sampler, packed rows and padded rows compute one and the same, but for rounding. ValueError where they do not."""
     with run.policy.at_hand():
-        found = f"the sampler's are off by {check_sampler(run.module, groups, run.world.device):.1g} nats"
+        yardstick = make_yardstick(run.module, groups, run.world.device)
+        found = f"the sampler's are off by {check_sampler(run.module, yardstick):.1g} nats"
         if run.layout == "packed":
-            mean, largest = check_packing(run.module, groups, run.world.device)
+            mean, largest = check_packing(run.module, yardstick)
             found += f", those of packed rows by {mean:.1g}, {largest:.1g} at most"
     run.log.say(f"log-probs of the first batch beside padded rows: {found}")
 

@@ -37,7 +37,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a small tensor over all ranks, on the CPU, in fp64: their order moves its last bits only."""
+        """Sum of a small tensor over all ranks, on the CPU, in fp64: the order of ranks moves its last bits only."""
         values = values.detach().to("cpu", torch.float64)
         if self.size > 1:
             self.barrier()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -212,18 +213,47 @@ def frozen_logprobs(
                 micro_batch.tokens.ref = reference(micro_batch)[0]
 
 
+class Yardstick(NamedTuple):
+    """A few completions of a first batch in padded rows, and their log-probs, [T] each: what checks compare with."""
+
+    groups: list[Group]
+    rows: MicroBatch
+    own: Tensor  # in the policy's own precision
+    truth: Tensor  # of the working copy, computed in fp32
+
+
 @torch.no_grad()
-def check_sampler(policy: PolicyModule, groups: list[Group], device: torch.device) -> float:
+def make_yardstick(policy: PolicyModule, groups: list[Group], device: torch.device) -> Yardstick:
+    """Up to CHECKED different completions of the smallest group that has two, if there is any, and up to CHECKED of the
+    next smallest."""
+    differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
+    group = min(differing or groups, key=_num_tokens)
+    pair = [group, *sorted((other for other in groups if other is not group), key=_num_tokens)[:1]]
+    first_of: dict[tuple[int, ...], int] = {}
+    for s, completion in enumerate(group.completions):
+        first_of.setdefault(tuple(completion.ids), s)
+    members = [(0, s) for s in list(first_of.values())[:CHECKED]]
+    members += [(g, s) for g, other in enumerate(pair[1:], 1) for s in range(len(other.completions[:CHECKED]))]
+    rows = padded_rows(pair, members, device)
+    own = truth = policy(rows)[0]
+    if policy.working.dtype.itemsize < 4:
+        options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
+        with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
+            truth = LogprobModel(policy.working, **options)(rows)[0]
+    return Yardstick(pair, rows, own, truth)
+
+
+def _num_tokens(group: Group) -> int:
+    return len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)
+
+
+def check_sampler(policy: PolicyModule, yardstick: Yardstick) -> float:
     """Mean error of the sampler's log-probs, in nats; ValueError where rounding does not explain it.
 
-    A model whose attention does what rollout does not know of would be sampled otherwise than it is trained. Error: as
-    in `check_packing`. Compared are up to CHECKED completions each of the two smallest groups.
+    A model whose attention does what rollout does not know of would be sampled otherwise than it is trained.
     """
-    smallest = sorted(groups, key=num_tokens)[:2]
-    members = [(g, s) for g, group in enumerate(smallest) for s in range(len(group.completions[:CHECKED]))]
-    rows = padded_rows(smallest, members, device)
-    found, truth = _beside_fp32(policy, rows)
-    error, rounding = ((logprobs - truth).abs().double().mean().item() for logprobs in (rows.tokens.sampler, found))
+    found = (yardstick.rows.tokens.sampler, yardstick.own)
+    error, rounding = ((logprobs - yardstick.truth).abs().double().mean().item() for logprobs in found)
     # In bf16 the sampler's logits are rounded as well, as those of the training head are not: one of 20 by 0.03.
     allowed = 4 * rounding + (1e-2 if policy.working.dtype.itemsize >= 4 else 0.1)
     if not error <= allowed:  # also where it is NaN
@@ -234,30 +264,17 @@ def check_sampler(policy: PolicyModule, groups: list[Group], device: torch.devic
     return error
 
 
-def num_tokens(group: Group) -> int:
-    """Of its prompt and completions."""
-    return len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)
-
-
 @torch.no_grad()
-def check_packing(policy: PolicyModule, groups: list[Group], device: torch.device) -> tuple[float, float]:
+def check_packing(policy: PolicyModule, yardstick: Yardstick) -> tuple[float, float]:
     """Mean and largest error of packed log-probs, in nats; ValueError where rounding explains neither.
 
     Error: distance from the padded log-probs of the working copy, computed in fp32. Allowed: four times that of padded
     rows in the policy's own precision, and a little. A completion that saw another, or missed its prompt, is off by far
-    more. Compared are up to CHECKED different completions of the smallest group that has two, if there is any, and one
-    of the next smallest: it must not see them, though their prompts may begin alike.
+    more; nor must one group see the other, though their prompts may begin alike.
     """
-    differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
-    group = min(differing or groups, key=num_tokens)
-    pair = [group, *sorted((other for other in groups if other is not group), key=num_tokens)[:1]]
-    first_of: dict[tuple[int, ...], int] = {}
-    for s, completion in enumerate(group.completions):
-        first_of.setdefault(tuple(completion.ids), s)
-    members = [(0, s) for s in list(first_of.values())[:CHECKED]] + [(g, 0) for g in range(1, len(pair))]
-    packed, padded = (build(pair, members, device) for build in (packed_row, padded_rows))
-    own, truth = _beside_fp32(policy, padded)
-    error, rounding = ((logprobs - truth).abs().double() for logprobs in (policy(packed)[0], own))
+    rows, pair = yardstick.rows, yardstick.groups
+    packed = policy(packed_row(pair, rows.sequences, rows.source.device))[0]
+    error, rounding = ((logprobs - yardstick.truth).abs().double() for logprobs in (packed, yardstick.own))
     found = (error.mean().item(), error.max().item())
     allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)
     if not (found[0] <= allowed[0] and found[1] <= allowed[1]):  # also where one is NaN
@@ -267,13 +284,3 @@ def check_packing(policy: PolicyModule, groups: list[Group], device: torch.devic
             "of this model do not see exactly their prompt and themselves; use batch.layout=padded"
         )
     return found
-
-
-def _beside_fp32(policy: PolicyModule, padded: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Log-probs of padded rows in the policy's own precision, and those of the working copy, computed in fp32."""
-    own = policy(padded)[0]
-    if policy.working.dtype.itemsize >= 4:
-        return own, own
-    options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
-    with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
-        return own, LogprobModel(policy.working, **options)(padded)[0]

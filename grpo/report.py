@@ -22,17 +22,6 @@ from grpo.metrics import definition, read_metrics, read_records
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACE = "@DATA@"
-OF_A_SAMPLE = (
-    "sample",
-    "completion",
-    "finish_reason",
-    "rewards",
-    "status",
-    "reward",
-    "advantage",
-    "tokens",
-    "logprobs",
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,10 +127,10 @@ def _completions(folder: Path, *, steps: int, groups: int) -> dict[str, Any]:
 def _groups(step: int, path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for record in read_records(path):
+        shared = {key: record.pop(key) for key in ("problem", "prompt", "answer")}
         if not found or record["sample"] == 0:
-            shared = {key: record[key] for key in ("problem", "prompt", "answer")}
             found.append({"step": step, **shared, "samples": []})
-        found[-1]["samples"].append({key: record[key] for key in OF_A_SAMPLE if key in record})
+        found[-1]["samples"].append(record)
     return found
 
 

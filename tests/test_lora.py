@@ -21,7 +21,7 @@ from grpo import config_check, lora
 from grpo.batch import LAYOUTS, pack
 from grpo.config import BatchConfig, Config, LoraConfig, ModelConfig, ObjectiveConfig
 from grpo.dry_run import memory_estimate, model_facts
-from grpo.logprobs import PolicyModule, check_packing
+from grpo.logprobs import PolicyModule, check_packing, make_yardstick
 from grpo.metrics import read_metrics
 from grpo.policy import MovingReference, Policy, bf16_copy, load_model_config, load_reference
 from grpo.rewards import Reward
@@ -254,7 +254,7 @@ def test_the_frozen_head_gets_no_gradient_and_its_log_probs_the_cheap_mode(monke
 def test_the_packing_check_knows_the_truth_of_an_adapted_model(precision):
     model = adapted(tiny_qwen2() if precision == "fp32" else bf16_copy(tiny_qwen2()))
     module = PolicyModule(Policy(model, word_tokenizer(), precision), temperature=1.0, impl="torch")
-    mean, _ = check_packing(module, made_up_groups(1), CPU)
+    mean, _ = check_packing(module, make_yardstick(module, made_up_groups(1), CPU))
     assert mean < 1e-5 if precision == "fp32" else 1e-5 < mean < 0.1  # of bf16 against fp32, not against itself
 
 

@@ -18,7 +18,7 @@ import train
 from grpo import config_check, layers, lora
 from grpo.config import BatchConfig, Config, LoraConfig, ModelConfig, ObjectiveConfig
 from grpo.dry_run import memory_estimate, model_facts
-from grpo.logprobs import PolicyModule, check_packing
+from grpo.logprobs import PolicyModule, check_packing, make_yardstick
 from grpo.policy import MovingReference, Policy, bf16_copy, load_model_config, load_reference
 from grpo.rewards import Reward
 from grpo.rollout import Sampler, Sampling
@@ -118,7 +118,7 @@ def test_working_copy_and_references_share_the_4_bits_and_follow_by_their_adapte
 def test_the_packing_check_knows_the_truth_of_a_model_in_4_bits(library, precision):
     model = in_4_bits(tiny_qwen2() if precision == "fp32" else bf16_copy(tiny_qwen2()))
     module = PolicyModule(Policy(model, word_tokenizer(), precision), temperature=1.0, impl="torch")
-    mean, _ = check_packing(module, made_up_groups(1), CPU)
+    mean, _ = check_packing(module, make_yardstick(module, made_up_groups(1), CPU))
     assert mean < 1e-5 if precision == "fp32" else 1e-5 < mean < 0.1
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.logprobs import PolicyModule, check_sampler
+from grpo.logprobs import PolicyModule, check_sampler, make_yardstick
 from grpo.policy import Policy
 from grpo.rollout import attention, draw
 from tests.rollout_helpers import FAMILIES, PAD, problems, sampler, tiny_model
@@ -126,11 +126,12 @@ def test_the_first_batch_check_passes_the_sampler_and_stops_one_that_computes_ot
     policy = Policy(tiny_model("mistral, window 12").train(), None, precision)
     module = PolicyModule(policy, temperature=1.0, impl="torch")
     draw_groups = lambda: sampler(policy.model, group_size=4, max_new_tokens=12).generate(problems(30, 25, 28), step=0)
-    assert check_sampler(module, draw_groups(), policy.model.device) < (1e-5 if precision == "fp32" else 0.1)
+    drawn = make_yardstick(module, draw_groups(), policy.model.device)
+    assert check_sampler(module, drawn) < (1e-5 if precision == "fp32" else 0.1)
     blind = lambda *tensors: CAUSAL(*tensors[:-1], None)
     monkeypatch.setattr(attention, "_causal", blind)  # prompts are read without the window
     with pytest.raises(ValueError, match="off by .* rollout does not compute what MistralForCausalLM computes"):
-        check_sampler(module, draw_groups(), policy.model.device)
+        check_sampler(module, make_yardstick(module, draw_groups(), policy.model.device))
 
 
 def test_a_model_without_attention_in_every_layer_is_refused():

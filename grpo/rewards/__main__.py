@@ -20,15 +20,7 @@ from typing import Any
 from grpo.config import DataConfig, RewardsConfig
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Completion, Group
 from grpo.rewards.pool import Pool, make_pool
-from grpo.rewards.runner import (
-    Outcome,
-    Reward,
-    Scorer,
-    score_groups,
-    score_paid,
-    score_texts,
-    weighted_total,
-)
+from grpo.rewards.runner import Outcome, Reward, Scorer, score_groups, score_paid, score_texts, weighted_total
 from grpo.tasks import Task, make_task
 from grpo.tasks.rows import read_jsonl
 
