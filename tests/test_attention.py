@@ -354,7 +354,8 @@ def test_the_first_batch_check_passes_exact_packing_and_stops_on_a_planted_leak(
         policy = Policy(tiny_qwen2(initializer_range=scale), word_tokenizer(), precision)
         module = PolicyModule(policy, temperature=1.0, impl="torch")
         groups = [beginning_alike(group, 40 if leak is miss_what_is_common else 0) for group in made_up_groups()]
-        assert max(check_packing(module, make_yardstick(module, groups, CPU))) < 0.05
+        mean, _ = check_packing(module, make_yardstick(module, groups, CPU))  # the largest it bounds itself
+        assert mean < 0.02
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"are off by [\d.]+ nats in the mean"):
             patch.setattr(attention, "_parts", leak)
             check_packing(module, make_yardstick(module, groups, CPU))
