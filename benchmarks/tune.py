@@ -93,13 +93,13 @@ def tiles() -> list[dict[str, int]]:
 
 
 def of_the_head(device: torch.device, shape: tuple[int, int, int]) -> Iterator[Iterator[Trial]]:
-    """Chunks of mode C; with Triton also the tiles of mode A and the rows' kernels."""
+    """Chunks of mode C; with Triton also the tiles of mode A, the rows' kernels and whether C's matmul is fused."""
     impl, width = "triton" if device.type == "cuda" else "torch", f"D={shape[1]}"
     if device.type == "cuda":
         from kernels.linear_logprob import kernel
 
         inputs = head_bench.make_inputs(*shape, "values", device)
-        forward = lambda: kernel.forward(inputs.hidden, inputs.weight, None, inputs.target, Temper(1.0))
+        forward = lambda: kernel.fused(inputs.hidden, inputs.weight, None, inputs.target, Temper(1.0), None)[:2]
         yield sweep(f"mode A, {width}", forward, kernel, "TILE", tiles(), device)
         yield sweep(f"mode A, {width}", forward, kernel, "SPAN", [1024, 2048, 4096, 8192, 16384], device)
         rows = min(shape[0], modes.rows_per_chunk(shape[2], "cuda"))
@@ -114,6 +114,8 @@ def of_the_head(device: torch.device, shape: tuple[int, int, int]) -> Iterator[I
 
     chunks = [{device.type: 2**power} for power in ((26, 27, 28, 29, 30) if device.type == "cuda" else (12, 25))]
     yield sweep(f"mode C, {width}", train, modes, "CHUNK_ELEMENTS", chunks, device, in_graph=False)
+    if device.type == "cuda":
+        yield sweep(f"mode C, {width}", train, kernel, "MAX_FUSED_WIDTH", [0, 8192], device, in_graph=False)
 
 
 def of_decoding(device: torch.device) -> Iterator[Iterator[Trial]]:

@@ -10,19 +10,21 @@ from tests.compile_only import Kernel, build, faults  # noqa: E402
 V, D = 151_936, 896
 TILE = {name: value for name, value in kernel.TILE.items() if name.startswith("BLOCK")}
 SCALARS = {"by_temperature": "fp32", "softcap": "fp32"}
-ROWS = {"target": "*i64:16", "tops": "*fp32:16", "totals": "*fp32:16", "entropy": "*fp32:16"}
+KEPT = {"kept": "*fp16:16", "offsets": "*fp32:16"}
+ROWS = {name: "*fp32:16" for name in ("tops", "totals", "entropy", "logprobs")} | {"target": "*i64:16"}
 
 
 def forward(**options: bool) -> Kernel:
     pointers = {name: "*bf16:16" for name in ("hidden", "weight", "bias")}
     return Kernel(
         "kernels.linear_logprob.kernel:forward_spans",
-        {**pointers, "target": "*i64:16", "partial": "*fp32:16", "num_rows": "i32", **SCALARS},
+        {**pointers, "target": "*i64:16", "partial": "*fp32:16", **KEPT, "num_rows": "i32", **SCALARS},
         {
             "V": V,
             "D": D,
             "HAS_BIAS": False,
             "HAS_CAP": False,
+            "KEEPS": False,
             "UPCAST": False,
             "COLUMNS": kernel.SPAN,
             **TILE,
@@ -34,35 +36,40 @@ def forward(**options: bool) -> Kernel:
 
 
 def merge() -> Kernel:
-    pointers = {"partial": "*fp32:16", "target": "*i64:16", "logprobs": "*fp32:16", "entropy": "*fp32:16"}
     constants = {"V": V, "SPANS": 75, "BLOCK": 128}
-    return Kernel("kernels.linear_logprob.kernel:merge_spans", {**pointers, "num_rows": "i32"}, constants)
+    types = {"partial": "*fp32:16", **ROWS, "num_rows": "i32"}
+    return Kernel("kernels.linear_logprob.kernel:merge_spans", types, constants)
 
 
 def statistics(has_cap: bool) -> Kernel:
     return Kernel(
         "kernels.linear_logprob.kernel:row_statistics",
-        {"logits": "*fp32:16", **ROWS, "logprobs": "*fp32:16", **SCALARS},
+        {"logits": "*fp32:16", **ROWS, **SCALARS},
         {"V": V, "HAS_CAP": has_cap, "BLOCK": kernel.ROW_BLOCK["BLOCK"]},
         num_warps=kernel.ROW_BLOCK["num_warps"],
     )
 
 
-def gradients(dtype: str, **options: bool) -> Kernel:
-    pointers = {"logits": "*fp32:16", "gradients": f"*{dtype}:16", "by_logprob": "*fp32:16", "by_entropy": "*fp32:16"}
+def gradients(logits: str, **options: bool | int) -> Kernel:
+    pointers = {name: "*fp32:16" for name in ("offsets", "by_logprob", "by_entropy")}
+    pointers |= {"logits": f"*{logits}:16", "gradients": "*bf16:16"}
+    constants = {"V": V, "TILES": 0, "COLUMNS": kernel.TILE["BLOCK_COLUMNS"], "BLOCK": kernel.ROW_BLOCK["BLOCK"]}
     return Kernel(
         "kernels.linear_logprob.kernel:row_gradients",
         {**pointers, **ROWS, "stride": "i32:16", **SCALARS},
-        {"V": V, "HAS_CAP": False, "HAS_ENTROPY": False, "BLOCK": kernel.ROW_BLOCK["BLOCK"], **options},
+        {**constants, "HAS_CAP": False, "HAS_ENTROPY": False, **options},
         num_warps=kernel.ROW_BLOCK["num_warps"],
     )
 
 
 KERNELS = {
     "forward, bias and cap": forward(HAS_BIAS=True, HAS_CAP=True),
+    "forward, keeping": forward(KEEPS=True),
+    "forward, keeping, bias and cap": forward(KEEPS=True, HAS_BIAS=True, HAS_CAP=True),
     "merge": merge(),
     "statistics, cap": statistics(True),
-    "gradients, entropy and cap": gradients("bf16", HAS_ENTROPY=True, HAS_CAP=True),
+    "gradients, entropy and cap": gradients("fp32", HAS_ENTROPY=True, HAS_CAP=True),
+    "gradients of what was kept, entropy and cap": gradients("fp16", HAS_ENTROPY=True, HAS_CAP=True, TILES=1200),
 }
 
 

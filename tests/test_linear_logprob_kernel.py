@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16] if HAS_GPU else [torch.float32, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of a gradient stored in it, relative
-TRITON = Rows(kernel.statistics, kernel.gradients, kernel.forward)
+TRITON = Rows(kernel.statistics, kernel.gradients)
 # rows, width, vocabulary: off every block edge; the last needs two spans
 SHAPES = [(1, 17, 129), (127, 96, 127), (129, 64, kernel.SPAN + 1)]
 TEMPERS = [Temper(1.0), Temper(0.7, softcap=5.0)]
@@ -34,6 +34,11 @@ def targets(num_rows, vocabulary):
     target = torch.randint(0, vocabulary, (num_rows,), generator=torch.Generator().manual_seed(1))
     target[0], target[-1] = 0, vocabulary - 1
     return target.to(DEVICE)
+
+
+def room_for(num_rows, vocabulary):
+    """Of logits to be kept; what nobody writes must not matter."""
+    return torch.full((num_rows, vocabulary), torch.nan, dtype=torch.float16, device=DEVICE)
 
 
 def worst(found, exact):
@@ -59,19 +64,51 @@ def test_the_fused_forward_is_as_exact_as_fp32(shape, temper, has_bias, dtype):
         )
         for to in (torch.float64, torch.float32)
     )
-    found = kernel.forward(hidden, weight, bias, target, temper)
-    for ours, exact, of_torch in zip(found, double, single, strict=True):
+    found = kernel.fused(hidden, weight, bias, target, temper, None)
+    for ours, exact, of_torch in zip(found[:2], double, single, strict=True):
         assert worst(ours, exact) <= worst(of_torch, exact) + 4e-6
 
 
-def test_a_row_is_the_same_to_the_bit_alone_in_company_and_twice():
+def test_a_row_is_the_same_to_the_bit_alone_in_company_and_where_its_logits_are_kept():
     dtype = DTYPES[1]
     hidden, weight, target = random(129, 64, dtype=dtype), random(kernel.SPAN + 1, 64, dtype=dtype), targets(129, 300)
-    together = kernel.forward(hidden, weight, None, target, TEMPERS[0])
-    again = kernel.forward(hidden, weight, None, target, TEMPERS[0])
-    alone = kernel.forward(hidden[128:], weight, None, target[128:], TEMPERS[0])
+    together = kernel.fused(hidden, weight, None, target, TEMPERS[0], None)[:2]
+    again = kernel.fused(hidden, weight, None, target, TEMPERS[0], room_for(129, len(weight)))[:2]
+    alone = kernel.fused(hidden[128:], weight, None, target[128:], TEMPERS[0], None)[:2]
     for a, b, c in zip(together, again, alone, strict=True):
         assert torch.equal(a, b) and torch.equal(a[128:], c)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+@pytest.mark.parametrize("has_entropy", [False, True], ids=["log-prob", "and entropy"])
+@pytest.mark.parametrize("temper, has_bias", [(TEMPERS[0], False), (TEMPERS[1], True)], ids=["plain", "cap and bias"])
+@pytest.mark.parametrize("offset", [0.0, 900.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_fused_forward_keeps_what_makes_the_logit_gradients(shape, offset, temper, has_bias, has_entropy, dtype):
+    """As exact as their own dtype, also where all logits are large: fp16 would tell 900 from 900.5, but no nearer."""
+    if offset and temper.softcap:
+        pytest.skip("a cap leaves no logit large")
+    num_rows, width, vocabulary = shape
+    hidden, weight = random(num_rows, width, dtype=dtype), 0.5 * random(vocabulary, width, seed=1, dtype=dtype)
+    hidden[:, 0], weight[:, 0] = offset / 30, 30  # the same for every token
+    bias = random(vocabulary, seed=2, dtype=dtype) if has_bias else None
+    target, (by_logprob, by_entropy) = targets(num_rows, vocabulary), random(2, num_rows, seed=3)
+    logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    exact = logits.requires_grad_()
+    eye = torch.eye(vocabulary, device=DEVICE, dtype=torch.float64)
+    logprobs, entropy = naive(exact, eye, target, **temper._asdict())
+    loss = by_logprob * logprobs + (by_entropy * entropy if has_entropy else 0)
+    (expected,) = torch.autograd.grad(loss.sum(), exact)
+
+    found = kernel.fused(hidden, weight, bias, target, temper, room_for(num_rows, vocabulary))
+    gradient = kernel.gradients(found, target, temper, by_logprob, by_entropy if has_entropy else None, dtype)
+    assert gradient.dtype == dtype and gradient.data_ptr() == found.saved[0].data_ptr()
+    assert worst(gradient, expected) <= 2 * ROUNDING[dtype] * expected.abs().max().item() + 1e-6
+    # At its target a gradient may nearly cancel, g (1 - p): there it must be right in itself. A cap's slope is not.
+    if not (has_entropy or temper.softcap):
+        rows = torch.arange(num_rows, device=DEVICE)
+        ours, theirs = gradient[rows, target].double(), expected[rows, target]
+        assert ((ours - theirs).abs() <= 2 * ROUNDING[dtype] * theirs.abs() + 1e-5).all()
 
 
 @pytest.mark.parametrize("implementation", [TRITON, TORCH], ids=["triton", "torch"])
@@ -119,18 +156,18 @@ def test_a_target_outside_the_vocabulary_or_a_nan_logit_gives_nan_in_its_row_onl
     target = torch.tensor([0, 40, 5, 39], device=DEVICE)
     logits = hidden.float() @ weight.float().T
     for logprobs in (
-        kernel.forward(hidden, weight, None, target, TEMPERS[0])[0],
+        kernel.fused(hidden, weight, None, target, TEMPERS[0], None).logprobs,
         kernel.statistics(logits, target, TEMPERS[0]).logprobs,
     ):
         assert logprobs.isnan().tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "trained"])
-def test_every_mode_gives_what_torch_gives(is_frozen, monkeypatch):
-    """A, B or D, and C: the same autograd functions over the other rows."""
+def test_every_mode_gives_what_torch_gives(is_frozen, dtype, monkeypatch):
+    """A, B or D, and C: the same autograd functions over the other rows; all agree on a log-prob, in fp16 too."""
     monkeypatch.setattr(modes, "CHUNK_ELEMENTS", {DEVICE.type: 3 * 129})
     monkeypatch.setattr(modes, "CHUNK_MULTIPLE", {DEVICE.type: 1})
-    dtype = DTYPES[0]
     hidden, weight, target = random(7, 24, dtype=dtype), random(129, 24, seed=1, dtype=dtype), targets(7, 129)
     parameters = [hidden.requires_grad_()] + ([] if is_frozen else [weight.requires_grad_()])
     scale = torch.linspace(-1, 1, 7, device=DEVICE)
@@ -145,6 +182,7 @@ def test_every_mode_gives_what_torch_gives(is_frozen, monkeypatch):
         results += torch.autograd.grad((scale * logprobs.exp() * entropy).sum(), parameters)
         loss_of = lambda logprobs, entropy, rows: scale[rows] * logprobs.exp() * entropy
         loss, *columns = kernels.linear_logprob_loss(hidden, weight, target, loss_of, entropy_gradient=True, **options)
+        assert all(worst(results[i], mode[i].double()) < 2e-6 for mode in (results[2:], columns) for i in (0, 1))
         return [*results, loss, *columns, *torch.autograd.grad(loss, parameters)]
 
     for ours, of_torch in zip(all_modes("triton"), all_modes("torch"), strict=True):

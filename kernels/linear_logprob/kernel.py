@@ -1,9 +1,13 @@
-"""The head in Triton: a forward pass that never writes logits, and the two steps of rows.py.
+"""The head in Triton: the matmul with the statistics of its rows, alone and as the two steps of rows.py.
 
-`forward` is a matmul whose epilogue folds each tile of logits into running sums of a row: its largest logit m, sum
+`fused` is a matmul whose epilogue folds each tile of logits into running sums of a row: its largest logit m, sum
 e^(z - m) and sum e^(z - m) (z - m), from which log-sum-exp and entropy follow. Every program owns some rows and
 SPAN columns of the vocabulary; a second kernel merges the spans in order. No atomics: a row's result depends on that
 row alone, to the bit. Inside, logits are in units of log 2, so that 2^x, which the hardware has, replaces e^x.
+
+Where a gradient will be wanted the tiles are kept, in fp16 and less their largest entry: likely tokens, which make the
+gradient, keep a thousandth of precision however large the logits are, and values stay as exact as without. Written and
+read once, they cost two fifths of the traffic that fp32 logits cost between a matmul and two kernels.
 """
 
 from __future__ import annotations
@@ -18,23 +22,23 @@ from kernels.linear_logprob.rows import Rows, RowStatistics, Temper
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 # Below every logit, and finite: -inf - -inf would be NaN where a tile has no column of the vocabulary.
 LOWEST = tl.constexpr(-1.0e30)
+LEAST = tl.constexpr(-6.0e4)  # that fp16 holds
 
 # Compiles without a spill for sm_80, 90 and 100 (tests/test_kernels_compile_logprob.py). No GPU has timed it yet.
 TILE = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_WIDTH": 64, "num_warps": 8, "num_stages": 3}
 SPAN = 2048  # columns of one program: 75 programs a row block at V = 151,936
 ROW_BLOCK = {"BLOCK": 4096, "num_warps": 8}
-# Widest head whose forward pass is fused; beyond it the traffic of written logits is small beside the matmul.
+# Widest head that is fused; beyond it the traffic of logits is small beside the matmul, which cuBLAS does better.
 MAX_FUSED_WIDTH = 2048
 
 
 @triton.jit
 def _tempered(logits, by_temperature, softcap, HAS_CAP: tl.constexpr):
-    """cap(logits) / temperature in units of log 2, and tanh(logits / softcap)."""
-    tanh = logits
+    """cap(logits) / temperature in units of log 2."""
     if HAS_CAP:
         tanh = 1 - 2 / (tl.exp(logits * (2 / softcap)) + 1)  # right at both ends: e^x may be 0 or inf
         logits = softcap * tanh
-    return logits * (by_temperature * LOG2E), tanh
+    return logits * (by_temperature * LOG2E)
 
 
 @triton.jit
@@ -61,6 +65,8 @@ def forward_spans(
     bias,
     target,
     partial,  # [4, spans, T]: top, total, moment and the target's logit where the span has it
+    kept,  # [T, V] fp16 and [T, tiles] fp32, where KEEPS: the logits less the largest of their tile, and that
+    offsets,
     num_rows,
     by_temperature,
     softcap,
@@ -68,18 +74,19 @@ def forward_spans(
     D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    KEEPS: tl.constexpr,
     UPCAST: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Program (row block, span): running sums over the span's tiles of logits, which never leave the registers."""
-    # Programs that run together differ in their rows first: they read the same part of the weight from L2.
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    span = tl.program_id(1)
-    is_row = row < num_rows
-    wanted = tl.load(target + row, mask=is_row, other=-1)
+    """Program (row block, span): running sums over the span's tiles of logits, while they are in the registers."""
+    # Programs that run together differ in their rows first: they read the same part of the weight from L2. Rows past
+    # the end are the last one again, and write the same.
+    first_row, span = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
+    row = tl.minimum(first_row + tl.arange(0, BLOCK_ROWS), num_rows - 1)
+    wanted = tl.load(target + row)
     top = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
     total, moment, chosen = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
     for start in range(0, COLUMNS, BLOCK_COLUMNS):
@@ -88,37 +95,51 @@ def forward_spans(
         logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for first in range(0, D, BLOCK_WIDTH):
             width = first + tl.arange(0, BLOCK_WIDTH)
-            left_mask, right_mask = is_row[:, None], is_column[None, :]
+            left_place = hidden + row[:, None].to(tl.int64) * D + width[None, :]
+            right_place = weight + column[None, :].to(tl.int64) * D + width[:, None]
             if D % BLOCK_WIDTH:
-                left_mask, right_mask = left_mask & (width < D)[None, :], right_mask & (width < D)[:, None]
-            left = tl.load(hidden + row[:, None].to(tl.int64) * D + width[None, :], mask=left_mask, other=0.0)
-            right = tl.load(weight + column[None, :].to(tl.int64) * D + width[:, None], mask=right_mask, other=0.0)
+                left = tl.load(left_place, mask=(width < D)[None, :], other=0.0)
+                right = tl.load(right_place, mask=is_column[None, :] & (width < D)[:, None], other=0.0)
+            else:
+                left = tl.load(left_place)
+                right = tl.load(right_place, mask=is_column[None, :], other=0.0)
             if UPCAST:
                 left, right = left.to(tl.float32), right.to(tl.float32)
             logits = tl.dot(left, right, logits)
         if HAS_BIAS:
             logits += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        z, _ = _tempered(logits, by_temperature, softcap, HAS_CAP)
-        z = tl.where(is_column[None, :], z, LOWEST)
+        z = tl.where(is_column[None, :], _tempered(logits, by_temperature, softcap, HAS_CAP), LOWEST)
         chosen += tl.sum(tl.where(column[None, :] == wanted[:, None], z, 0.0), 1)
-        new = tl.maximum(top, tl.max(z, 1))
-        keep = tl.exp2(top - new)
-        z -= new[:, None]
+        highest = tl.max(z, 1)
+        z -= highest[:, None]
+        if KEEPS:
+            block = kept + first_row.to(tl.int64) * V  # places in it fit into 32 bits
+            place = block + (row - first_row)[:, None] * V + column[None, :]
+            tl.store(place, tl.maximum(z, LEAST).to(kept.dtype.element_ty), mask=is_column[None, :])
+            tiles = tl.num_programs(1) * (COLUMNS // BLOCK_COLUMNS)
+            tl.store(offsets + row * tiles + (span * COLUMNS + start) // BLOCK_COLUMNS, highest)
         exp = tl.exp2(z)
-        moment = keep * (moment + total * (top - new)) + tl.sum(exp * z, 1)
-        total = keep * total + tl.sum(exp, 1)
-        top = new
+        top, total, moment = _fold(top, total, moment, highest, tl.sum(exp, 1), tl.sum(exp * z, 1))
     place = partial + span.to(tl.int64) * num_rows + row
     step = tl.num_programs(1).to(tl.int64) * num_rows
-    tl.store(place, top, mask=is_row)
-    tl.store(place + step, total, mask=is_row)
-    tl.store(place + 2 * step, moment, mask=is_row)
-    tl.store(place + 3 * step, chosen, mask=is_row)
+    tl.store(place, top)
+    tl.store(place + step, total)
+    tl.store(place + 2 * step, moment)
+    tl.store(place + 3 * step, chosen)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def merge_spans(
-    partial, target, logprobs, entropy, num_rows, V: tl.constexpr, SPANS: tl.constexpr, BLOCK: tl.constexpr
+    partial,
+    target,
+    logprobs,
+    entropy,
+    tops,
+    totals,
+    num_rows,
+    V: tl.constexpr,
+    SPANS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Program row block: the spans of its rows, in order, into log-prob and entropy."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -137,6 +158,8 @@ def merge_spans(
     logprob, spread = _logprob_and_entropy(top, total, moment, chosen, wanted, V)
     tl.store(logprobs + row, logprob, mask=is_row)
     tl.store(entropy + row, spread, mask=is_row)
+    tl.store(tops + row, top, mask=is_row)
+    tl.store(totals + row, total, mask=is_row)
 
 
 @triton.jit
@@ -161,17 +184,16 @@ def row_statistics(
     for start in range(0, V, BLOCK):
         is_column = start + lane < V
         raw = tl.load(logits + row * V + start + lane, mask=is_column, other=0.0)
-        z, _ = _tempered(raw, by_temperature, softcap, HAS_CAP)
-        top, total, moment = _fold(top, total, moment, tl.where(is_column, z, LOWEST), is_column.to(tl.float32), 0.0)
+        z = tl.where(is_column, _tempered(raw, by_temperature, softcap, HAS_CAP), LOWEST)
+        top, total, moment = _fold(top, total, moment, z, is_column.to(tl.float32), 0.0)
     row_top = tl.max(top, 0)
     scale = tl.exp2(top - row_top)
     row_total = tl.sum(scale * total, 0)
     row_moment = tl.sum(scale * (moment + total * (top - row_top)), 0)
     wanted = tl.load(target + row)
     is_known = (wanted >= 0) & (wanted < V)
-    chosen, _ = _tempered(
-        tl.load(logits + row * V + wanted, mask=is_known, other=0.0), by_temperature, softcap, HAS_CAP
-    )
+    raw = tl.load(logits + row * V + wanted, mask=is_known, other=0.0)
+    chosen = _tempered(raw, by_temperature, softcap, HAS_CAP)
     logprob, spread = _logprob_and_entropy(row_top, row_total, row_moment, chosen, wanted, V)
     tl.store(logprobs + row, logprob)
     tl.store(entropy + row, spread)
@@ -181,9 +203,11 @@ def row_statistics(
 
 @triton.jit
 def row_gradients(
-    logits,
+    logits,  # as they are or, where there are offsets, as forward_spans keeps them
+    offsets,
     gradients,  # the same memory; its rows are as far apart, counted in its own elements: `stride`
     target,
+    logprobs,
     entropy,
     tops,
     totals,
@@ -193,6 +217,8 @@ def row_gradients(
     by_temperature,
     softcap,
     V: tl.constexpr,
+    TILES: tl.constexpr,  # of a row, of COLUMNS columns; 0: no offsets
+    COLUMNS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -202,16 +228,21 @@ def row_gradients(
     lane = tl.arange(0, BLOCK)
     wanted, g = tl.load(target + row), tl.load(by_logprob + row)
     top, total = tl.load(tops + row), tl.load(totals + row)
+    of_wanted = tl.exp(tl.load(logprobs + row))  # 1 - p cancels where p is near 1: that p is exact
     for start in range(0, V, BLOCK):
         column = start + lane
-        raw = tl.load(logits + row * V + column, mask=column < V, other=LOWEST)
-        z, tanh = _tempered(raw, by_temperature, softcap, HAS_CAP)
-        p = tl.exp2(z - top) / total
+        raw = tl.load(logits + row * V + column, mask=column < V, other=LEAST).to(tl.float32)
+        if TILES:
+            z = raw + tl.load(offsets + row * TILES + column // COLUMNS, mask=column < V, other=0.0)
+        else:
+            z = _tempered(raw, by_temperature, softcap, HAS_CAP)
+        p = tl.where(column == wanted, of_wanted, tl.exp2(z - top) / total)
         gradient = g * (tl.where(column == wanted, 1.0, 0.0) - p)
         if HAS_ENTROPY:
             logprob = (z - top - tl.log2(total)) * LN2
             gradient -= tl.load(by_entropy + row) * p * (logprob + tl.load(entropy + row))
         if HAS_CAP:
+            tanh = z / (softcap * by_temperature * LOG2E)
             gradient *= 1 - tanh * tanh
         # A narrower gradient lies over logits of this block that other threads may still have to read.
         tl.debug_barrier()
@@ -220,37 +251,44 @@ def row_gradients(
         tl.debug_barrier()
 
 
-def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temper: Temper
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy, [T] fp32 each. hidden: [T, D]; weight: [V, D]; both bf16 or fp16, contiguous."""
+def fused(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temper: Temper, room: Tensor | None
+) -> RowStatistics:
+    """Log-prob and entropy of each row. hidden: [T, D]; weight: [V, D]; both bf16 or fp16, contiguous.
+
+    room: [T, V] fp16, contiguous, where `gradients` will be asked for.
+    """
     (num_rows, width), vocabulary = hidden.shape, len(weight)
     spans = triton.cdiv(vocabulary, SPAN)
-    partial = hidden.new_empty((4, spans, num_rows), dtype=torch.float32)
-    logprobs, entropy = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
-    if num_rows == 0:
-        return logprobs, entropy
-    grid = (triton.cdiv(num_rows, TILE["BLOCK_ROWS"]), spans)
-    forward_spans[grid](
-        hidden.contiguous(),
-        weight.contiguous(),
-        weight if bias is None else bias,
-        target,
-        partial,
-        num_rows,
-        *_scalars(temper),
-        V=vocabulary,
-        D=width,
-        HAS_BIAS=bias is not None,
-        HAS_CAP=temper.softcap is not None,
-        UPCAST=triton.knobs.runtime.interpret,  # it multiplies the bit patterns of bf16
-        COLUMNS=SPAN,
-        **TILE,
-    )
-    merge_spans[(triton.cdiv(num_rows, 128),)](
-        partial, target, logprobs, entropy, num_rows, V=vocabulary, SPANS=spans, BLOCK=128
-    )
-    return logprobs, entropy
+    new = lambda *shape: hidden.new_empty(shape, dtype=torch.float32)
+    logprobs, entropy, tops, totals = (new(num_rows) for _ in range(4))
+    partial = new(4, spans, num_rows)
+    offsets = None if room is None else new(num_rows, spans * (SPAN // TILE["BLOCK_COLUMNS"]))
+    if num_rows:
+        forward_spans[(triton.cdiv(num_rows, TILE["BLOCK_ROWS"]), spans)](
+            hidden.contiguous(),
+            weight.contiguous(),
+            weight if bias is None else bias,
+            target,
+            partial,
+            partial if room is None else room,
+            partial if room is None else offsets,
+            num_rows,
+            *_scalars(temper),
+            V=vocabulary,
+            D=width,
+            HAS_BIAS=bias is not None,
+            HAS_CAP=temper.softcap is not None,
+            KEEPS=room is not None,
+            UPCAST=triton.knobs.runtime.interpret,  # it multiplies the bit patterns of bf16
+            COLUMNS=SPAN,
+            **TILE,
+        )
+        columns = (logprobs, entropy, tops, totals)
+        merge_spans[(triton.cdiv(num_rows, 128),)](
+            partial, target, *columns, num_rows, V=vocabulary, SPANS=spans, BLOCK=128
+        )
+    return RowStatistics(logprobs, entropy, () if room is None else (room, tops, totals, offsets))
 
 
 def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
@@ -274,13 +312,15 @@ def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
 def gradients(
     found: RowStatistics, target: Tensor, temper: Temper, g: Tensor, h: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """d loss / d logits as [R, V] of `dtype` (as wide as fp32 or narrower) in the memory of the logits."""
-    logits, tops, totals = found.saved
+    """d loss / d logits as [R, V] of `dtype` (as wide as the logits or narrower) in their memory."""
+    logits, tops, totals, *offsets = found.saved
     placed = logits.view(dtype)
     row_gradients[(len(logits),)](
         logits,
+        offsets[0] if offsets else logits,
         placed,
         target,
+        found.logprobs,
         found.entropy,
         tops,
         totals,
@@ -289,6 +329,8 @@ def gradients(
         placed.stride(0),
         *_scalars(temper),
         V=logits.shape[1],
+        TILES=offsets[0].shape[1] if offsets else 0,
+        COLUMNS=TILE["BLOCK_COLUMNS"],
         HAS_CAP=temper.softcap is not None,
         HAS_ENTROPY=h is not None,
         **ROW_BLOCK,
@@ -308,4 +350,4 @@ def obstacle(hidden: Tensor) -> str | None:
 def rows_for(weight: Tensor) -> Rows:
     """What to use for this head. fp32 keeps its logits in chunks: Triton's matmul would round it to TF32."""
     is_fused = weight.dtype != torch.float32 and weight.shape[1] <= MAX_FUSED_WIDTH
-    return Rows(statistics, gradients, forward if is_fused else None)
+    return Rows(statistics, gradients, fused if is_fused else None)

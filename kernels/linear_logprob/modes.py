@@ -8,9 +8,9 @@ D  any loss, known later       4     forward as A; backward is C with the coeffi
 
 A frozen head saves C and D the matmul of its gradient.
 
-Logits, sums over chunks and the weight's gradient are fp32 for bf16 inputs (fp64 for fp64), so A and C agree on a
-log-prob to fp32 rounding. Every gradient is returned to autograd: writing `.grad` here would bypass the reducer of
-DistributedDataParallel.
+Log-probs, sums over chunks and the weight's gradient are fp32 for bf16 inputs (fp64 for fp64), and every mode takes its
+log-probs from the same function, so that all agree on them. Every gradient is returned to autograd: writing `.grad`
+here would bypass the reducer of DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -165,13 +165,19 @@ class _AnyLoss(torch.autograd.Function):
 
 def _measure(head: Head, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Mode A: log-probs and entropy, [T] each."""
-    if head.rows.forward is not None:
-        return head.rows.forward(hidden, head.weight, head.bias, target, head.temper)
-    logprobs, entropy, scratch = _outputs(head, hidden)
+    if head.rows.fused:
+        return head.rows.fused(hidden, head.weight, head.bias, target, head.temper, None)[:2]
+    logprobs, entropy, room = _outputs(head, hidden)
     for rows in _chunks(head, hidden):
-        logits = _logits(head, hidden[rows], scratch)
-        logprobs[rows], entropy[rows], _ = head.rows.statistics(logits, target[rows], head.temper)
+        logprobs[rows], entropy[rows], _ = _statistics(head, hidden[rows], target[rows], room)
     return logprobs, entropy
+
+
+def _statistics(head: Head, hidden: Tensor, target: Tensor, room: Tensor) -> RowStatistics:
+    """Of a chunk, whose logits are left in `room`."""
+    if head.rows.fused:
+        return head.rows.fused(hidden, head.weight, head.bias, target, head.temper, room[: len(hidden)])
+    return head.rows.statistics(_logits(head, hidden, room), target, head.temper)
 
 
 def _fold(
@@ -181,7 +187,7 @@ def _fold(
 
     coefficients(statistics, rows): derivatives of the loss by each row's log-prob and entropy.
     """
-    logprobs, entropy, scratch = _outputs(head, hidden)
+    logprobs, entropy, room = _outputs(head, hidden)
     of_hidden, of_weight, of_bias = (
         tensor.new_zeros(tensor.shape, dtype=dtype) if needed else None
         for tensor, dtype, needed in zip(
@@ -189,7 +195,7 @@ def _fold(
         )
     )
     for rows in _chunks(head, hidden):
-        found = head.rows.statistics(_logits(head, hidden[rows], scratch), target[rows], head.temper)
+        found = _statistics(head, hidden[rows], target[rows], room)
         logprobs[rows], entropy[rows] = found.logprobs, found.entropy
         g, h = coefficients(found, rows)
         of_logits = head.rows.gradients(found, target[rows], head.temper, g, h, head.weight.dtype)
@@ -222,8 +228,10 @@ def _differentiate(
 
 def _outputs(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for log-probs [T], entropy [T] and the logits of a chunk."""
-    new = lambda *shape: hidden.new_empty(shape, dtype=_accumulator(hidden.dtype))
-    return new(len(hidden)), new(len(hidden)), new(min(head.rows_per_chunk, len(hidden)), len(head.weight))
+    wide = _accumulator(hidden.dtype)
+    logprobs, entropy = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(2))
+    shape = (min(head.rows_per_chunk, len(hidden)), len(head.weight))
+    return logprobs, entropy, hidden.new_empty(shape, dtype=torch.float16 if head.rows.fused else wide)
 
 
 def _chunks(head: Head, hidden: Tensor) -> list[slice]:
@@ -233,8 +241,8 @@ def _chunks(head: Head, hidden: Tensor) -> list[slice]:
     ]
 
 
-def _logits(head: Head, hidden: Tensor, scratch: Tensor) -> Tensor:
-    logits = _multiply(hidden, head.weight.t(), scratch[: len(hidden)])
+def _logits(head: Head, hidden: Tensor, room: Tensor) -> Tensor:
+    logits = _multiply(hidden, head.weight.t(), room[: len(hidden)])
     return logits if head.bias is None else logits.add_(head.bias)
 
 

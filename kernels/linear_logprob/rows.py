@@ -36,11 +36,15 @@ class RowStatistics(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One implementation of the work on rows. `forward` is a whole head without gradient; None: chunk by chunk."""
+    """One implementation of the work on rows.
+
+    fused: `statistics` and the matmul before it at once, (hidden, weight, bias, target, temper, room) -> RowStatistics;
+    room: [R, V] fp16, where `gradients` will be asked for, else None: then no logits are written. None: no such kernel.
+    """
 
     statistics: Callable[[Tensor, Tensor, Temper], RowStatistics]
     gradients: Callable[..., Tensor]
-    forward: Callable[..., tuple[Tensor, Tensor]] | None = None
+    fused: Callable[..., RowStatistics] | None = None
 
 
 def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
