@@ -1,6 +1,7 @@
 """docs/recipes.md and every command in the documents: options exist, configs fit, what can run here runs."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -123,6 +124,22 @@ def test_word_problems_gpu_trains_its_base_and_goes_on_with_grpo(workplace):
     assert train.main(options) == 0
     first = (workplace / "run" / "completions" / "step_1.jsonl").read_text()
     assert len(read_metrics(workplace / "run")) == 2 and re.search(r"also has|buys|has \d\d ", first)
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_the_class_for_prompts_as_they_stand_adds_no_word(style, model, workplace):
+    (block,) = re.findall(r"```python\n([^`]*class Verbatim.*?)```", PAGE, re.DOTALL)
+    (workplace / "verbatim.py").write_text(block)
+    rows = [{"prompt": f"Capital of country {i}?", "answer": f"City {i}"} for i in range(40)]
+    (workplace / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--task", "verbatim.py:Verbatim", "--data.path", "rows.jsonl", "--model.path", model, *SMALL]
+    options += ["--run-dir", "run", "--prompt.shots", "0", "--prompt.style", style, "--rollout.max-new-tokens", "4"]
+    assert train.main(options) == 0
+    record = json.loads((workplace / "run" / "completions" / "step_1.jsonl").read_text().splitlines()[0])
+    number = re.fullmatch(r"City (\d+)", record["answer"])[1]
+    question = f"Capital of country {number}?"
+    assert record["prompt"] == (question if style == "plain" else f"user: {question}\nassistant: ")
+    assert rewards_main(["check", "verbatim.py:Verbatim", "--data.path", "rows.jsonl"]) == 0
 
 
 def test_your_own_data_and_reward_run_as_the_page_says(model, workplace):

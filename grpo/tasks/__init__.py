@@ -94,7 +94,7 @@ class Task:
         It ends without a space: the completion's first token brings its own.
         """
         worked = [f"Question: {shot.question}\nAnswer: {shot.solution}" for shot in exemplars]
-        return "\n\n".join([self.instruction, *worked, f"Question: {question}\nAnswer:"])
+        return "\n\n".join(filter(None, [self.instruction, *worked, f"Question: {question}\nAnswer:"]))
 
 
 def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:

@@ -98,7 +98,7 @@ def _messages(task: Task, problem: Problem, shots: Sequence[Problem]) -> list[di
     for shot in shots:
         messages += [{"role": "user", "content": shot.question}, {"role": "assistant", "content": shot.solution}]
     messages.append({"role": "user", "content": problem.question})
-    messages[0]["content"] = f"{task.instruction}\n\n{messages[0]['content']}"
+    messages[0]["content"] = "\n\n".join(filter(None, [task.instruction, messages[0]["content"]]))
     return messages
 
 
