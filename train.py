@@ -78,7 +78,7 @@ def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[
     """The optimizer steps on everyone's groups. Returns the advantages, [P, G], and what is worth logging."""
     config, world, objective = run.config, run.world, run.updater.objective
     groups = world.mine(everyones)
-    if step == run.steps_done + 1:
+    if step == run.first_step:
         check_first_batch(run, groups)
     penalty = length_penalty(run, everyones)
     rewards = scores.total + penalty
@@ -146,7 +146,7 @@ def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor,
 def train(run: Run, stop: StopRequest) -> int:
     """Every step that is left; validation and checkpoints when they are due. The exit status: not 0 after a signal."""
     config, log, status = run.config, run.log, 0
-    for step in range(run.steps_done + 1, config.num_steps + 1):
+    for step in range(run.first_step, config.num_steps + 1):
         row = {"step": step, **train_step(run, step)}
         is_last = step == config.num_steps
         if config.eval.every and (is_last or step % config.eval.every == 0):

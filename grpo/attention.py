@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from grpo.layers import attention_mode
 from grpo.records import SharedPrefix
 
-NAME = "grpo_shared_prefix"
+SHARED_PREFIX = "grpo_shared_prefix"
 
 
 @torch.compiler.disable  # of compiled layers: it looks at lengths, and every batch has others
@@ -199,7 +199,7 @@ def _compiled(function: Callable) -> Callable:
 
 # The model ------------------------------------------------------------------------------------------------------------
 
-AttentionInterface.register(NAME, shared_prefix_attention)
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 
 
 def choose_layout(layout: str, model: PreTrainedModel) -> tuple[str, str]:
@@ -222,8 +222,8 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     others |= {kind for kind in getattr(config, "layers_block_type", None) or () if kind != "attention"}
     if others:
         return f"has layers of type {sorted(others)}, whose state cannot be forked after the prompt"
-    with attention_mode(model, NAME):
-        if model.config._attn_implementation != NAME:
+    with attention_mode(model, SHARED_PREFIX):
+        if model.config._attn_implementation != SHARED_PREFIX:
             return "does not let its attention be replaced"
     if getattr(config, "output_router_logits", False):
         return "adds a router loss over all tokens, in which a shared prompt would count once"

@@ -96,22 +96,22 @@ def divide_groups(chosen: Sequence[int], groups: list[Group], budget: int, max_o
     for g in chosen:
         prompt = len(groups[g].prompt_ids)
         lengths = [len(completion.ids) - 1 for completion in groups[g].completions]
-        for part in fill(lengths, fewest_bins(lengths, budget - prompt)):
+        for part in balance(lengths, fewest_bins(lengths, budget - prompt)):
             parts.append([(g, s) for s in part])
             sizes.append(prompt - common + sum(lengths[s] for s in part))
     count = int(max_over_ranks(torch.tensor(fewest_bins(sizes, budget - common))))
-    return [[member for i in share for member in parts[i]] for share in fill(sizes, max(count, 1))]
+    return [[member for i in share for member in parts[i]] for share in balance(sizes, max(count, 1))]
 
 
 def fewest_bins(sizes: list[int], capacity: int) -> int:
-    """How many bins `fill` needs for each to hold no more than the capacity, or a single item."""
+    """How many bins `balance` needs for each to hold no more than the capacity, or a single item."""
     for count in range(max(1, math.ceil(sum(sizes) / max(1, capacity))), len(sizes)):
-        if all(len(items) == 1 or sum(sizes[i] for i in items) <= capacity for items in fill(sizes, count)):
+        if all(len(items) == 1 or sum(sizes[i] for i in items) <= capacity for items in balance(sizes, count)):
             return count
     return len(sizes)
 
 
-def fill(sizes: list[int], count: int) -> list[list[int]]:
+def balance(sizes: list[int], count: int) -> list[list[int]]:
     """The items (by index) in each of `count` bins: largest first, always into the bin with least in it."""
     bins = [(0, 0, place) for place in range(count)]  # load, number of items: an empty bin comes before one of load 0
     contents: list[list[int]] = [[] for _ in bins]

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo.attention import NAME as SHARED_PREFIX
+from grpo.attention import SHARED_PREFIX
 from grpo.batch import packed_row, padded_rows, unique_steps
 from grpo.layers import attention_mode, checkpoint_layers, compiled_layers, in_fp32, using_forwards, using_weights
 from grpo.policy import Policy
 from grpo.records import Batch, Group, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
 
-CHECKED = 3  # completions of one group in the checks: one after the prompt, one after another, one between two
+YARDSTICK_SIZE = 3  # completions of one group: one after the prompt, one after another, one between two
 
 # (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
 TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
@@ -224,16 +224,16 @@ class Yardstick(NamedTuple):
 
 @torch.no_grad()
 def make_yardstick(policy: PolicyModule, groups: list[Group], device: torch.device) -> Yardstick:
-    """Up to CHECKED different completions of the smallest group that has two, if there is any, and up to CHECKED of the
-    next smallest."""
+    """Up to YARDSTICK_SIZE different completions of the smallest group that has two, if any, and as many of the next
+    smallest."""
     differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
     group = min(differing or groups, key=_num_tokens)
     pair = [group, *sorted((other for other in groups if other is not group), key=_num_tokens)[:1]]
     first_of: dict[tuple[int, ...], int] = {}
     for s, completion in enumerate(group.completions):
         first_of.setdefault(tuple(completion.ids), s)
-    members = [(0, s) for s in list(first_of.values())[:CHECKED]]
-    members += [(g, s) for g, other in enumerate(pair[1:], 1) for s in range(len(other.completions[:CHECKED]))]
+    members = [(0, s) for s in list(first_of.values())[:YARDSTICK_SIZE]]
+    members += [(g, s) for g, other in enumerate(pair[1:], 1) for s in range(len(other.completions[:YARDSTICK_SIZE]))]
     rows = padded_rows(pair, members, device)
     own = truth = policy(rows)[0]
     if policy.working.dtype.itemsize < 4:

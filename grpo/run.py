@@ -110,10 +110,10 @@ class Run:
         self.pool = make_pool(config.rewards)  # the worker processes that score
         self.token_text = token_texts(policy.tokenizer)  # for people to read
         self.writer = checkpoint.Writer(run_dir, keep_last=config.keep_last)
+        self.first_step = 1  # that this process makes
         # What changes as the run goes on:
         self.best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
         self.before: dict | None = None  # what the untrained model scored
-        self.steps_done = 0
 
 
 def describe(run: Run) -> None:
@@ -263,7 +263,7 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     checkpoint.set_random_state(mine["random"])
     recall = lambda: checkpoint.recall_best(run.log.run_dir, state["best"], run.log.say)
     run.best = world.after_writer("best", recall)
-    run.before, run.steps_done = state["before"], state["step"]
+    run.before, run.first_step = state["before"], state["step"] + 1
     run.log.say(f"going on from {folder}")
     before = len(state["by_rank"])
     if before != world.size:

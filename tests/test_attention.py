@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig, MixtralConfig, Qwen3Config
 
 from grpo import attention
-from grpo.attention import NAME, attention_mode, choose_layout, flex, gathered, shared_prefix_attention, two_part
+from grpo.attention import (
+    SHARED_PREFIX,
+    attention_mode,
+    choose_layout,
+    flex,
+    gathered,
+    shared_prefix_attention,
+    two_part,
+)
 from grpo.batch import LAYOUTS, lay_out, packed_row, padded_rows
 from grpo.logprobs import LogprobModel, PolicyModule, check_packing, make_yardstick
 from grpo.policy import Policy
@@ -287,8 +295,8 @@ def test_the_reference_goes_the_same_way():
 
 def test_the_model_gets_its_own_attention_back_also_after_an_error():
     model = tiny_qwen2()
-    with pytest.raises(RuntimeError), attention_mode(model, NAME):
-        assert model.config._attn_implementation == NAME
+    with pytest.raises(RuntimeError), attention_mode(model, SHARED_PREFIX):
+        assert model.config._attn_implementation == SHARED_PREFIX
         raise RuntimeError
     assert model.config._attn_implementation == "sdpa"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grpo.batch import LAYOUTS, dummy, fewest_bins, fill, pack, packed_row, weigh
+from grpo.batch import LAYOUTS, balance, dummy, fewest_bins, pack, packed_row, weigh
 from grpo.logprobs import PolicyModule
 from grpo.policy import Policy
 from grpo.records import Batch, Completion, Group, Problem
@@ -77,8 +77,8 @@ def test_on_cuda_a_packed_row_ends_on_a_whole_block_with_rows_that_see_only_each
 
 
 def test_items_go_largest_first_into_the_bin_with_least_in_it():
-    assert fill([2, 7, 4, 3], 2) == [[1, 0], [2, 3]]  # 7, 2 | 4, 3: of two bins with 7 the one of fewer items
-    assert fill([0, 0, 5], 3) == [[2], [0], [1]]
+    assert balance([2, 7, 4, 3], 2) == [[1, 0], [2, 3]]  # 7, 2 | 4, 3: of two bins with 7 the one of fewer items
+    assert balance([0, 0, 5], 3) == [[2], [0], [1]]
     assert fewest_bins([2, 7, 4, 3], 9) == 2
     assert fewest_bins([2, 7, 4, 3], 8) == 3  # 7 | 4 | 3, 2
     assert fewest_bins([2, 7, 4, 3], 1) == 4  # nothing fits: one each

@@ -152,7 +152,7 @@ def is_written(world, folder):
             time.sleep(0.5)
             (folder / "written").touch()
 
-    parts = {"config": SimpleNamespace(num_steps=4), "steps_done": 4, "log": None, "writer": SimpleNamespace(wait=wait)}
+    parts = {"config": SimpleNamespace(num_steps=4), "first_step": 5, "log": None, "writer": SimpleNamespace(wait=wait)}
     assert train.train(SimpleNamespace(**parts, world=world), None) == 0
     return (folder / "written").exists()
 

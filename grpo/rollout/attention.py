@@ -19,7 +19,7 @@ import kernels
 from grpo.layers import attention_mode
 from grpo.rollout.slab import Decode, KVSlab, Prefill, Probe
 
-NAME = "grpo_slab"
+SLAB = "grpo_slab"
 
 
 @torch.compiler.disable  # of compiled layers: it looks at sizes, and writes into the slab
@@ -94,7 +94,7 @@ def _causal(
     return scores.masked_fill(hidden, -math.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-AttentionInterface.register(NAME, slab_attention)
+AttentionInterface.register(SLAB, slab_attention)
 
 
 def refuse_untold_window(module: torch.nn.Module) -> None:
@@ -109,7 +109,7 @@ def refuse_untold_window(module: torch.nn.Module) -> None:
         )
 
 
-def refuse_unsupported(model: PreTrainedModel) -> None:
+def refuse_unservable(model: PreTrainedModel) -> None:
     """ValueError for a model whose attention the slab cannot serve, as far as its config tells."""
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} has an encoder; rollout serves decoder-only models")
@@ -136,8 +136,8 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         model.eval()
-        with attention_mode(model, NAME), torch.no_grad(), torch.random.fork_rng(devices):
-            if model.config._attn_implementation != NAME:
+        with attention_mode(model, SLAB), torch.no_grad(), torch.random.fork_rng(devices):
+            if model.config._attn_implementation != SLAB:
                 name = type(model).__name__
                 raise ValueError(f"{name} does not let its attention be replaced; rollout cannot serve it")
             yield

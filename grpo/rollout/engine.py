@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import kernels
 from grpo.records import Group, Problem
 from grpo.rollout import graphs
-from grpo.rollout.attention import refuse_unsupported, sampling_mode
+from grpo.rollout.attention import refuse_unservable, sampling_mode
 from grpo.rollout.draw import Draw
 from grpo.rollout.graphs import Graphs
 from grpo.rollout.sampling import Sampling, refuse_large_words
@@ -68,7 +68,7 @@ class Sampler:
             )
         for op in ("decode_attention", "sample_token"):
             kernels.resolve(op, impl, model.device)
-        refuse_unsupported(model)
+        refuse_unservable(model)
         self.model, self.sampling, self.impl = model, sampling, impl
         self.seed, self.max_sequences, self.prefill_tokens, self.kv_gib = seed, max_sequences, prefill_tokens, kv_gib
         self.has_graphs = cuda_graph and graphs.are_usable(model.device)
