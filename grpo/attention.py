@@ -24,7 +24,7 @@ from torch.nn.attention import varlen
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from grpo.layers import attention_mode
+from grpo.layers import attention_mode, refuse_extras
 from grpo.records import SharedPrefix
 
 SHARED_PREFIX = "grpo_shared_prefix"
@@ -41,21 +41,13 @@ def shared_prefix_attention(
     shared_prefix: SharedPrefix,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    dropout: float = 0.0,
     **others,
 ) -> tuple[Tensor, None]:
     """Attention of one packed row as `shared_prefix` lays it out.
 
     query: [1, H, L, D]; key, value: [1, Hkv, L, D], as transformers calls it.  Returns [1, L, H, D].
     """
-    unserved = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    unserved += ["dropout"] if dropout else []
-    unserved += ["a mask of its own"] if attention_mask is not None else []
-    if unserved:
-        raise ValueError(
-            f"{type(module).__name__} wants {', '.join(unserved)} in its attention, which packed rows cannot do; "
-            "use batch.layout=padded"
-        )
+    refuse_extras(module, attention_mask, others, "packed rows cannot do; use batch.layout=padded")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = backend(query)(query, key, value, shared_prefix, scale, sliding_window)
     return output.transpose(1, 2), None

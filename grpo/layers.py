@@ -62,6 +62,18 @@ def attention_mode(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def refuse_extras(module: nn.Module, mask: Tensor | None, others: dict[str, object], who: str) -> None:
+    """ValueError for what a layer hands to its attention and one of ours would leave out.
+
+    others: what that one does not take by name.  who: ends the sentence.
+    """
+    wants = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    wants += ["dropout"] if others.get("dropout") else []
+    wants += ["a mask of its own"] if mask is not None else []
+    if wants:
+        raise ValueError(f"{type(module).__name__} wants {', '.join(wants)} in its attention, which {who}")
+
+
 @contextmanager
 def in_fp32(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` compute in fp32, with the weights of one layer at a time converted."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 import kernels
-from grpo.layers import attention_mode
+from grpo.layers import attention_mode, refuse_extras
 from grpo.rollout.slab import Decode, KVSlab, Prefill, Probe
 
 SLAB = "grpo_slab"
@@ -40,10 +40,7 @@ def slab_attention(
 
     query: [N, H, length, D]; key, value: [N, Hkv, length, D], as transformers calls it.  Returns [N, length, H, D].
     """
-    wants = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
-    wants += ["a mask of its own"] if attention_mask is not None else []
-    if wants:
-        raise ValueError(f"{type(module).__name__} wants {wants[0]} in its attention, which rollout cannot do")
+    refuse_extras(module, attention_mask, others, "rollout cannot do")
     if isinstance(slab, Probe) and sliding_window is None:
         refuse_untold_window(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
