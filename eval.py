@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from grpo import checkpoint, distributed, lora
 from grpo.config import Config, DataConfig, RewardsConfig, RolloutConfig, load
+from grpo.config_check import prompt_mistakes
 from grpo.distributed import World
 from grpo.evaluation import evaluate, result_table
 from grpo.live import Progress, can_show, print_any_text
@@ -113,8 +114,8 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     for section, values in given.items():
         stated = {name: value for name, value in values.items() if value is not None}
         config = replace(config, **{section: replace(getattr(config, section), **stated)})
-    if told and config.prompt.style != "chat":
-        raise ValueError(f"--prompt.template-options {' '.join(told)}: only --prompt.style chat has a template")
+    for mistake in prompt_mistakes(config.prompt) if told else ():  # those of a run may be left unused
+        raise ValueError(mistake)
     return [path for path, _ in resolved], config
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from typing import Any, get_type_hints
 
-from grpo.config import Config, flat
+from grpo.config import Config, PromptConfig, flat
 
 FIXED = ("task", "seed", "model.path", "model.precision", "lora", "data.validation_fraction", "data.split_seed", "base")
 """Keys and sections that the state in a checkpoint depends on: a run that goes on keeps them."""
@@ -75,10 +75,15 @@ def _indivisible(config: Config, world_size: int) -> Iterator[str]:
             yield f"rollout.prompts_per_step={prompts} is not divisible by {name}={divisor}; use {remedy}"
 
 
-def _contradictions(config: Config) -> Iterator[str]:
-    rollout, lora, prompt = config.rollout, config.lora, config.prompt
+def prompt_mistakes(prompt: PromptConfig) -> Iterator[str]:
+    """Options for a template that would not be asked; of eval.py's own, too."""
     if prompt.template_options and prompt.style != "chat":
         yield f"prompt.template_options={list(prompt.template_options)} with prompt.style={prompt.style}: use chat"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    rollout, lora = config.rollout, config.lora
+    yield from prompt_mistakes(config.prompt)
     if lora.dropout and config.batch.layout != "padded":
         yield (
             f"lora.dropout={lora.dropout} with batch.layout={config.batch.layout}: a packed prompt would lose the same "

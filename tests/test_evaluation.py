@@ -203,10 +203,7 @@ def test_eval_scores_a_file_of_completions_and_loads_nothing(tmp_path, capsys):
         (["--completions", "f.jsonl", "--task", "gsm8k"], "--completions needs --task and --output"),
         (["--model", "m", "--shots", "4", "-1"], "--shots -1 must be 0 or more"),
         (["--model", "./nowhere", "--task", "word_problems", "--split", "train"], "is endless; say how much of it"),
-        (
-            ["--model", "m", "--task", "jsonl", "--prompt.template-options", "a=1"],
-            "only --prompt.style chat has a temp",
-        ),
+        (["--model", "m", "--task", "jsonl", "--prompt.template-options", "a=1"], "prompt.style=plain: use chat"),
         (["--model", "./nowhere", "--task", "word_problems", "--output", "."], "--output . is a folder"),
         (["--model", "./nowhere", "--task", "word_problems", "--output", "a.png"], "or the chart's own name"),
     ],
