@@ -92,8 +92,7 @@ def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[
         advantages = normalise(objective.advantages, rewards - kl_penalty(run, batch), scores.scored)
     set_weights(run, batch, groups, advantages, scores.scored)
     torch.manual_seed(hash((config.seed, step, world.rank)))  # of dropout, resumed or not
-    optim = config.optim
-    lr = learning_rate(step, optim.lr, optim.schedule, warmup=optim.warmup, num_steps=config.num_steps)
+    lr = learning_rate(step, config.optim, config.num_steps)
     metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
     if run.moving and step % objective.ref_refresh_every == 0:
         run.moving.follow(run.policy, objective.ref_mix)

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
 from grpo import checkpoint
+from grpo.config import OptimConfig
 from grpo.metrics import git_commit, package_versions
 from grpo.policy import Policy, choose_precision
 from grpo.update import make_optimizer
@@ -39,8 +40,7 @@ class Trainee:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
         masters = Qwen2ForCausalLM(Qwen2Config(**shape, **heads)).to(device)
         self.policy = Policy(masters, tokenizer, choose_precision("auto", device))
-        options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
-        self.optimizer = make_optimizer(list(masters.parameters()), 1e-6, **options)
+        self.optimizer = make_optimizer(list(masters.parameters()), OptimConfig(lr=1e-6))
         self.tokens = torch.randint(16384, (1, 64), device=device)
 
     def step(self) -> None:

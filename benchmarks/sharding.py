@@ -21,6 +21,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo import distributed
+from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import PolicyModule
 from grpo.metrics import git_commit, package_versions
@@ -30,7 +31,7 @@ from grpo.update import make_optimizer
 from kernels.measure import device_name
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "benchmarks.sharding"]
-ADAMW = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+ADAMW = OptimConfig(lr=1e-6)
 STRATEGIES = ("ddp", "zero1")
 PARTS = ("optimizer", "refresh")
 
@@ -49,10 +50,10 @@ class Trainee:
             parameter.grad = torch.randn(parameter.shape, device=world.device)
         if strategy in STRATEGIES:
             own = list(self.policy.own.values())
-            self.optimizer = make_optimizer(self.policy.trained, 1e-6, **ADAMW, own=own)
+            self.optimizer = make_optimizer(self.policy.trained, ADAMW, own=own)
         else:
-            options = {"optimizer_class": torch.optim.AdamW, "lr": 1e-6, **ADAMW, "fused": True}
-            self.optimizer = ZeroRedundancyOptimizer(self.policy.trained, **options)
+            options = {name: getattr(ADAMW, name) for name in ("lr", "betas", "eps", "weight_decay")} | {"fused": True}
+            self.optimizer = ZeroRedundancyOptimizer(self.policy.trained, torch.optim.AdamW, **options)
 
     def seconds(self, world: World) -> list[float]:
         """Of each of PARTS."""

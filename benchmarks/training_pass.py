@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.train_step import make_group, make_model, seconds
 from grpo.batch import pack, weigh
+from grpo.config import OptimConfig
 from grpo.distributed import World, make_deterministic
 from grpo.logprobs import PolicyModule
 from grpo.metrics import git_commit, package_versions
@@ -98,7 +99,7 @@ def measure(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[s
     policy = Policy(make_model(device, torch.float32), None, precision)
     policy.model.train()
     batch = make_batch(device, policy.model.config.vocab_size, arguments.workload or device.type)
-    optimizer = make_optimizer(list(policy.masters.parameters()), 1e-6, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(list(policy.masters.parameters()), OptimConfig(lr=1e-6))
     world, objective = World(0, 1, device), resolve("dr_grpo")
     work: dict[str, Callable[[], object]] = {}
     for name in arguments.arrangement:

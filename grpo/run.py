@@ -94,10 +94,9 @@ class Run:
         self.layout, why = choose_layout(config.batch.layout, policy.model)  # of micro-batches: packed or padded
         self.log.say(f"layout of micro-batches: {self.layout} ({why})")
         optim = config.optim
-        adamw = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
         self.updater = Updater(
             module=wrapped,
-            optimizer=make_optimizer(policy.trained, optim.lr, **adamw, own=list(policy.own.values())),
+            optimizer=make_optimizer(policy.trained, optim, own=list(policy.own.values())),
             objective=objective,
             world=world,
             max_grad_norm=optim.max_grad_norm,

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from grpo.batch import halve
+from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, TokenLoss, frozen_logprobs
 from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, kl_k3, token_loss
@@ -61,32 +62,26 @@ class Updater:
         self.skipped, self.too_large = state["skipped"], state["too_large"]
 
 
-def learning_rate(step: int, peak: float, schedule: str, *, warmup: float, num_steps: int) -> float:
+def learning_rate(step: int, optim: OptimConfig, num_steps: int) -> float:
     """Learning rate of a training step, counted from 1.
 
     Linear warm-up that reaches the peak at step warmup * num_steps, then constant, or half a cosine that would reach
     0 one step after the last.
     """
-    warmup_steps = warmup * num_steps
+    warmup_steps = optim.warmup * num_steps
     if step < warmup_steps:
-        return peak * step / warmup_steps
-    if schedule == "constant":
-        return peak
+        return optim.lr * step / warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
     progress = (step - warmup_steps) / (num_steps + 1 - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter],
-    lr: float,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    own: list[Tensor] | None = None,
+    parameters: list[nn.Parameter], optim: OptimConfig, own: list[Tensor] | None = None
 ) -> torch.optim.AdamW:
     """AdamW on the fp32 masters, as one fused kernel.  own: what this rank keeps of each, where they are shared out."""
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
+    options = {name: getattr(optim, name) for name in ("lr", "betas", "eps", "weight_decay")} | {"fused": True}
     is_shared = own is not None and any(isinstance(tensor, DTensor) for tensor in own)
     return SharedAdamW(own, parameters, **options) if is_shared else torch.optim.AdamW(parameters, **options)
 

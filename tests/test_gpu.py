@@ -10,6 +10,7 @@ import torch
 from benchmarks.train_step import make_group
 from grpo.advantages import normalise
 from grpo.batch import LAYOUTS, pack, weigh
+from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
@@ -47,7 +48,7 @@ def train_three_steps(precision: str, groups_of, *, base: str | None) -> tuple[f
     sampling = Sampling(group_size=8, max_new_tokens=24, temperature=1.0, top_p=1.0, top_k=0, stop=())
     sampler = Sampler(policy.model, policy.tokenizer, sampling, seed=0, max_sequences=64, prefill_tokens=2048)
     start = torch.cat([parameter.detach().flatten().clone() for parameter in policy.masters.parameters()])
-    optimizer = make_optimizer(list(module.parameters()), 1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(list(module.parameters()), OptimConfig(lr=1e-3))
     updater = Updater(module, optimizer, OBJECTIVE, world, 1.0, policy.refresh)
     rows = []
     for step in range(1, 4):
@@ -138,7 +139,7 @@ def one_step(memory: int | None = None) -> tuple[dict[str, float], Updater, int]
     world = World(rank=0, size=1, device=CUDA)
     policy = Policy(tiny_qwen2(**SHAPE).to(CUDA), word_tokenizer(), "bf16")
     module = PolicyModule(policy, temperature=1.0, impl="auto")
-    optimizer = make_optimizer(list(module.parameters()), 1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(list(module.parameters()), OptimConfig(lr=1e-3))
     updater = Updater(module, optimizer, resolve("dr_grpo"), world, 1.0, policy.refresh, tokens_per_micro_batch=40_000)
     groups = [make_group(200, 8, 61, 100, 300, seed=seed) for seed in range(20)]
     limits = {"minibatches": 1, "passes": 1, "tokens_per_micro_batch": updater.token_budget}

@@ -6,6 +6,7 @@ import torch
 
 from grpo.advantages import normalise
 from grpo.batch import pack, weigh
+from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
@@ -29,7 +30,7 @@ def mean_rewards(rewards, score=score_texts, *, model=None, lr=5e-3) -> tuple[li
     objective = resolve("grpo", beta=0.001)
     sampling = Sampling(group_size=8, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, stop=())
     sampler = Sampler(policy.model, policy.tokenizer, sampling, seed=0, max_sequences=64, prefill_tokens=512)
-    optimizer = make_optimizer(list(module.parameters()), lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(list(module.parameters()), OptimConfig(lr=lr))
     updater = Updater(module, optimizer, objective, ALONE, 1.0, policy.refresh)
     means, unscored = [], []
     for step in range(1, 31):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo import layers
 from grpo.batch import LAYOUTS, pack, weigh
+from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
@@ -23,7 +24,7 @@ def train_three_steps(precision: str) -> tuple[Policy, float]:
     policy = Policy(tiny_qwen2(initializer_range=0.05), word_tokenizer(), precision)
     module = PolicyModule(policy, temperature=1.0, impl="torch")
     start = torch.cat([parameter.detach().flatten().clone() for parameter in policy.masters.parameters()])
-    optimizer = make_optimizer(list(module.parameters()), lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(list(module.parameters()), OptimConfig(lr=1e-3))
     updater = Updater(module, optimizer, resolve("dr_grpo"), ALONE, 1.0, policy.refresh)
     advantages = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     for step in range(3):

@@ -11,6 +11,7 @@ import torch
 
 from grpo.advantages import normalise
 from grpo.batch import LAYOUTS, kl_by_completion, pack, weigh
+from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve, token_loss
@@ -111,8 +112,7 @@ def one_update(
         max_new_tokens=MAX_NEW_TOKENS,
         sum_over_ranks=world.sum,
     )
-    adamw = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
-    optimizer = make_optimizer(policy.trained, 0.0, **adamw, own=list(policy.own.values()))
+    optimizer = make_optimizer(policy.trained, OptimConfig(lr=0.0), own=list(policy.own.values()))
     updater = Updater(wrapped, optimizer, objective, world, max_grad_norm=math.inf, refresh=policy.refresh)
     metrics = update_policy(updater, batch, step=7, lr=1e-3 if minibatches * passes > 1 else 0.0)
     gradients = dict(zip(policy.own, (whole_of(parameter.grad).clone() for parameter in policy.trained), strict=True))
@@ -246,7 +246,7 @@ def test_a_step_that_cannot_teach_leaves_weights_and_momentum_alone(objective, i
         max_new_tokens=12,
         sum_over_ranks=ALONE.sum,
     )
-    optimizer = make_optimizer(list(module.parameters()), lr=1.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    optimizer = make_optimizer(list(module.parameters()), OptimConfig(lr=1.0, weight_decay=0.1))
     update_policy(Updater(module, optimizer, objective, ALONE, 1.0, policy.refresh), batch, step=0, lr=1.0)
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.masters.state_dict().items())
     assert not optimizer.state
@@ -274,7 +274,7 @@ def test_nan_stops_the_update_before_the_weights_move_and_names_step_and_sequenc
         max_new_tokens=12,
         sum_over_ranks=ALONE.sum,
     )
-    optimizer = make_optimizer(list(module.parameters()), lr=1.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(list(module.parameters()), OptimConfig(lr=1.0))
     with pytest.raises(NonFiniteLoss, match=r"training step 42; the advantage of group 1, sample 2"):
         update_policy(
             Updater(module, optimizer, resolve("dr_grpo"), ALONE, 1.0, policy.refresh), batch, step=42, lr=1.0
@@ -283,7 +283,7 @@ def test_nan_stops_the_update_before_the_weights_move_and_names_step_and_sequenc
 
 
 def test_learning_rate_warms_up_linearly_then_stays_or_falls_as_a_cosine():
-    rate = lambda step, schedule: learning_rate(step, 2.0, schedule, warmup=0.1, num_steps=40)
+    rate = lambda step, schedule: learning_rate(step, OptimConfig(lr=2.0, schedule=schedule, warmup=0.1), 40)
     assert [rate(step, "constant") for step in (1, 2, 4, 5, 40)] == [0.5, 1.0, 2.0, 2.0, 2.0]
     assert rate(4, "cosine") == 2.0
     assert rate(22.5, "cosine") == pytest.approx(1.0)  # half way between the end of the warm-up (4) and 41

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from grpo.batch import LAYOUTS, halve, pack, weigh
+from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule
 from grpo.objectives import resolve
@@ -36,7 +37,7 @@ class Trainee:
         self.reference = LogprobModel(tiny_qwen2(seed=1).double(), temperature=1.0, impl="torch")
         self.world, self.layout, self.budget, self.said = world, layout, budget, []
         wrapped = distribute(self.module, [self.policy], world, strategy)
-        optimizer = make_optimizer(self.policy.trained, 0.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+        optimizer = make_optimizer(self.policy.trained, OptimConfig(lr=0.0))
         objective = resolve("grpo", beta=0.3)
         rest = (math.inf, self.policy.refresh, budget)
         self.updater = Updater(wrapped, optimizer, objective, world, *rest, say=self.said.append, **options)
