@@ -38,18 +38,17 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of a small tensor over all ranks, on the CPU, in fp64: the order of ranks moves its last bits only."""
-        values = values.detach().to("cpu", torch.float64)
-        if self.size > 1:
-            self.barrier()
-            dist.all_reduce(values, group=self.cpu_group)
-        return values
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Tensor) -> Tensor:
         """The element-wise maximum of a small tensor over all ranks, on the CPU, in fp64."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, op: dist.ReduceOp) -> Tensor:
         values = values.detach().to("cpu", torch.float64)
         if self.size > 1:
             self.barrier()
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.cpu_group)
+            dist.all_reduce(values, op, group=self.cpu_group)
         return values
 
     def gather(self, item: object) -> list:
@@ -60,15 +59,6 @@ class World:
         items = [None] * self.size
         dist.all_gather_object(items, item, group=self.cpu_group)
         return items
-
-    def broadcast(self, item: object) -> object:
-        """Rank 0's item, on every rank."""
-        if self.size == 1:
-            return item
-        self.barrier()
-        box = [item]
-        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
-        return box[0]
 
     def barrier(self) -> None:
         """Wait until every rank is here. Every call above begins with it: a collective alone could not say which rank
@@ -110,7 +100,7 @@ class World:
             while not store.check([f"grpo/{name}"]):
                 time.sleep(POLL_S)
             result = None
-        return self.broadcast(result)
+        return self.gather(result)[0]
 
 
 class StopRequest:
