@@ -27,7 +27,7 @@ RUN += ["--rollout.prompts-per-step=4", "--rollout.group-size=4", "--batch.minib
 # An untrained base is never right: without these nothing would be learnt, and any state would do to go on from.
 RUN += ["--eval.test-problems=0", "--rewards.functions", f"{ROOT}/tests/reward_functions.py:length_of"]
 RUN += ["--rewards.no-require-finish"]
-IN_A_ROLLOUT, IN_AN_UPDATE = "grpo.rollout.engine.forward", "grpo.update.forward"
+IN_A_ROLLOUT, IN_AN_UPDATE = "grpo.rollout.step.forward", "grpo.update.forward"
 
 
 @pytest.fixture(scope="module")

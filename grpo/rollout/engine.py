@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kernels
+from grpo.layers import compiled_layers
 from grpo.records import Group, Problem
 from grpo.rollout import graphs
 from grpo.rollout.attention import refuse_unservable, sampling_mode
@@ -32,7 +33,7 @@ from grpo.rollout.slab import (
     make_plan,
     total_memory,
 )
-from grpo.rollout.step import DecodeStep, forward, with_compiled_layers
+from grpo.rollout.step import DecodeStep, forward
 from grpo.rollout.stops import Ending, eos_ids
 
 
@@ -73,7 +74,7 @@ class Sampler:
         self.seed, self.max_sequences, self.prefill_tokens, self.kv_gib = seed, max_sequences, prefill_tokens, kv_gib
         self.has_graphs = cuda_graph and graphs.are_usable(model.device)
         self.is_static = self.has_graphs  # a graph is for one shape: rows come in buckets, bounds are those of the slab
-        self.decode_forward = with_compiled_layers(model) if compile else forward
+        self.forwards = compiled_layers(model) if compile else {}  # while decoding
         self.ending = Ending(tokenizer, eos_ids(model, tokenizer), sampling.stop)
         self.progress = progress or (lambda done, total: None)
         self.plan: Plan | None = None
@@ -181,7 +182,7 @@ class Sampler:
             self.release()
         if not self._kept:
             slab = KVSlab(self.plan, self._shapes, self.model.device, self.impl)
-            step = DecodeStep(self.model, slab, self.sampling, sorted(self.ending.eos), self.decode_forward)
+            step = DecodeStep(self.model, slab, self.sampling, sorted(self.ending.eos), self.forwards)
             self._kept = step, Graphs(step) if self.has_graphs else step
         step, run = self._kept
         if isinstance(run, Graphs):

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import kernels
-from grpo.layers import compiled_layers, using_forwards
+from grpo.layers import using_forwards
 from grpo.rollout.sampling import Sampling
 from grpo.rollout.slab import Decode, KVSlab, Probe
-
-Forward = Callable[[PreTrainedModel, Tensor, Tensor, KVSlab | Probe], Tensor]
 
 
 def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, slab: KVSlab | Probe) -> Tensor:
@@ -26,22 +24,18 @@ def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, slab: KVSlab
     return output.logits[:, -1]
 
 
-def with_compiled_layers(model: PreTrainedModel) -> Forward:
-    """`forward` for this model, by layers that are compiled once for every number of rows."""
-    forwards = compiled_layers(model)
-
-    def run(*arguments: object) -> Tensor:
-        with using_forwards(forwards):
-            return forward(*arguments)
-
-    return run
-
-
 class DecodeStep:
     """The buffers, an entry per row of the slab, and the step over the first rows of them."""
 
-    def __init__(self, model: PreTrainedModel, slab: KVSlab, sampling: Sampling, eos: list[int], forward: Forward):
-        self.model, self.slab, self.sampling, self.forward = model, slab, sampling, forward
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        slab: KVSlab,
+        sampling: Sampling,
+        eos: list[int],
+        forwards: dict[nn.Module, Callable],  # of layers that are compiled
+    ):
+        self.model, self.slab, self.sampling, self.forwards = model, slab, sampling, forwards
         num_rows, width, device = slab.plan.num_rows, slab.plan.suffix_size, model.device
         make = lambda dtype, *shape: torch.zeros(num_rows, *shape, dtype=dtype, device=device)
         self.token = make(torch.int64)  # what it reads next
@@ -64,7 +58,8 @@ class DecodeStep:
         token, length, alive = self.token[:size], self.length[:size], self.alive[:size]
         self.stored[:size] = torch.where(alive, length, -1)
         self.slab.layout = layout
-        logits = self.forward(self.model, token[:, None], (self.prefix[:size] + length)[:, None], self.slab)
+        with using_forwards(self.forwards):
+            logits = forward(self.model, token[:, None], (self.prefix[:size] + length)[:, None], self.slab)
         here = (self.row[:size], length)
         drawn, logprob = kernels.sample_token(
             logits,
