@@ -29,12 +29,13 @@ from grpo.live import Progress, can_show, print_any_text
 from grpo.metrics import PhaseTimer, environment
 from grpo.rewards.__main__ import report, score_file
 from grpo.rewards.pool import Pool, make_pool
-from grpo.rollout import EVALUATION, Sampler, Sampling
+from grpo.rollout import EVALUATION, Sampler
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
 from grpo.user_code import located
 from kernels import dispatch_table
 
+DRAWING = ("temperature", "top_p", "top_k")
 PRINTED_LINES = 20  # of scored completions; the file has them all
 
 
@@ -109,7 +110,12 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     given = {
         "data": {"path": options.data_path, **columns},
         "prompt": {"style": options.style, "template_options": told},
-        "rollout": {"max_new_tokens": options.max_new_tokens},
+        "rollout": {
+            "group_size": options.samples,
+            "max_sequences": max(options.max_sequences, options.samples),
+            **{name: getattr(options, name) for name in ("max_new_tokens", *DRAWING)},
+        },
+        "model": {"precision": options.precision},
     }
     for section, values in given.items():
         stated = {name: value for name, value in values.items() if value is not None}
@@ -124,7 +130,7 @@ def evaluate_model(
 ) -> dict[int, dict]:
     """Summary by number of shots."""
     timer = PhaseTimer(Progress(world.is_writer and can_show()))
-    policy = lora.load(path, precision=options.precision or config.model.precision, device=world.device)
+    policy = lora.load(path, precision=config.model.precision, device=world.device)
     chosen = islice(task.split(options.split), options.limit)
     problems = [replace(problem, index=i) for i, problem in enumerate(chosen)]
     lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
@@ -135,27 +141,9 @@ def evaluate_model(
     prompted = {shots: [prompter(problem) for problem in problems] for shots, prompter in prompters.items()}
     results = {}
     for shots, questions in prompted.items():
-        sampling = Sampling(
-            group_size=options.samples,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            stop=prompters[shots].stop_strings,
-            stream=EVALUATION,
-        )
-        sampler = Sampler(
-            policy.model,
-            policy.tokenizer,
-            sampling,
-            seed=options.seed,
-            max_sequences=max(options.max_sequences, options.samples),
-            prefill_tokens=config.rollout.prefill_tokens,
-            kv_gib=config.rollout.kv_gib,
-            cuda_graph=config.rollout.cuda_graph,
-            impl=options.impl,
-            progress=timer.progress,
-        )
+        how = {"stop": prompters[shots].stop_strings, "stream": EVALUATION, "seed": options.seed}
+        how |= {"impl": options.impl, "progress": timer.progress}
+        sampler = Sampler.from_config(config.rollout, policy.model, policy.tokenizer, **how)
         with timer(f"{Path(path).name}, {shots} shots"):
             scoring = {"require_finish": config.rewards.require_finish, "score": pool}
             result = evaluate(sampler, questions, task.rewards, **scoring, world=world)
@@ -205,7 +193,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     print(result_table(rows))
     dispatch = {op: choice.impl for op, choice in dispatch_table(options.impl, world.device).items()}
     record = {"task": config.task, "split": options.split, "max_new_tokens": config.rollout.max_new_tokens}
-    record |= {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
+    record |= {name: getattr(options, name) for name in DRAWING}
     record |= {"loaded": loaded, "models": results}
     record["environment"] = environment(seed=options.seed, world_size=world.size, dispatch=dispatch)
     output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -34,10 +34,10 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from grpo.config import BaseConfig, PromptConfig
+from grpo.config import BaseConfig, PromptConfig, RolloutConfig
 from grpo.records import Problem
 from grpo.rewards import score_groups
-from grpo.rollout import EVALUATION, Sampler, Sampling
+from grpo.rollout import EVALUATION, Sampler
 from grpo.tasks.prompts import Prompter
 from grpo.tasks.stream import ENDLESS_STRIDE
 from grpo.tasks.word_problems import WordProblems
@@ -185,9 +185,8 @@ class Supervisor:
 
     def accuracy(self) -> float:
         """Share of the validation problems that greedy decoding gets right."""
-        greedy = {"group_size": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "stop": (), "stream": EVALUATION}
-        sampling = Sampling(**greedy, max_new_tokens=self.task.level.solution_tokens)
-        sampler = Sampler(self.model, self.tokenizer, sampling, seed=0, max_sequences=512, prefill_tokens=16384)
+        greedy = RolloutConfig(group_size=1, temperature=0.0, max_new_tokens=self.task.level.solution_tokens)
+        sampler = Sampler.from_config(greedy, self.model, self.tokenizer, stop=(), stream=EVALUATION, seed=0)
         scores = score_groups(sampler.generate(self.validation, 0), self.task.rewards, require_finish=True)
         return scores.means()["reward/correctness"]
 

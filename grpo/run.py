@@ -23,7 +23,7 @@ from grpo.metrics import RunLogger, environment, token_texts
 from grpo.objectives import Objective, check_steps, resolve
 from grpo.policy import MovingReference, Policy, load_model_config, load_reference
 from grpo.rewards.pool import make_pool
-from grpo.rollout import EVALUATION, TRAINING, Sampler, Sampling
+from grpo.rollout import EVALUATION, TRAINING, Sampler
 from grpo.sharding import distribute
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
@@ -169,20 +169,10 @@ def make_sampler(
     config: Config, model: torch.nn.Module, prompter: Prompter, log: RunLogger, *, greedy: bool = False
 ) -> Sampler:
     """The sampler of training; or, greedy, that of evaluation: one completion, the most likely token every time."""
-    rollout = config.rollout
-    sampling = Sampling(
-        group_size=1 if greedy else rollout.group_size,
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=0.0 if greedy else rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=prompter.stop_strings,
-        stream=EVALUATION if greedy else TRAINING,
-    )
-    limits = ("max_sequences", "prefill_tokens", "kv_gib", "cuda_graph")
-    options = {name: getattr(rollout, name) for name in limits} | {"seed": config.seed, "impl": config.impl}
-    options["compile"] = config.model.compile
-    return Sampler(model, prompter.tokenizer, sampling, **options, progress=log.progress)
+    rollout = replace(config.rollout, group_size=1, temperature=0.0) if greedy else config.rollout
+    how = {"stop": prompter.stop_strings, "stream": EVALUATION if greedy else TRAINING, "seed": config.seed}
+    how |= {"compile": config.model.compile, "impl": config.impl, "progress": log.progress}
+    return Sampler.from_config(rollout, model, prompter.tokenizer, **how)
 
 
 def validate(run: Run, step: int) -> dict[str, float]:

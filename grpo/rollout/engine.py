@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kernels
+from grpo.config import RolloutConfig
 from grpo.layers import compiled_layers
 from grpo.records import Group, Problem
 from grpo.rollout import graphs
@@ -80,6 +81,23 @@ class Sampler:
         self.plan: Plan | None = None
         self._shapes: dict[int, LayerShape] = {}
         self._kept: tuple[DecodeStep, Callable] | None = None  # of the last call: the step and what runs it
+
+    @classmethod
+    def from_config(
+        cls,
+        rollout: RolloutConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop: tuple[str, ...],
+        stream: int,
+        **options: object,
+    ) -> Sampler:
+        """As a config says. options: seed, compile, impl and progress."""
+        section = lambda *names: {name: getattr(rollout, name) for name in names}
+        how = section("group_size", "max_new_tokens", "temperature", "top_p", "top_k")
+        limits = section("max_sequences", "prefill_tokens", "kv_gib", "cuda_graph")
+        return cls(model, tokenizer, Sampling(**how, stop=stop, stream=stream), **limits, **options)
 
     def generate(self, problems: list[Problem], step: int) -> list[Group]:
         """One Group per problem, in the order given; `prompt_ids` must be filled.
