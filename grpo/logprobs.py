@@ -73,32 +73,30 @@ class LogprobModel(nn.Module):
         # row source[t] predicts token t: the only shift
         hidden = self._hidden(micro_batch).flatten(0, 1)[micro_batch.source]
         if token_loss is None:
-            return linear_logprob(hidden, self._head.weight, micro_batch.tokens.target, **self._head_options())
+            return self._head(linear_logprob, hidden, micro_batch.tokens.target)
         return self.folded_loss(hidden, micro_batch.tokens, token_loss)
 
     def folded_loss(self, hidden: Tensor, tokens: TokenColumns, token_loss: TokenLoss) -> tuple[Tensor, Tensor, Tensor]:
         """Summed loss, log-probs and entropy, given hidden states [T, D]. Tokens of weight 0 never reach the head:
         their log-prob is NaN."""
-        rows, options = tokens.head_rows, self._head_options()
+        rows = tokens.head_rows
         if rows is None:
-            return linear_logprob_loss(hidden, self._head.weight, tokens.target, token_loss, **options)
+            return self._head(linear_logprob_loss, hidden, tokens.target, token_loss)
         loss_of = lambda logprobs, entropy, chunk: token_loss(logprobs, entropy, rows[chunk])
-        arguments = (hidden[rows], self._head.weight, tokens.target[rows], loss_of)
-        loss, *columns = linear_logprob_loss(*arguments, **options)
+        loss, *columns = self._head(linear_logprob_loss, hidden[rows], tokens.target[rows], loss_of)
         return loss, *(column.new_full((len(hidden),), torch.nan).index_copy_(0, rows, column) for column in columns)
 
-    @property
-    def _head(self) -> nn.Linear:
-        return self.model.get_output_embeddings()
-
-    def _head_options(self) -> dict[str, object]:
-        return {
-            "temperature": self.temperature,
-            "bias": self._head.bias,
-            "softcap": getattr(self.model.config, "final_logit_softcapping", None),
-            "impl": self.impl,
-            "entropy_gradient": self.entropy_gradient,
-        }
+    def _head(self, op: Callable, hidden: Tensor, target: Tensor, *token_loss: TokenLoss) -> tuple[Tensor, ...]:
+        """One of the two ops on this model's head."""
+        head = self.model.get_output_embeddings()
+        return op(
+            *(hidden, head.weight, target, *token_loss),
+            temperature=self.temperature,
+            bias=head.bias,
+            softcap=getattr(self.model.config, "final_logit_softcapping", None),
+            impl=self.impl,
+            entropy_gradient=self.entropy_gradient,
+        )
 
     def _hidden(self, micro_batch: MicroBatch) -> Tensor:
         """Last hidden states, [rows, length, D]."""
@@ -130,23 +128,16 @@ class _WorkingCopy(torch.autograd.Function):
 
 
 class PolicyModule(nn.Module):
-    """The policy as DistributedDataParallel or FSDP sees it: its parameters are the fp32 masters."""
+    """The policy as DistributedDataParallel or FSDP sees it: its parameters are the fp32 masters.
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        temperature: float,
-        impl: str,
-        compile: bool = False,
-        entropy_gradient: bool = False,
-        checkpointing: bool = False,
-    ):
+    options: those of LogprobModel.
+    """
+
+    def __init__(self, policy: Policy, *, checkpointing: bool = False, **options: object):
         super().__init__()
         self.masters = policy.masters
-        options = {"temperature": temperature, "impl": impl, "compile": compile}
         model = policy.masters if policy.is_sampler_only else policy.model
-        compute = LogprobModel(model, **options, entropy_gradient=entropy_gradient)
+        compute = LogprobModel(model, **options)
         # A tuple, so that the working copy is not registered as parameters too.
         self._hidden_from_ddp = (compute, policy.model)
         self._shares_weights = model is policy.masters
