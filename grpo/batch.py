@@ -82,7 +82,7 @@ def pack(
         filler = functools.partial(dummy, build, groups[chosen.start], device)
         steps.append([build(groups, share, device) if share else filler() for share in shares])
     lengths = torch.tensor([[len(completion.ids) for completion in group.completions] for group in groups])
-    return Batch(steps * passes, minibatch_groups, lengths, groups)
+    return Batch(steps, passes, minibatch_groups, lengths, groups)
 
 
 # Packed: every prompt once -------------------------------------------------------------------------------------------
@@ -328,12 +328,11 @@ def kl_by_completion(batch: Batch) -> Tensor:
     Returns [groups of this rank, G]. For the KL in the reward, before advantages are made.
     """
     sums = torch.zeros(batch.lengths.shape)
-    for micro_batches in unique_steps(batch):
-        for micro_batch in micro_batches:
-            tokens = micro_batch.tokens
-            kl = sum_by_sequence(tokens.old - tokens.ref, tokens.sequence).cpu()
-            for row, (g, s) in enumerate(micro_batch.sequences):
-                sums[g, s] = kl[row]
+    for micro_batch in batch.micro_batches:
+        tokens = micro_batch.tokens
+        kl = sum_by_sequence(tokens.old - tokens.ref, tokens.sequence).cpu()
+        for row, (g, s) in enumerate(micro_batch.sequences):
+            sums[g, s] = kl[row]
     return sums
 
 
@@ -352,15 +351,16 @@ def weigh(
     a score, or masked) is not active either; every other token is both (a group without spread stays in the
     denominators: its KL still acts). `keep_high_entropy` and `correct_mismatch` may then silence counted tokens.
     """
-    for micro_batches, chosen in zip(unique_steps(batch), batch.groups, strict=True):
+    for micro_batches, chosen in zip(batch.optimizer_steps, batch.groups, strict=True):
         mine = slice(chosen.start, chosen.stop)
         totals = torch.stack([counted[mine].sum(), batch.lengths[mine][counted[mine]].sum()])
         num_sequences, num_tokens = sum_over_ranks(totals).clamp_min(1).tolist()
         for micro_batch in micro_batches:
-            length, mask = _lengths_and_mask(micro_batch, counted)
+            tokens, device = micro_batch.tokens, micro_batch.source.device
+            length = torch.bincount(tokens.sequence).cpu()
+            mask = torch.tensor([bool(counted[g, s]) for g, s in micro_batch.sequences] or [False])  # a dummy's one row
             row_weights = AGGREGATIONS[aggregation](length.float(), num_sequences, num_tokens, max_new_tokens) * mask
             row_advantages = torch.tensor([advantages[g, s] for g, s in micro_batch.sequences] or [0.0])
-            tokens, device = micro_batch.tokens, micro_batch.source.device
             tokens.advantage = row_advantages.to(device)[tokens.sequence]
             tokens.weight = row_weights.to(device)[tokens.sequence]
             tokens.counted = mask.to(device)[tokens.sequence]
@@ -376,7 +376,7 @@ def keep_high_entropy(batch: Batch, share: float, gather: Callable[[Tensor], lis
     those of one distribution, computed in different micro-batches, differ in their last bits.
     gather: [tokens of this rank] -> the same of every rank.
     """
-    for micro_batches in unique_steps(batch):
+    for micro_batches in batch.optimizer_steps:
         columns = [micro_batch.tokens for micro_batch in micro_batches]
         mine = torch.cat([tokens.entropy[tokens.counted] for tokens in columns]).cpu()
         entropy = torch.cat(gather(mine)).sort(descending=True).values
@@ -394,16 +394,15 @@ def correct_mismatch(batch: Batch, mode: str, *, level: str, cap: float) -> None
     that makes the mean over samples right, but it leaves 1 further and further behind as completions get longer; the
     mean does not, and is no such weight. (Truncated importance sampling: fengyao.notion.site/off-policy-rl.)
     """
-    for micro_batches in unique_steps(batch):
-        for micro_batch in micro_batches:
-            tokens = micro_batch.tokens
-            log_ratio = tokens.old - tokens.sampler
-            if mode != "token_truncate":
-                log_ratio = _of_sequence(log_ratio, tokens.sequence, level)
-            if mode == "sequence_mask":
-                _scale(tokens, log_ratio.abs() <= math.log(cap))
-            else:
-                _scale(tokens, log_ratio.exp().clamp(max=cap))
+    for micro_batch in batch.micro_batches:
+        tokens = micro_batch.tokens
+        log_ratio = tokens.old - tokens.sampler
+        if mode != "token_truncate":
+            log_ratio = _of_sequence(log_ratio, tokens.sequence, level)
+        if mode == "sequence_mask":
+            _scale(tokens, log_ratio.abs() <= math.log(cap))
+        else:
+            _scale(tokens, log_ratio.exp().clamp(max=cap))
 
 
 def sum_by_sequence(values: Tensor, sequence: Tensor) -> Tensor:
@@ -421,15 +420,3 @@ def _of_sequence(values: Tensor, sequence: Tensor, level: str) -> Tensor:
 def _scale(tokens: TokenColumns, factor: Tensor) -> None:
     tokens.weight = tokens.weight * factor
     tokens.active = tokens.active & (factor > 0)
-
-
-def unique_steps(batch: Batch) -> Iterable[list[MicroBatch]]:
-    """The optimizer steps of one pass: further passes repeat the same micro-batches."""
-    return {id(step[0]): step for step in batch.optimizer_steps}.values()
-
-
-def _lengths_and_mask(micro_batch: MicroBatch, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens per sequence [rows] and whether each is counted [rows]; a dummy's one row is not."""
-    lengths = torch.bincount(micro_batch.tokens.sequence).cpu()
-    mask = torch.tensor([bool(counted[g, s]) for g, s in micro_batch.sequences] or [False])
-    return lengths, mask

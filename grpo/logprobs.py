@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.attention import SHARED_PREFIX
-from grpo.batch import packed_row, padded_rows, unique_steps
+from grpo.batch import packed_row, padded_rows
 from grpo.layers import attention_mode, checkpoint_layers, compiled_layers, in_fp32, using_forwards, using_weights
 from grpo.policy import Policy
 from grpo.records import Batch, Group, MicroBatch, TokenColumns
@@ -193,14 +193,12 @@ def frozen_logprobs(
     With one optimizer step per rollout old is the current log-prob itself: no pass is made for it, unless the
     objective has to know it beforehand (`Objective.needs_frozen_pass`).
     """
-    needs_policy = always_policy or len(batch.optimizer_steps) > 1
-    micro_batches = [micro_batch for step in unique_steps(batch) for micro_batch in step]
-    if needs_policy:
-        for micro_batch in micro_batches:
+    if always_policy or batch.passes * len(batch.optimizer_steps) > 1:
+        for micro_batch in batch.micro_batches:
             micro_batch.tokens.old, micro_batch.tokens.entropy = policy(micro_batch)
     if reference is not None:
         with reference.at_hand(batch.micro_batches[0].input_ids.device):
-            for micro_batch in micro_batches:
+            for micro_batch in batch.micro_batches:
                 micro_batch.tokens.ref = reference(micro_batch)[0]
 
 

@@ -191,10 +191,11 @@ class MicroBatch(Movable):
 
 @dataclass
 class Batch:
-    """A list of optimizer steps, each a list of micro-batches: equally many on every rank."""
+    """A list of optimizer steps, each a list of micro-batches: equally many on every rank, the same in every pass."""
 
-    optimizer_steps: list[list[MicroBatch]]
-    groups: list[range]  # of each optimizer step of one pass, by place in this rank's list, silent ones too
+    optimizer_steps: list[list[MicroBatch]]  # of one pass
+    passes: int
+    groups: list[range]  # of each optimizer step, by place in this rank's list, silent ones too
     lengths: Tensor  # [groups of this rank, G] int64: tokens of each completion
     made_of: list[Group] = field(default_factory=list)  # this rank's list: what packing anew needs
 

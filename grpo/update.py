@@ -95,14 +95,13 @@ def update_policy(
     totals: dict[str, float] = {}
     done = 0
     if updater.world.size > 1:
-        ordered = {id(step): smallest_last(step, batch.made_of) for step in batch.optimizer_steps}
-        batch.optimizer_steps = [ordered[id(step)] for step in batch.optimizer_steps]
-    for position in range(len(batch.optimizer_steps)):
+        batch.optimizer_steps = [smallest_last(step, batch.made_of) for step in batch.optimizer_steps]
+    for position in [*range(len(batch.optimizer_steps))] * batch.passes:
         for name, value in optimizer_step(updater, batch, position, step=step).items():
             totals[name] = max(totals.get(name, 0.0), value) if name.endswith("_max") else totals.get(name, 0.0) + value
         done += len(batch.optimizer_steps[position])
         if progress is not None:
-            progress(done, len(batch.micro_batches))
+            progress(done, len(batch.micro_batches) * batch.passes)
     return summarise(totals)
 
 
@@ -114,7 +113,7 @@ def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) 
     """
     try:
         attempt = lambda: accumulate_gradients(updater, batch.optimizer_steps[position], step=step)
-        sums = in_halves_if_short(updater, batch, position, attempt)
+        sums = in_halves_if_short(updater, batch, attempt)
         norm = take_step(updater, sums, step=step)
     except NonFiniteLoss as error:
         if updater.skipped == updater.max_skipped_steps:
@@ -129,14 +128,14 @@ def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) 
 def fill_frozen(updater: Updater, batch: Batch, policy: PolicyModule, reference: LogprobModel | None) -> None:
     """`frozen_logprobs` of what the objective asks for, in smaller micro-batches if a rank runs out of memory."""
     work = partial(frozen_logprobs, batch, policy, reference, always_policy=updater.objective.needs_frozen_pass)
-    in_halves_if_short(updater, batch, 0, lambda: fits(updater, work) or None)
+    in_halves_if_short(updater, batch, lambda: fits(updater, work) or None)
 
 
-def in_halves_if_short(updater: Updater, batch: Batch, position: int, attempt: Callable[[], T | None]) -> T:
+def in_halves_if_short(updater: Updater, batch: Batch, attempt: Callable[[], T | None]) -> T:
     """What `attempt` returns; where a rank was short of memory (None), what it returns in micro-batches of half."""
     result = attempt()
     if result is None:
-        halve_micro_batches(updater, batch, position)
+        halve_micro_batches(updater, batch)
         result = attempt()
     if result is None:
         raise ValueError(f"still out of memory with {updater.token_budget} tokens; {LESS_MEMORY}")
@@ -164,7 +163,7 @@ def together(world: World) -> Iterator[None]:
         raise ValueError(f"{what}, and cannot go on with smaller ones; {LESS_MEMORY}") from error
 
 
-def halve_micro_batches(updater: Updater, batch: Batch, position: int) -> None:
+def halve_micro_batches(updater: Updater, batch: Batch) -> None:
     """From here on micro-batches of half the tokens, with the final weights as they are. Only once in a run."""
     if updater.token_budget != updater.tokens_per_micro_batch:
         raise ValueError(f"out of memory with {updater.token_budget} tokens, half of the first budget; {LESS_MEMORY}")
@@ -175,9 +174,7 @@ def halve_micro_batches(updater: Updater, batch: Batch, position: int) -> None:
         f"out of memory in a micro-batch of {updater.too_large} tokens: from here on {updater.token_budget}, with the "
         "same gradient; to start so, set batch.tokens_per_micro_batch"
     )
-    later = batch.optimizer_steps[position:]
-    halves = {id(step): halve(step, batch.made_of) for step in later}  # one step again and again stays one
-    batch.optimizer_steps[position:] = [halves[id(step)] for step in later]
+    batch.optimizer_steps = [halve(step, batch.made_of) for step in batch.optimizer_steps]
 
 
 def smallest_last(micro_batches: list[MicroBatch], groups: list[Group]) -> list[MicroBatch]:

@@ -133,7 +133,7 @@ def test_a_dummy_touches_every_parameter_and_moves_none(layout):
     module = PolicyModule(Policy(tiny_qwen2(), word_tokenizer(), "fp32"), temperature=1.0, impl="torch")
     micro_batch = dummy(LAYOUTS[layout][1], made_up_groups(1)[0], CPU)
     weigh(
-        Batch([[micro_batch]], [range(1)], torch.ones(1, 4, dtype=torch.int64)),
+        Batch([[micro_batch]], 1, [range(1)], torch.ones(1, 4, dtype=torch.int64)),
         torch.zeros(1, 4),
         torch.ones(1, 4, dtype=torch.bool),
         aggregation="constant",
