@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -130,28 +130,21 @@ class SharedAdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict:
         """On rank 0 as of AdamW on whole masters, on the CPU. Every rank must call it."""
-        state = super().state_dict()
-        moments = {
-            index: {
-                name: for_writer(as_share(value, share, share.device_mesh) if value.dim() else value)
-                for name, value in state["state"][index].items()
-            }
-            for index, (share, _) in enumerate(self.pairs)
-            if index in state["state"]
-        }
-        return state | {"state": moments}
+        return self._convert(
+            super().state_dict(),
+            lambda value, share: for_writer(as_share(value, share, share.device_mesh) if value.dim() else value),
+        )
 
     def load_state_dict(self, state: dict) -> None:
         """This rank's rows of what `state_dict` gave to rank 0."""
-        shares = {
-            index: {
-                name: rows_of(value, share.device_mesh).clone() if value.shape == share.shape else value
-                for name, value in state["state"][index].items()
-            }
-            for index, (share, _) in enumerate(self.pairs)
-            if index in state["state"]
-        }
-        super().load_state_dict(state | {"state": shares})
+        rows = lambda value, share: rows_of(value, share.device_mesh).clone() if value.shape == share.shape else value
+        super().load_state_dict(self._convert(state, rows))
+
+    def _convert(self, state: dict, convert: Callable[[Tensor, DTensor], Tensor]) -> dict:
+        """The state with convert(value, share) in the place of every value, a moment of that share or its step."""
+        shares, of_all = [share for share, _ in self.pairs], state["state"]
+        converted = {i: {name: convert(value, shares[i]) for name, value in of_all[i].items()} for i in sorted(of_all)}
+        return state | {"state": converted}
 
 
 def shard_fully(module: nn.Module, policy: Policy, mesh: DeviceMesh) -> None:
