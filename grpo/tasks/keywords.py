@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
 from grpo.rewards import Reward
 from grpo.rewards.keywords import keyword_reward, stems
@@ -22,10 +21,7 @@ class Keywords(RowTask):
     name = "keywords"
     embedded = DATA / "keywords.jsonl"
     instruction = "Answer in full sentences, with the headings `Diagnosis:` and `Therapy:`."
-
-    def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
-        super().__init__(data, rewards)
-        self.rewards = {"correctness": Reward(keyword_reward, 1.0)}
+    rewards = {"correctness": Reward(keyword_reward, 1.0)}
 
     def _problem(self, id: str, where: str, row: dict[str, Any]) -> Problem:
         groups, headings = row.get("groups"), row.get("sections")
