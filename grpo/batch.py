@@ -264,7 +264,6 @@ def dummy(build: Callable[..., MicroBatch], group: Group, device: torch.device) 
     first = group.completions[0]
     token = Completion(first.ids[:1], first.logprobs[:1], "", first.finish, 0)
     micro_batch = build([Group(group.problem, [token], group.step)], [(0, 0)], device)
-    micro_batch.is_dummy = True
     micro_batch.sequences = []
     return micro_batch
 

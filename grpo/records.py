@@ -184,9 +184,13 @@ class MicroBatch(Movable):
     position_ids: Tensor  # [rows, length] int64
     source: Tensor  # [T] int64
     tokens: TokenColumns
-    sequences: list[tuple[int, int]]  # (group, sample) of each sequence, group counted in this rank's list
+    sequences: list[tuple[int, int]]  # (group, sample) of each, group counted in this rank's list; of a dummy none
     shared_prefix: SharedPrefix | None = None  # None: padded rows
-    is_dummy: bool = False  # weight 0 everywhere; only keeps the ranks in step
+
+    @property
+    def is_dummy(self) -> bool:
+        """Weight 0 everywhere: it only keeps the ranks in step."""
+        return not self.sequences
 
 
 @dataclass
