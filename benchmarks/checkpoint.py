@@ -8,12 +8,11 @@ last line is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,12 +20,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+from benchmarks.common import default_device, make_parser, measured_on
 from grpo import checkpoint
 from grpo.config import OptimConfig
-from grpo.metrics import git_commit, package_versions
 from grpo.policy import Policy, choose_precision
 from grpo.update import make_optimizer
-from kernels.measure import device_name
+from kernels.measure import seconds
 
 
 class Trainee:
@@ -53,28 +52,21 @@ class Trainee:
         writer.save(number, lambda folder, state: self.policy.save(folder, state["policy"]), state, best=None)
 
 
-def seconds(device: torch.device, *works: object) -> float:
-    started = time.perf_counter()
-    for work in works:
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def measure(trainee: Trainee, folder: Path, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Raw seconds by name. Enough steps follow a save for its writing to end beside them."""
     writer = checkpoint.Writer(folder, keep_last=1)
+    time = partial(seconds, device)
     trainee.step()
-    a_save = seconds(device, lambda: trainee.save(writer, 0), writer.wait)
-    steps = [trainee.step] * (1 + int(1.5 * a_save / seconds(device, trainee.step)))
+    a_save = time(lambda: (trainee.save(writer, 0), writer.wait()))
+    count = 1 + int(1.5 * a_save / time(trainee.step))
+    steps = lambda: [trainee.step() for _ in range(count)]
     found: dict[str, list[float]] = {name: [] for name in ("waiting", "in background", "steps", "steps beside", "rest")}
     for number in range(1, 2 * rounds, 2):
-        found["waiting"].append(seconds(device, lambda n=number: trainee.save(writer, n), writer.wait))
-        found["steps"].append(seconds(device, *steps))
-        found["in background"].append(seconds(device, lambda n=number: trainee.save(writer, n + 1)))
-        found["steps beside"].append(seconds(device, *steps))
-        found["rest"].append(seconds(device, writer.wait))  # what the next save would have waited for
+        found["waiting"].append(time(lambda n=number: (trainee.save(writer, n), writer.wait())))
+        found["steps"].append(time(steps))
+        found["in background"].append(time(lambda n=number: trainee.save(writer, n + 1)))
+        found["steps beside"].append(time(steps))
+        found["rest"].append(time(writer.wait))  # what the next save would have waited for
     return found
 
 
@@ -91,22 +83,20 @@ def report(found: dict[str, list[float]], num_bytes: int, facts: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--width", type=int, default=512, help="of the model: 512 is 40 M parameters")
     parser.add_argument("--rounds", type=int, default=5, help="alternations; medians are over these")
     parser.add_argument("--folder", help="where to write; by default the temporary folder, which may be no real disk")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     trainee = Trainee(arguments.width, device)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(trainee, Path(folder), arguments.rounds, device)
         files = checkpoint.latest(folder).rglob("*")
         num_bytes = sum(path.stat().st_size for path in files if path.is_file())
-    name = device_name(device)
-    facts = {"parameters": sum(p.numel() for p in trainee.policy.masters.parameters()), "device": name}
-    facts |= {"threads": torch.get_num_threads(), "commit": git_commit(), "versions": package_versions()}
-    report(found, num_bytes, facts)
+    parameters = sum(parameter.numel() for parameter in trainee.policy.masters.parameters())
+    report(found, num_bytes, {"parameters": parameters} | measured_on(device))
     return 0
 
 

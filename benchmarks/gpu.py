@@ -16,7 +16,6 @@ be imported, from a folder of wheels too: pip install --no-index --no-deps --tar
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -30,8 +29,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.metrics import git_commit, package_versions
-from kernels.measure import device_name
+from benchmarks.common import make_parser, measured_on
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -110,15 +108,6 @@ GOALS: list[tuple[str, str, Callable[[dict], float | None], str, float]] = [  # 
 ]
 
 
-def hardware(device: torch.device) -> dict[str, object]:
-    """What the numbers were measured on."""
-    facts: dict[str, object] = {"device": device_name(device), "commit": git_commit(), "versions": package_versions()}
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(0).total_memory
-        facts |= {"memory_gib": round(memory / 2**30, 1), "cuda": torch.version.cuda}
-    return facts
-
-
 def run_stage(name: str, command: list[str], limit_s: float) -> dict[str, object]:
     """Run one stage; its outcome, seconds, the end of its output, and the JSON of its last line if it ended in one."""
     print(f"\n== {name}: {' '.join(command)}", flush=True)
@@ -159,7 +148,7 @@ def show(records: dict[str, dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--only", nargs="+", choices=STAGES | MORE, default=list(STAGES), help=f"default: all but {', '.join(MORE)}"
     )
@@ -169,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen.rehearse and not torch.cuda.is_available():
         print("error: no CUDA device here; --rehearse, or `make test`, runs what a CPU can show", file=sys.stderr)
         return 2
-    facts = hardware(torch.device("cpu" if chosen.rehearse else "cuda"))
+    facts = measured_on(torch.device("cpu" if chosen.rehearse else "cuda"))
     print(json.dumps(facts))
     chosen.results.mkdir(parents=True, exist_ok=True)
     path = chosen.results / ("gpu_rehearsal.json" if chosen.rehearse else "gpu.json")

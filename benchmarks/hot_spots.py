@@ -8,7 +8,6 @@ The last line is JSON. On CPU it shows torch's operators.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -17,14 +16,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import rollout, training_pass
-from benchmarks.train_step import make_model, seconds
+from benchmarks.common import default_device, make_parser, measured_on
+from benchmarks.train_step import make_model
 from grpo.logprobs import PolicyModule
-from grpo.metrics import git_commit
 from grpo.objectives import resolve
 from grpo.policy import Policy
 from grpo.rollout import Sampler, Sampling
 from grpo.update import weighted_loss
-from kernels.measure import hardware
+from kernels.measure import seconds
 
 SIZES = {"cpu": (2**22, 256), "cuda": (2**31, 8192)}  # elements copied; side of a matmul
 
@@ -88,18 +87,18 @@ def show(name: str, result: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--count", type=int, default=12, help="kernels shown of each job")
     parser.add_argument("--tiny", action="store_true", help="to see that it runs")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     measured = ceilings(device)
     print(", ".join(f"{name.replace('_', ' ')} {value:,.0f}" for name, value in measured.items()))
     results = {}
     for name, work in jobs(device, arguments.tiny).items():
         results[name] = hottest(work, device, arguments.count)
         show(name, results[name])
-    print(json.dumps({"ceilings": measured, "jobs": results, "commit": git_commit()} | hardware(device)))
+    print(json.dumps({"ceilings": measured, "jobs": results} | measured_on(device)))
     return 0
 
 

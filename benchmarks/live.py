@@ -28,9 +28,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import make_parser, measured_on
 from grpo.live import Progress
-from grpo.metrics import git_commit, package_versions
-from kernels.measure import device_name
 
 ROOT = Path(__file__).parents[1]
 MANY = 20
@@ -165,13 +164,12 @@ def report(found: Times, drawings: float) -> None:
             facts[f"{clock}, {name}"] = {"ratio": ratio, "interval": [low, high], "one_adds": adds, "squares": squares}
     share = median["drawn"]["in the view"] / median["drawn"]["CPU"]
     print(f"{drawings:.1f} drawings a step; {share:.2%} of a step's CPU time passes in the view")
-    hardware = {"device": device_name(torch.device("cpu")), "cpus": os.cpu_count(), "threads": 1}
-    facts |= {"share_in_the_view": share, "load": os.getloadavg()[0], **hardware}
-    print(json.dumps(facts | {"commit": git_commit(), "versions": package_versions(), "seconds": found}))
+    facts |= {"share_in_the_view": share, "load": os.getloadavg()[0], "seconds": found}
+    print(json.dumps(measured_on() | facts | {"threads": 1}))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="of each training that count; a multiple of 3")
     parser.add_argument("--rounds", type=int, default=9, help="trainings; a multiple of 3")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)

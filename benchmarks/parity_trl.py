@@ -11,7 +11,6 @@ Needs benchmarks/requirements.txt. Exit status 0 only if nothing is left unexpla
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import tempfile
 from collections import defaultdict
@@ -24,8 +23,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from benchmarks.common import measured_on
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, pack, weigh
-from grpo.metrics import package_versions
 from grpo.objectives import Objective, kl_k3, mean_by_sequence, resolve
 from grpo.records import Completion, Group, MicroBatch, Problem
 from grpo.update import weighted_loss
@@ -333,8 +332,7 @@ def main() -> int:
     equal, explained = (sum(bool(row.get(key)) for row in rows) for key in ("is_equal", "is_explained"))
     counts = {"compared": len(rows), "equal": equal, "different_explained": explained}
     counts["different_unexplained"] = len(rows) - equal - explained
-    versions = package_versions() | {"trl": version("trl")}
-    print(json.dumps(counts | {"rows": rows, "versions": versions, "hardware": platform.machine()}))
+    print(json.dumps(counts | {"rows": rows, "trl": version("trl")} | measured_on()))
     return int(counts["different_unexplained"] > 0)
 
 

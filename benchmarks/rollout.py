@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import statistics
 import sys
 import time
@@ -22,11 +20,11 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.common import default_device, measured_on
 from grpo.distributed import make_deterministic
-from grpo.metrics import git_commit, package_versions
 from grpo.records import Problem
 from grpo.rollout import Sampler, Sampling
-from kernels.measure import device_name
+from kernels.measure import device_name, peak_mib
 
 MIB = 2**20
 PAGE = 256  # tokens of a block of continuous batching
@@ -147,19 +145,6 @@ def seconds_of(run: Callable[[int], int], number: int, device: torch.device, exp
     return seconds
 
 
-def peak_mib(run: Callable[[], object], device: torch.device) -> float:
-    """Most memory that `run` held beyond what there was before: the allocator's on CUDA, else resident memory."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before) / MIB
-
-
 def roofline(model: PreTrainedModel, work: Workload, bandwidth: float) -> float:
     """Tokens/s of a decode step in which weights, keys and values and logits (written, read twice) pass memory once.
 
@@ -246,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     if chosen.deterministic:
         make_deterministic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     torch.set_num_threads(1)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: for `generate` with every token
     options = {"cuda_graph": not chosen.no_cuda_graph, "compile": chosen.compile}
@@ -259,8 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     keys = ("tokens_per_second", "speedup_vs_generate", "speedup_vs_continuous_batching", "peak_mib", "planned_mib")
     record = {key: results[0][key] for key in keys if key in results[0]}
     record |= {"workloads": results, "repeats": chosen.repeats, "deterministic": chosen.deterministic}
-    facts = {"device": device_name(device), "threads": torch.get_num_threads(), "commit": git_commit()}
-    print(json.dumps(record | facts | {"platform": platform.platform(), "versions": package_versions()}))
+    print(json.dumps(record | measured_on(device)))
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from functools import partial
 from statistics import median
@@ -39,7 +38,7 @@ def verdicts_per_second(pool: Pool, rewards: dict[str, Reward], count: int) -> f
 
 
 def main() -> None:
-    from grpo.metrics import git_commit, package_versions  # not above: workers import this file, and need no torch
+    from benchmarks.common import measured_on  # not above: workers import this file, and need no torch
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--programs", type=int, default=40, help="programs in each measurement")
@@ -65,8 +64,7 @@ def main() -> None:
     print(f"10,000 completions, 100 hang: {seconds:.1f} s of {limit_s:.0f} s, {right} statuses right")
     result = {"sandbox": sandbox.backend, "rates": rates, "verdicts_per_second_1": one, "verdicts_per_second_2": two}
     result |= {"ratio": two / one, "hanging_seconds": seconds, "hanging_limit_s": limit_s, "statuses_right": right}
-    hardware = {"platform": platform.platform(), "cpus": os.cpu_count()}
-    print(json.dumps(result | {"hardware": hardware, "commit": git_commit(), "versions": package_versions()}))
+    print(json.dumps(result | measured_on()))
 
 
 if __name__ == "__main__":

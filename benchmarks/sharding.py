@@ -7,28 +7,26 @@ up: their reduction is the same in all three. Seconds of rank 0 behind a barrier
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.common import make_parser, measured_on
 from grpo import distributed
 from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import PolicyModule
-from grpo.metrics import git_commit, package_versions
 from grpo.policy import Policy
 from grpo.sharding import distribute
 from grpo.update import make_optimizer
-from kernels.measure import device_name
+from kernels.measure import seconds
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "benchmarks.sharding"]
 ADAMW = OptimConfig(lr=1e-6)
@@ -62,11 +60,7 @@ class Trainee:
 
 def taken(work: Callable[[], object], world: World) -> float:
     world.barrier()
-    started = time.perf_counter()
-    work()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return seconds(world.device, work)
 
 
 def measure(trainees: dict[str, Trainee], rounds: int, world: World) -> dict[str, dict[str, list[float]]]:
@@ -92,7 +86,7 @@ def report(found: dict[str, dict[str, list[float]]], facts: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--width", type=int, default=384, help="of the model: 384 is 22 M parameters")
     parser.add_argument("--rounds", type=int, default=10, help="alternations; medians are over these")
     arguments = parser.parse_args()
@@ -106,8 +100,7 @@ def main() -> int:
     if world.is_writer:
         trained = trainees["ddp"].policy.trained
         facts = {"parameters": sum(parameter.numel() for parameter in trained), "tensors": len(trained)}
-        facts |= {"ranks": world.size, "device": device_name(world.device), "threads": torch.get_num_threads()}
-        report(found, facts | {"commit": git_commit(), "versions": package_versions()})
+        report(found, facts | {"ranks": world.size} | measured_on(world.device))
     distributed.stop()
     return 0
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import runpy
 import shutil
 import sys
@@ -27,9 +25,10 @@ from statistics import mean
 
 import torch
 
+from benchmarks.common import default_device, measured_on
 from grpo import checkpoint
 from grpo.config import load
-from grpo.metrics import TRAINING_PHASES, git_commit, package_versions, read_metrics
+from grpo.metrics import TRAINING_PHASES, git_commit, read_metrics
 from grpo.objectives import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -188,13 +187,10 @@ def write_page(rows: list[Row], page: Path, command: str) -> None:
     except ModuleNotFoundError as error:
         picture = f"(no plot: {error.name} was not installed)\n"
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in rows))
-    made_by = f"`{command}`; {hardware()}, torch {torch.__version__}, commit {commits}"
+    where = measured_on(default_device())
+    hardware = f"{where['device']}, {where['cpus']} cores, {where['threads']} threads a run"
+    made_by = f"`{command}`; {hardware}, torch {torch.__version__}, commit {commits}"
     page.write_text(f"# The presets on the embedded task\n\n{table(rows)}\n\n{picture}\n{made_by}\n")
-
-
-def hardware() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a run"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -230,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     command = " ".join(["python -m benchmarks.study", *(sys.argv[1:] if argv is None else argv)])
     write_page(rows, chosen.page or chosen.out / "study.md", command)
     print(f"\n{table(rows)}\n")
-    print(json.dumps({"rows": rows, "hardware": hardware(), "versions": package_versions(), "commit": git_commit()}))
+    print(json.dumps({"rows": rows} | measured_on(default_device())))
     return 0
 
 

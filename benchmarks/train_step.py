@@ -17,20 +17,18 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.common import default_device, make_parser, measured_on
 from grpo.batch import lay_out, packed_row, padded_rows
 from grpo.logprobs import LogprobModel
-from grpo.metrics import git_commit, package_versions
 from grpo.records import Completion, Group, MicroBatch, Problem
-from kernels.measure import device_name
+from kernels.measure import peak_mib, resident_mib, seconds
 
 CPU_SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_hidden_layers": 4}
 CUDA_SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24}
@@ -127,16 +125,6 @@ def gradient(model: Qwen2ForCausalLM) -> Tensor:
     return torch.cat([parameter.grad.flatten().float().cpu() for parameter in model.parameters()])
 
 
-def seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Of the wall clock, with the device idle before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - started
-
-
 def measure_peak(name: str, arguments: argparse.Namespace, device: torch.device) -> float:
     """MiB by which one forward and backward pass rises over the idle model; on CPU in this fresh process."""
     model = make_model(device)
@@ -146,19 +134,10 @@ def measure_peak(name: str, arguments: argparse.Namespace, device: torch.device)
     model.zero_grad(set_to_none=True)
     variants = make_variants(model, make_group(arguments.prompt, arguments.group, vocabulary), device)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        forward_backward(model, variants[name])
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = memory_kib("VmRSS")
+        return peak_mib(lambda: forward_backward(model, variants[name]), device)
+    before = resident_mib("VmRSS")
     forward_backward(model, variants[name])
-    return (memory_kib("VmHWM") - before) / 2**10
-
-
-def memory_kib(field: str) -> int:
-    """Resident memory of this process, now (VmRSS) or at its highest (VmHWM; ru_maxrss would count the parent's)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return resident_mib("VmHWM") - before
 
 
 def peak_in_a_fresh_process(name: str, arguments: argparse.Namespace, device: torch.device) -> float:
@@ -212,22 +191,18 @@ def report(arguments: argparse.Namespace, device: torch.device, result: dict) ->
         "median_seconds": median,
         "prompt_tokens": arguments.prompt,
         "group_size": arguments.group,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "commit": git_commit(),
-        "versions": package_versions(),
     }
-    print(json.dumps(summary | result))
+    print(json.dumps(summary | measured_on(device) | result))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--prompt", type=int, default=800, help="prompt tokens")
     parser.add_argument("--group", type=int, default=8, help="completions of the prompt")
     parser.add_argument("--rounds", type=int, default=5, help="alternations; medians are over these")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     if arguments.peak_of:
         print(measure_peak(arguments.peak_of, arguments, device))
     else:

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from benchmarks.train_step import make_group, make_model, seconds
+from benchmarks.common import default_device, make_parser, measured_on
+from benchmarks.train_step import make_group, make_model
 from grpo.batch import pack, weigh
 from grpo.config import OptimConfig
 from grpo.distributed import World, make_deterministic
 from grpo.logprobs import PolicyModule
-from grpo.metrics import git_commit, package_versions
 from grpo.objectives import resolve
 from grpo.policy import Policy
 from grpo.records import Batch, MicroBatch
 from grpo.update import Updater, make_optimizer, update_policy
-from kernels.measure import hardware
+from kernels.measure import seconds
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, SXM
 WORKLOADS = {  # prompts, group size, prompt tokens, shortest and longest completion, tokens of a micro-batch
@@ -134,7 +134,7 @@ def measure(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[s
 
 def report(device: torch.device, taken: dict[str, list[float]], facts: dict[str, object]) -> None:
     """The table, then the JSON line."""
-    where, needed = hardware(device), facts["flops"]
+    where, needed = measured_on(device), facts["flops"]
     peak = next((value for name, value in PEAK_FLOPS.items() if name in where["device"]), None)
     counts = f"{facts['rows']:,} rows, {facts['completion_tokens']:,} completion tokens"
     print(f"{counts}, {facts['micro_batches']} micro-batches, {device.type}")
@@ -148,11 +148,11 @@ def report(device: torch.device, taken: dict[str, list[float]], facts: dict[str,
         shown = f"{mfu:.0%}" if mfu else "-"
         print(f"{name:<22}{median:>10.3f}{min(values):>10.3f}{max(values):>10.3f}{count / 1e12:>10.2f}{shown:>8}")
     print(f"graphs compiled: {facts['graphs']}, of which while timed: {facts['recompiled_while_timed']}")
-    print(json.dumps(summary | facts | where | {"commit": git_commit(), "versions": package_versions()}))
+    print(json.dumps(summary | facts | where))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="alternations; medians are over these")
     parser.add_argument("--arrangement", choices=ARRANGEMENTS, nargs="+", default=list(ARRANGEMENTS))
     parser.add_argument("--deterministic", action="store_true", help="as with `deterministic: true` in a config")
@@ -160,7 +160,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.deterministic:
         make_deterministic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     report(device, *measure(device, arguments))
     return 0
 

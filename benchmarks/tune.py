@@ -7,7 +7,6 @@ not taken. The constants to write down come last, and then JSON. Nothing is chan
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -18,12 +17,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.train_step import seconds
-from grpo.metrics import git_commit
+from benchmarks.common import default_device, make_parser, measured_on
 from kernels.linear_logprob import bench as head_bench
 from kernels.linear_logprob import modes
 from kernels.linear_logprob.rows import Temper
-from kernels.measure import _eager, _graph, hardware
+from kernels.measure import stopwatch
 
 REPEATS = 7
 
@@ -65,10 +63,7 @@ def sweep(
             expected = expected or found
             same = [torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in zip(found, expected, strict=True)]
             trouble = "" if all(same) else "another result"
-            if device.type == "cuda":
-                run = _graph(call) if in_graph else lambda: 1e3 * seconds(device, call)
-            else:
-                run = _eager(call)
+            run = stopwatch(call, device, in_graph=in_graph)
             taken = statistics.median(run() for _ in range(REPEATS))
         except Exception as error:  # of many kinds: does not compile, does not fit
             trouble, taken = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}", None
@@ -156,10 +151,10 @@ def show(trials: list[Trial]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--shape", type=int, nargs=3, metavar=("T", "D", "V"), help="of the head")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     shape = tuple(arguments.shape or head_bench.SHAPES[device.type][0])
     sweeps, every = [of_the_head(device, shape)], []
     if device.type == "cuda":
@@ -177,7 +172,7 @@ def main() -> int:
     for key, trial in best.items():
         first = next(one for one in every if f"{one.job}: {one.constant}" == key)
         print(f"  {key} = {trial.value}   {trial.milliseconds:.4f} ms, now {first.milliseconds or float('nan'):.4f}")
-    print(json.dumps({"trials": [asdict(one) for one in every], "commit": git_commit()} | hardware(device)))
+    print(json.dumps({"trials": [asdict(one) for one in every]} | measured_on(device)))
     return 0
 
 

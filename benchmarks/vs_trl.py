@@ -32,10 +32,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.common import default_device, make_parser, measured_on
 from benchmarks.letters import early_letters
-from benchmarks.train_step import memory_kib
-from grpo.metrics import git_commit, package_versions
-from kernels.measure import hardware
+from kernels.measure import resident_mib
 
 ROOT = Path(__file__).parents[1]
 OURS, GENERATE, BATCHING = "grpo", "TRL generate", "TRL continuous batching"
@@ -130,7 +129,7 @@ def answer(**facts: object) -> None:
 
 def peak_mib(device: torch.device) -> float:
     """Most memory of this process so far: the allocator's on CUDA, else resident."""
-    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else memory_kib("VmHWM") / 2**10
+    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident_mib("VmHWM")
 
 
 def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> None:
@@ -380,7 +379,7 @@ def show(summary: dict, work: Workload) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=2, help="steps a side, by turns")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further turn after so many")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of whoever is at work")
@@ -389,7 +388,7 @@ def main() -> int:
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     arguments.workload = arguments.workload or device.type
     work = WORKLOADS[arguments.workload]
     torch.set_num_threads(arguments.threads)
@@ -400,8 +399,7 @@ def main() -> int:
     contenders = compare(arguments)
     summary = summarise(contenders, work)
     show(summary, work)
-    facts = hardware(device) | {"threads": arguments.threads, "commit": git_commit(), "versions": package_versions()}
-    print(json.dumps(summary | facts))
+    print(json.dumps(summary | measured_on(device)))
     return int(any(contender.failure for contender in contenders[:2]))  # continuous batching may fail
 
 

@@ -6,12 +6,14 @@ So launch overhead, which a decode step captured as a graph has not either, stay
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -27,13 +29,29 @@ def alternate(
 
     in_graph: on CUDA without the launches.
     """
-    time_one = _eager if device.type == "cpu" else _graph if in_graph else _waited_for
-    clocks = {name: time_one(call) for name, call in contenders.items()}
+    clocks = {name: stopwatch(call, device, in_graph=in_graph) for name, call in contenders.items()}
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, run in clocks.items():
             taken[name].append(run())
     return taken
+
+
+def stopwatch(call: Callable, device: torch.device, *, in_graph: bool = True) -> Callable[[], float]:
+    """What makes a call and returns its milliseconds, as `alternate` counts them."""
+    if device.type == "cpu":
+        return _eager(call)
+    return _graph(call) if in_graph else lambda: 1e3 * seconds(device, call)
+
+
+def seconds(device: torch.device, work: Callable) -> float:
+    """Of the wall clock, with the device idle before and after."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
 
 
 def _eager(call: Callable) -> Callable[[], float]:
@@ -43,17 +61,6 @@ def _eager(call: Callable) -> Callable[[], float]:
         start = time.process_time()
         call()
         return 1e3 * (time.process_time() - start)
-
-    return run
-
-
-def _waited_for(call: Callable) -> Callable[[], float]:
-    def run() -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start)
 
     return run
 
@@ -87,6 +94,26 @@ def show(title: str, taken: dict[str, list[float]], num_bytes: int) -> None:
     for name, values in taken.items():
         median = statistics.median(values)
         print(f"{name:<24}{median:>12.4f}{min(values):>12.4f}{max(values):>12.4f}{num_bytes / median / 1e6:>10.0f}")
+
+
+def peak_mib(run: Callable[[], object], device: torch.device) -> float:
+    """MiB that a run adds to what is there before it: of the allocator on CUDA, else resident ones (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark falls to what is resident now
+    before = resident_mib("VmRSS")
+    run()
+    return resident_mib("VmHWM") - before
+
+
+def resident_mib(field: str) -> float:
+    """Memory of this process, now (VmRSS) or at its highest (VmHWM; ru_maxrss would count the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
 
 
 def device_name(device: torch.device) -> str:

@@ -8,13 +8,11 @@ the memory that its inputs fill; the limit is that of the matmuls alone at 800 T
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.linear_logprob.reference import linear_logprob as reference
-from kernels.measure import alternate, bench_parser, device_name, versions
+from kernels.measure import alternate, bench_parser, hardware, peak_mib, versions
 
 MATMULS = {"values": 1, "frozen head": 2, "training": 3}  # of 2TDV flops: the least that a job can need
 SUSTAINED_FLOPS = 800e12  # of one H100, dense bf16
@@ -32,7 +30,6 @@ SHAPES = {  # device: (rows T, width D, vocabulary V)
     "cuda": [(16_384, 896, 151_936), (16_384, 4_096, 151_936)],
 }
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
-MIB = 2**20
 BLOCK_ELEMENTS = {"cuda": 2**28, "cpu": 2**24}  # logits at a time of `recomputed`
 
 
@@ -169,26 +166,6 @@ def run_once(function: Contender, inputs: Inputs) -> Tensor | None:
     return inputs.hidden.grad
 
 
-def peak_of(function: Contender, inputs: Inputs) -> float:
-    """MiB that one run adds to what is there before it. On CPU from the kernel's high-water mark (Linux)."""
-    inputs.hidden.grad = inputs.weight.grad = None
-    if inputs.hidden.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run_once(function, inputs)
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
-    before = _status_mib("VmRSS")
-    run_once(function, inputs)
-    return _status_mib("VmHWM") - before
-
-
-def _status_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-
-
 def exact_gradient(inputs: Inputs, rows: int = 64) -> Tensor:
     """Of the hidden states, from all logits in fp32, or fp64 where the weight is small enough to be copied."""
     dtype = torch.float64 if inputs.weight.numel() <= 2**25 and not inputs.hidden.is_cuda else torch.float32
@@ -211,7 +188,8 @@ def measure(
     peaks, errors = {}, {}
     for name, function in functions.items():  # also warms up
         try:
-            peaks[name] = peak_of(function, inputs)
+            inputs.hidden.grad = inputs.weight.grad = None
+            peaks[name] = peak_mib(partial(run_once, function, inputs), device)
         except (RuntimeError, ImportError, TypeError, ValueError) as error:
             if name not in PEERS:
                 raise
@@ -263,7 +241,7 @@ def main() -> None:
             found = measure(job, jobs[job], tuple(shape), options.repeats, device)
             show(found)
             results += found
-    facts = {"device": device_name(device), "versions": versions(PACKAGES), "skipped": skipped}
+    facts = hardware(device) | {"versions": versions(PACKAGES), "skipped": skipped}
     print(json.dumps(facts | {"results": results}))
 
 

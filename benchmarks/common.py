@@ -1,0 +1,33 @@
+"""What the benchmarks share: the device, the options' frame, and what the last line says of where they ran."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+
+import torch
+
+from grpo.metrics import git_commit, package_versions
+from kernels.measure import hardware
+
+CPU = torch.device("cpu")
+
+
+def default_device() -> torch.device:
+    """CUDA where there is any."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Whose help shows a module's docstring as it is."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def measured_on(device: torch.device = CPU) -> dict[str, object]:
+    """Hardware, versions and commit."""
+    facts = hardware(device) | {"cpus": os.cpu_count(), "platform": platform.platform()}
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        facts |= {"memory_gib": round(memory / 2**30, 1), "cuda": torch.version.cuda}
+    return facts | {"commit": git_commit(), "versions": package_versions()}
