@@ -60,7 +60,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
             problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
             with run.policy.at_hand():
                 mine = run.sampler.generate([run.prompter(problem) for problem in problems], step)
-            groups += world.interleave(world.gather(mine))
+            groups += world.everyones(mine)
         with timer("score"):
             options = {"require_finish": config.rewards.require_finish, "score": run.pool}
             my_scores = score_groups(mine, run.task.rewards, **options)
@@ -121,7 +121,7 @@ def length_penalty(run: Run, groups: list[Group]) -> Tensor:
 def kl_penalty(run: Run, batch: Batch) -> Tensor:
     """What the rewards of everyone's groups lose for their distance from the reference: [P, G]."""
     mine = kl_by_completion(batch)
-    return run.updater.objective.beta * torch.stack(run.world.interleave(run.world.gather(list(mine))))
+    return run.updater.objective.beta * torch.stack(run.world.everyones(list(mine)))
 
 
 def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:

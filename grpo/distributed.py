@@ -78,8 +78,9 @@ class World:
         """This rank's share: item i goes to rank i mod size."""
         return items[self.rank :: self.size]
 
-    def interleave(self, shares: list[list]) -> list:
-        """The whole list again from the shares of all ranks (the inverse of `mine`)."""
+    def everyones(self, mine: list) -> list:
+        """The whole list again, on every rank: the inverse of `mine`."""
+        shares = self.gather(mine)
         whole = [None] * sum(len(share) for share in shares)
         for rank, share in enumerate(shares):
             whole[rank :: self.size] = share

@@ -85,12 +85,11 @@ def evaluate(
     score: Scorer = score_texts,
 ) -> Evaluation:
     """Complete and score the prompted problems; the sampler decides how many samples and how they are drawn."""
-    mine = world.mine(problems)
-    groups = sampler.generate(mine, step) if mine else []
+    groups = sampler.generate(world.mine(problems), step)
     scores = score_groups(groups, rewards, require_finish=require_finish, score=score)
     columns = (column.tolist() for column in (scores.components, scores.total, scores.scored))
     rows = list(zip(groups, *columns, strict=True))
-    groups, components, totals, scored = zip(*world.interleave(world.gather(rows)), strict=True)
+    groups, components, totals, scored = zip(*world.everyones(rows), strict=True)
     components = torch.tensor(components, dtype=torch.float64)  # [N, samples, K]
     means = dict(zip(rewards, components.nanmean((0, 1)).nan_to_num(0.0).tolist(), strict=True))
     completions = [completion for group in groups for completion in group.completions]

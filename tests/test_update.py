@@ -51,7 +51,7 @@ def gathered(world, objective, batch, rewards, scored):
     """Advantages that need what other ranks know; where they do not, `rewards` stand for them."""
     if objective.kl_in_reward:
         kl = kl_by_completion(batch)
-        kl = torch.stack(world.interleave(world.gather(list(kl))))
+        kl = torch.stack(world.everyones(list(kl)))
         return normalise(objective.advantages, rewards - objective.beta * kl, scored)
     if objective.advantages == "per_reward":
         components = torch.stack([rewards, rewards.flip(0)], -1)
