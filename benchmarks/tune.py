@@ -119,16 +119,8 @@ def of_decoding(device: torch.device) -> Iterator[Iterator[Trial]]:
     from kernels.sample_token import kernel as sampling
 
     shape = bench.SHAPES["cuda"][0]
-    normal = lambda *size: torch.randn(*size, device=device).bfloat16()
-    rows, kv = shape.groups * shape.seats, (shape.kv_heads, shape.width)
-    query, key, value = normal(rows, shape.heads, shape.width), normal(rows, *kv), normal(rows, *kv)
-    prefix = [normal(shape.groups, kv[0], shape.prefix, kv[1]) for _ in range(2)]
-    suffix = [normal(rows, kv[0], shape.suffix, kv[1]) for _ in range(2)]
-    place = torch.arange(rows, device=device)
-    layout = {"seats": shape.seats, "place": place, "scale": shape.width**-0.5}
-    layout |= {"prefix_lengths": torch.full_like(place, shape.prefix)}
-    layout |= {"suffix_lengths": torch.full_like(place, shape.suffix - 1)}
-    attend = lambda: kernel.decode_attention(query, key, value, prefix, suffix, **layout)
+    tensors, layout = bench.make_inputs(shape, device)
+    attend = lambda: kernel.decode_attention(*tensors, **layout)
     values = {
         "TILE_ROWS": [{2: rows, 4: 16} for rows in (16, 32, 64, 128)],
         "BLOCK_BYTES": [4096, 8192, 16384],
@@ -137,6 +129,7 @@ def of_decoding(device: torch.device) -> Iterator[Iterator[Trial]]:
     }
     for constant, candidates in values.items():
         yield sweep(f"decode attention, {shape.name}", attend, kernel, constant, candidates, device)
+    rows = shape.groups * shape.seats
     logits = torch.randn(rows, 151_936, device=device).bfloat16()
     uniforms = torch.rand(rows, dtype=torch.float64, device=device)
     sample = lambda: sampling.sample_token(logits, uniforms, temperature=1.0)[1]

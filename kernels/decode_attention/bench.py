@@ -40,8 +40,8 @@ SHAPES = {
 }
 
 
-def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, object]:
-    """Times of every contender, printed and returned, and how far each output is from the reference's."""
+def make_inputs(shape: Shape, device: torch.device) -> tuple[tuple, dict[str, object]]:
+    """Random query, key, value, prefix and suffix, and the layout: what decode_attention takes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     normal = lambda *size: torch.randn(*size, device=device).to(dtype)
     rows, kv = shape.groups * shape.seats, (shape.kv_heads, shape.width)
@@ -56,7 +56,14 @@ def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, objec
         suffix_lengths=torch.full_like(place, shape.suffix - 1),
         scale=shape.width**-0.5,
     )
-    ours = lambda impl: lambda: kernels.decode_attention(query, key, value, prefix, suffix, impl=impl, **layout)
+    return (query, key, value, prefix, suffix), layout
+
+
+def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, object]:
+    """Times of every contender, printed and returned, and how far each output is from the reference's."""
+    tensors, layout = make_inputs(shape, device)
+    query, _, _, prefix, suffix = tensors
+    ours = lambda impl: lambda: kernels.decode_attention(*tensors, impl=impl, **layout)
     expected = ours("torch")()  # stores the newest
     joined = [torch.cat([x.repeat_interleave(shape.seats, 0), y], 2) for x, y in zip(prefix, suffix, strict=True)]
     peer = lambda: F.scaled_dot_product_attention(query[:, :, None], *joined, enable_gqa=True)[:, :, 0]
