@@ -80,7 +80,7 @@ def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[
     groups = world.mine(everyones)
     if step == run.first_step:
         check_first_batch(run, groups)
-    penalty = length_penalty(run, everyones)
+    penalty = penalty_for_length(run, everyones)
     rewards = scores.total + penalty
     by_component = {"components": scores.components, "weights": scores.weights}
     advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
@@ -112,7 +112,7 @@ def check_first_batch(run: Run, groups: list[Group]) -> None:
     run.log.say(f"log-probs of the first batch beside padded rows: {found}")
 
 
-def length_penalty(run: Run, groups: list[Group]) -> Tensor:
+def penalty_for_length(run: Run, groups: list[Group]) -> Tensor:
     """What the objective adds to the rewards of everyone's groups for their lengths: [P, G], 0 or less."""
     lengths = torch.tensor([[len(completion.ids) for completion in group.completions] for group in groups])
     return overlong_penalty(lengths, run.config.rollout.max_new_tokens, run.updater.objective.overlong_share)

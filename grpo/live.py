@@ -18,7 +18,7 @@ from typing import Any
 
 INTERVAL_S = 0.1  # between two drawings, of about 20 microseconds each
 RECENT_STEPS = 20  # that the time left is estimated from
-LEVELS = "▁▂▃▄▅▆▇█"
+BARS = "▁▂▃▄▅▆▇█"
 CURVES = {"reward": "reward {:.3f}", "validation/accuracy": "validation accuracy {:.1%}"}
 
 
@@ -99,8 +99,8 @@ def sparkline(values: Sequence[float], width: int = 30) -> str:
     size = -(-len(values) // width)
     means = [fmean(values[i : i + size]) for i in range(0, len(values), size)]
     low, high = min(means), max(means)
-    scale = (len(LEVELS) - 1) / (high - low) if high > low else 0.0
-    return "".join(LEVELS[round((mean - low) * scale)] for mean in means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((mean - low) * scale)] for mean in means)
 
 
 def _clock(seconds: float) -> timedelta:

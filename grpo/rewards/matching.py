@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from grpo.rewards.verifiers import FINAL_PREFIX
 
-TOLERANCE = Fraction(1, 10**6)  # relative
+RELATIVE_TOLERANCE = Fraction(1, 10**6)
 MAX_EXPONENT = 300  # 1e999999999 would fill the memory
 _FRACTION = re.compile(r"(?P<sign>[+-]?)(?:(?P<whole>\d{1,40}) )?(?P<top>\d{1,40})/(?P<bottom>\d{1,40})", re.ASCII)
 _DECIMAL = re.compile(
@@ -52,7 +52,7 @@ def exact_match(completions: list[str], *, answer: list[str], **columns: list) -
 
 
 def numeric_match(completions: list[str], *, answer: list[str], **columns: list) -> list[float | None]:
-    """1 where the final text has the answer's value (see `parse_value`) to a relative TOLERANCE.
+    """1 where the final text has the answer's value (see `parse_value`) to a RELATIVE_TOLERANCE.
 
     Abstains where the answer itself is no number.
     """
@@ -62,7 +62,7 @@ def numeric_match(completions: list[str], *, answer: list[str], **columns: list)
 def _same_value(value: Fraction | None, reference: Fraction | None) -> float | None:
     if reference is None:
         return None
-    return float(value is not None and abs(value - reference) <= TOLERANCE * abs(reference))
+    return float(value is not None and abs(value - reference) <= RELATIVE_TOLERANCE * abs(reference))
 
 
 def choice_match(completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
