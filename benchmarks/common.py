@@ -14,6 +14,21 @@ from kernels.measure import hardware
 CPU = torch.device("cpu")
 
 
+def qwen_shape(layers: int, width: int, mlp_width: int, heads: int, vocabulary: int) -> dict[str, int]:
+    """Of a Qwen2 with two key-value heads, in transformers' words."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "vocab_size": vocabulary,
+    }
+
+
+QWEN_HALF_B = qwen_shape(24, 896, 4864, 14, 151_936)
+
+
 def default_device() -> torch.device:
     """CUDA where there is any."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,28 +24,23 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.common import default_device, make_parser, measured_on
+from benchmarks.common import QWEN_HALF_B, default_device, make_parser, measured_on, qwen_shape
 from grpo.batch import lay_out, packed_row, padded_rows
 from grpo.logprobs import LogprobModel
 from grpo.records import Completion, Group, MicroBatch, Problem
 from kernels.measure import peak_mib, resident_mib, seconds
 
-CPU_SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_hidden_layers": 4}
-CUDA_SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24}
-VOCABULARY = {"cpu": 8192, "cuda": 151_936}
+SHAPES = {"cpu": qwen_shape(4, 384, 1024, 6, 8192), "cuda": QWEN_HALF_B}
 
 
 def make_model(device: torch.device, dtype: torch.dtype | None = None) -> Qwen2ForCausalLM:
     """A random Qwen2: small in fp32 on CPU; on CUDA the shape of Qwen2.5-0.5B, in bf16 unless `dtype` is given."""
     torch.manual_seed(0)
-    shape = CUDA_SHAPE if device.type == "cuda" else CPU_SHAPE
     config = Qwen2Config(
-        vocab_size=VOCABULARY[device.type],
-        num_key_value_heads=2,
         max_position_embeddings=4096,
         initializer_range=0.06 if device.type == "cpu" else 0.02,
         attn_implementation="sdpa",
-        **shape,
+        **SHAPES[device.type],
     )
     with device:
         model = Qwen2ForCausalLM(config).train()

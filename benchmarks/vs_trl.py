@@ -32,7 +32,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import default_device, make_parser, measured_on
+from benchmarks.common import QWEN_HALF_B, default_device, make_parser, measured_on, qwen_shape
 from benchmarks.letters import early_letters
 from kernels.measure import resident_mib
 
@@ -59,28 +59,14 @@ WORKLOADS = {
         group_size=8,
         new_tokens=128,
         trl_batch=32,
-        model={
-            "num_hidden_layers": 8,
-            "hidden_size": 512,
-            "intermediate_size": 1408,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "vocab_size": 8192,
-        },
+        model=qwen_shape(8, 512, 1408, 8, 8192),
     ),
     "cuda": Workload(
         prompts=64,
         group_size=16,
         new_tokens=256,
         trl_batch=16,
-        model={
-            "num_hidden_layers": 24,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "vocab_size": 151_936,
-        },
+        model=QWEN_HALF_B,
     ),
 }
 WORKLOADS["tiny"] = Workload(  # to see that it runs
