@@ -14,9 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.rewards.sandbox import guest
+from grpo.rewards.sandbox import guest, launcher
 
-LAUNCHER = Path(__file__).with_name("launcher.py")
 ISOLATED = ("-I", "-S", "-B")  # no environment, no user site, no site-packages, no files written
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
@@ -50,7 +49,7 @@ class Sandbox:
     @contextmanager
     def start(self) -> Iterator[subprocess.Popen]:
         """A guest that has said hello, behind the walls; SandboxError without. At the end nothing of it is left."""
-        command = [sys.executable, *ISOLATED, str(LAUNCHER), json.dumps(self._settings())]
+        command = [sys.executable, *ISOLATED, launcher.__file__, json.dumps(self._settings())]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         process = subprocess.Popen(command, **pipes, env={}, cwd="/")
         try:
@@ -94,7 +93,7 @@ class Sandbox:
             mounts += ["--symlink", os.readlink(folder), folder] if is_link else ["--ro-bind", folder, folder]
         for folder in masked:
             mounts += ["--tmpfs", folder, "--remount-ro", folder]
-        for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
+        for device in launcher.DEVICES:
             mounts += ["--dev-bind", device, device]
         walls = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
         files = ["--size", str(self.quota_mib << 20), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
