@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from grpo import checkpoint
@@ -172,18 +172,13 @@ def merge(model: PreTrainedModel) -> None:
 
 
 class AdaptedPolicy(Policy):
-    """A policy of which only adapters and `modules_to_save` are trained, and saved.  base: its hub id or folder."""
+    """A policy of which only adapters and `modules_to_save` are trained, and saved.
 
-    def __init__(
-        self,
-        masters: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        precision: str,
-        *,
-        settings: LoraConfig,
-        base: str,
-    ):
-        super().__init__(masters, tokenizer, precision)
+    arguments: those of Policy.  base: its hub id or folder.
+    """
+
+    def __init__(self, *arguments: object, settings: LoraConfig, base: str):
+        super().__init__(*arguments)
         self.settings, self.base = settings, base
 
     def save(self, folder: Path, state: dict | None = None) -> None:
