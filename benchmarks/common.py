@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 
 import torch
 
-from grpo.metrics import git_commit, package_versions
-from kernels.measure import hardware
+from grpo.metrics import machine
+from kernels.measure import device_name
 
 CPU = torch.device("cpu")
 
@@ -41,8 +39,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def measured_on(device: torch.device = CPU) -> dict[str, object]:
     """Hardware, versions and commit."""
-    facts = hardware(device) | {"cpus": os.cpu_count(), "platform": platform.platform()}
+    facts = {"device": device_name(device), **machine()}
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        facts |= {"memory_gib": round(memory / 2**30, 1), "cuda": torch.version.cuda}
-    return facts | {"commit": git_commit(), "versions": package_versions()}
+        facts["memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+    return facts

@@ -281,11 +281,12 @@ def length_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
 
 def environment(*, seed: int, world_size: int, dispatch: dict[str, Any]) -> dict[str, Any]:
     """What env.json holds: enough to say where a number came from."""
+    return {"command": sys.argv, "seed": seed, "world_size": world_size, "dispatch": dispatch, **machine()}
+
+
+def machine() -> dict[str, Any]:
+    """What runs here: this code, what it is built on, and the hardware."""
     return {
-        "command": sys.argv,
-        "seed": seed,
-        "world_size": world_size,
-        "dispatch": dispatch,
         "commit": git_commit(),
         "python": platform.python_version(),
         "versions": package_versions(),
