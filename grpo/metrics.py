@@ -206,7 +206,7 @@ class RunLogger:
         return state | {"trackers": dict(self._tracker_ids)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was written: later lines are cut off, their steps come again."""
+        """Go back to where a checkpoint was written: later lines and completions go, their steps come again."""
         self._last_step = state["step"]
         self.timer.totals = dict(state["seconds"])
         if self.is_writer:
@@ -216,6 +216,9 @@ class RunLogger:
                 raise ValueError(f"{wrote} written; put the lost lines back or start another run")
             self._place(state["offset"])
             self._tracker_ids = dict(state["trackers"])
+            for path in (self.run_dir / "completions").glob("step_*.jsonl"):
+                if int(path.stem.removeprefix("step_")) > self._last_step:
+                    path.unlink()
 
     def _place(self, offset: int) -> None:
         self._file.truncate(offset)

@@ -240,10 +240,14 @@ def save_checkpoint(run: Run, step: int) -> None:
 def load_checkpoint(run: Run, folder: Path) -> None:
     """Go on exactly where `save_checkpoint` left off."""
     state = checkpoint.load_state(folder)
-    for name, part in parts(run).items():
+    named = parts(run)
+    for name in named:
         if name not in state:
             raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that one")
+    settings = {key: value for key, value in run.updater.optimizer.param_groups[0].items() if key != "params"}
+    for name, part in named.items():
         part.load_state_dict(state[name])
+    run.updater.optimizer.param_groups[0].update(settings)  # torch would go on with the saved betas and decay
     if state["step"] > run.config.num_steps:
         raise ValueError(f"num_steps={run.config.num_steps}: {folder} is further on; use {state['step']} or more")
     world = run.world

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from grpo.batch import halve
+from grpo.batch import dummy_like, halve
 from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, TokenLoss, frozen_logprobs
@@ -47,6 +47,7 @@ class Updater:
     tokens_per_micro_batch: int = 0  # as configured
     max_skipped_steps: int = 0
     say: Callable[[str], None] = print
+    is_warm: bool = False  # see `warm_up`
     skipped: int = 0  # optimizer steps in a row
     too_large: int | None = None  # tokens_per_micro_batch that did not fit into the device's memory
 
@@ -95,6 +96,8 @@ def update_policy(
     totals: dict[str, float] = {}
     done = 0
     if updater.world.size > 1:
+        if not updater.is_warm:
+            warm_up(updater, batch)
         batch.optimizer_steps = [smallest_last(step, batch.made_of) for step in batch.optimizer_steps]
     for position in [*range(len(batch.optimizer_steps))] * batch.passes:
         for name, value in optimizer_step(updater, batch, position, step=step).items():
@@ -103,6 +106,19 @@ def update_policy(
         if progress is not None:
             progress(done, len(batch.micro_batches) * batch.passes)
     return summarise(totals)
+
+
+def warm_up(updater: Updater, batch: Batch) -> None:
+    """A pass of weight 0, before the first that counts in this process.
+
+    DistributedDataParallel averages its first pass by another operation and in other buckets than every later one: of
+    three ranks or more a run that goes on would have other last bits than one that never stopped.
+    """
+    device = updater.world.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), together(updater.world):
+        forward(updater, dummy_like(batch.micro_batches[0], batch.made_of))[0].backward()
+    updater.optimizer.zero_grad(set_to_none=False)  # that gradients are views of the buckets belongs to it
+    updater.is_warm = True
 
 
 def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) -> dict[str, float]:

@@ -81,6 +81,10 @@ def on_a_rank(world):
         states[strategy], bytes_of[strategy] = world.gather(seen["state"])[0], seen["bytes"]
         gradients[strategy] = seen["gradients"]
         checked[f"the working copy of {strategy} is refreshed"] = seen["is_refreshed"]
+        # A run that goes on makes its first pass in the middle, and must not differ by that.
+        later = one_update(world, torch.float32, "dr_grpo", 30, passes=2, lr=0.0, strategy=strategy)[0]
+        first = one_update(world, torch.float32, "dr_grpo", 30, strategy=strategy)[0]
+        checked[f"the first pass of {strategy} in a process has the bits of a later one"] = are_equal(first, later)
     checked["zero1 has the gradients of ddp to the bit"] = are_equal(gradients["zero1"], gradients["ddp"])
     # AdamW's CPU kernel rounds what is left over past its vector width differently, and shares end elsewhere.
     apart = distance(states["zero1"]["policy"]["masters"], states["ddp"]["policy"]["masters"])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
-from grpo import run
+from grpo import checkpoint, run
 from grpo.config import from_dict
 from grpo.distributed import World
 from grpo.metrics import definition, read_metrics
@@ -118,6 +118,19 @@ def test_a_run_whose_last_checkpoint_is_damaged_repeats_the_lost_steps_bit_for_b
     assert rows_without_clock(resumed) == rows_without_clock(finished)
     ours, theirs = (load_file(run / "checkpoints" / "step_4" / "model.safetensors") for run in (resumed, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_a_run_that_goes_on_may_change_takes_effect(finished, workplace):
+    """Adam's settings, which torch loads with its state; groups too large for the sampler's old plan."""
+    changed = workplace / "changed"
+    shutil.copytree(finished, changed)
+    (changed / "completions" / "step_9.jsonl").touch()  # of steps that were lost with a later checkpoint
+    options = ["--num-steps=5", "--optim.betas", "0.8", "0.95", "--optim.weight-decay=0.25", "--optim.eps=1e-6"]
+    assert train.main(["--resume", str(changed), *options, "--rollout.group-size=32"]) == 0
+    (group,) = checkpoint.load_state(changed / "checkpoints" / "step_5")["optimizer"]["param_groups"]
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.95), 0.25, 1e-6)
+    assert sorted(path.name for path in (changed / "completions").iterdir()) == [f"step_{i}.jsonl" for i in range(1, 6)]
+    assert (changed / "completions" / "step_5.jsonl").read_text().count("\n") == 4 * 32
 
 
 def test_a_checkpoint_saved_without_a_part_is_refused_by_its_name(finished, monkeypatch):

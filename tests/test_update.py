@@ -75,6 +75,7 @@ def one_update(
     adapt=lambda model: model,
     strategy="ddp",
     observe=None,
+    lr=1e-3,
 ):
     """Gradients of the last optimizer step, weights after the update, and its metrics, on this rank."""
     if dtype == torch.float64:
@@ -114,7 +115,7 @@ def one_update(
     )
     optimizer = make_optimizer(policy.trained, OptimConfig(lr=0.0), own=list(policy.own.values()))
     updater = Updater(wrapped, optimizer, objective, world, max_grad_norm=math.inf, refresh=policy.refresh)
-    metrics = update_policy(updater, batch, step=7, lr=1e-3 if minibatches * passes > 1 else 0.0)
+    metrics = update_policy(updater, batch, step=7, lr=lr if minibatches * passes > 1 else 0.0)
     gradients = dict(zip(policy.own, (whole_of(parameter.grad).clone() for parameter in policy.trained), strict=True))
     weights = {name: whole_of(own.detach()).clone() for name, own in policy.own.items()}
     if observe is not None:

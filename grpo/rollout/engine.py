@@ -122,11 +122,16 @@ class Sampler:
 
     def state_dict(self) -> dict:
         """The plan: what a resumed run must share for the last bits to be the same."""
-        return {"plan": asdict(self.plan) if self.plan else None}
+        return {"plan": asdict(self.plan) if self.plan else None, "limits": self._limits()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on with the plan of another run."""
-        self.plan = Plan(**state["plan"]) if state["plan"] else None
+        """Go on with the plan of another run, if it was made under the same limits."""
+        is_ours = state.get("limits", self._limits()) == self._limits()  # older checkpoints have none
+        self.plan = Plan(**state["plan"]) if state["plan"] and is_ours else None
+
+    def _limits(self) -> list[float | None]:
+        """What a plan is made under, besides what `Plan.serves` asks."""
+        return [self.sampling.group_size, self.max_sequences, self.kv_gib]
 
     def planned_bytes(self) -> int:
         """Of keys and values, by the plan of the calls so far."""
