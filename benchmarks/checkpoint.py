@@ -33,7 +33,7 @@ class Trainee:
 
     def __init__(self, width: int, device: torch.device):
         torch.manual_seed(0)
-        heads = {"num_attention_heads": width // 64, "num_key_value_heads": 2}
+        heads = {"num_attention_heads": max(2, width // 64), "num_key_value_heads": 2}
         shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 6, "vocab_size": 16384}
         words = Tokenizer(models.WordLevel({"<eos>": 0}))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")

@@ -40,7 +40,7 @@ class Trainee:
     def __init__(self, strategy: str, width: int, world: World):
         torch.manual_seed(0)
         shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 6, "vocab_size": 24576}
-        heads = {"num_attention_heads": width // 64, "num_key_value_heads": 2, "tie_word_embeddings": True}
+        heads = {"num_attention_heads": max(2, width // 64), "num_key_value_heads": 2, "tie_word_embeddings": True}
         self.policy = Policy(Qwen2ForCausalLM(Qwen2Config(**shape, **heads)).to(world.device), None, "bf16")
         module = PolicyModule(self.policy, temperature=1.0, impl="auto")
         self.module = distribute(module, [self.policy], world, strategy if strategy in STRATEGIES else "ddp")

@@ -2,8 +2,8 @@
 
 The same random model, prompts, group size, longest completion, optimizer and settings for TRL's GRPOTrainer and for
 train.py's own step. Each contender lives in a process of its own (its peak memory is its own) and makes one step at a
-time, by turns. The model's words are numbers; the reward is the share of even ones, so both reward curves start at a
-half. TRL's `generate` contender uses its defaults but for what is stated in `trl_settings`; `continuous batching` is
+time, by turns. The reward is the share of letters out of the first half of the alphabet, so both reward curves start at
+a half. TRL's `generate` contender uses its defaults but for what is stated in `trl_settings`; `continuous batching` is
 left out with the reason where it fails. Update: everything of a step that is not generation. Last line: JSON.
 
 Needs benchmarks/requirements.txt.

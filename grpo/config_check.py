@@ -84,7 +84,7 @@ def prompt_mistakes(prompt: PromptConfig) -> Iterator[str]:
 def _contradictions(config: Config) -> Iterator[str]:
     rollout, lora = config.rollout, config.lora
     yield from prompt_mistakes(config.prompt)
-    if lora.dropout and config.batch.layout != "padded":
+    if lora.rank and lora.dropout and config.batch.layout != "padded":
         yield (
             f"lora.dropout={lora.dropout} with batch.layout={config.batch.layout}: a packed prompt would lose the same "
             "for all its completions; use batch.layout=padded"
