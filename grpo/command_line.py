@@ -6,7 +6,7 @@ import argparse
 import itertools
 import sys
 import typing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -106,10 +106,32 @@ def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
         option = next((argument for argument in unknown if argument.startswith("--")), unknown[0])
         if option.lower() in ("true", "false"):
             raise ValueError(_switch_with_value(argv, option))
-        known = [key.replace("_", "-") for key in [*typing.get_type_hints(RunOptions), *known_keys()]]
-        name = option.split("=")[0].lstrip("-").replace("_", "-")
-        raise ValueError(f"unknown option {option}{nearest(name, known, dashes='--')}; --help shows them all")
+        known, name = [*typing.get_type_hints(RunOptions), *known_keys()], _key(option.partition("=")[0])
+        as_option = lambda key: f"--{key.replace('_', '-')}"
+        raise ValueError(f"unknown option {option}{nearest(name, known, as_option)}; --help shows them all")
     return parsed
+
+
+def _key(option: str) -> str:
+    """The key of an option: num_steps of --num-steps."""
+    return option.lstrip("-").replace("-", "_")
+
+
+def _spelled(argv: list[str]) -> list[str]:
+    """The command line with the values of switches that may be None as tyro wants them: True for true."""
+    kinds_of = typing.get_type_hints
+    sections = {name: kinds_of(kind) for name, kind in kinds_of(Config).items() if is_dataclass(kind)}
+    kinds = {f"{section}.{name}": kind for section, own in sections.items() for name, kind in own.items()}
+    spelled = list(argv)
+    for i, argument in enumerate(argv):
+        option, equals, value = argument.partition("=")
+        if kinds.get(_key(option)) != bool | None:
+            continue
+        value = (value if equals else "".join(argv[i + 1 : i + 2])).capitalize()
+        if value not in ("True", "False", "None"):
+            raise ValueError(f"{option} takes a value; use {option} True or False")
+        spelled[i : i + 2 - bool(equals)] = [f"{option}={value}"] if equals else [option, value]
+    return spelled
 
 
 def _switch_with_value(argv: list[str], value: str) -> str:

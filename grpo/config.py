@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -317,6 +317,24 @@ class Config:
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+THEIRS = {  # names that other trainers have for our keys
+    "epsilon": "objective.clip_low",
+    "epsilon_high": "objective.clip_high",
+    "gradient_accumulation_steps": "batch.tokens_per_micro_batch",
+    "learning_rate": "optim.lr",
+    "loss_type": "objective.preset",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_steps": "num_steps",
+    "model_name_or_path": "model.path",
+    "num_generations": "rollout.group_size",
+    "num_iterations": "batch.passes",
+    "num_train_epochs": "num_steps",
+    "per_device_train_batch_size": "rollout.prompts_per_step",
+}
+
+
+class UnknownKey(ValueError):
+    """A key that this version does not have."""
 
 
 def from_dict(values: Any, section: type = Config, prefix: str = "") -> Any:
@@ -384,11 +402,15 @@ def known_keys() -> list[str]:
     return list(flat(asdict(Config())))
 
 
-def nearest(key: str, known: list[str], dashes: str = "") -> str:
-    """`; the nearest is ...` or nothing: the known key with the same last part, else the one spelled most alike."""
-    same_leaf = [candidate for candidate in known if candidate.split(".")[-1] == key.split(".")[-1]]
-    matches = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; the nearest is {dashes}{matches[0]}" if matches else ""
+def nearest(key: str, known: Collection[str], spell: Callable[[str], str] = str) -> str:
+    """`; the nearest is ...` or nothing: what another trainer's name stands for, else the known key whose last part is
+    spelled most alike; of several that in the same section, else the first."""
+    section, _, name = key.rpartition(".")
+    last = lambda candidate: candidate.rpartition(".")[2]
+    spelling = difflib.get_close_matches(name, map(last, known), n=1)
+    alike = [THEIRS[name]] if THEIRS.get(name) in known else [each for each in known if [last(each)] == spelling]
+    alike.sort(key=lambda each: each.rpartition(".")[0] != section)
+    return f"; the nearest is {spell(alike[0])}" if alike else ""
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:

@@ -326,9 +326,10 @@ def check_steps(objective: Objective, optimizer_steps: int) -> None:
 
 def _lookup(table: dict | tuple, name: str, what: str) -> object:
     if name not in table:
-        nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
+        alike = difflib.get_close_matches(name, table, n=1) or [row for row in table if name in row.split("_")]
+        nearest = f"; the nearest is {alike[0]}" if alike else ""
         own = ", or path/to/file.py:function for your own" if what == "surrogate" else ""
-        raise ValueError(f"unknown {what} {name!r}; nearest is {nearest!r}; there are {', '.join(table)}{own}")
+        raise ValueError(f"unknown {what} {name!r}{nearest}; there are {', '.join(table)}{own}")
     return table[name] if isinstance(table, dict) else name
 
 

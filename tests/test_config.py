@@ -74,6 +74,13 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
         ({"lr": 1}, "unknown key lr; the nearest is optim.lr$"),
         ({"optin": {"lr": 1}}, "unknown key optin; the nearest is optim$"),
         ({"zzzzqqq": 1}, "unknown key zzzzqqq$"),
+        ({"base": {"lrr": 1}}, "unknown key base.lrr; the nearest is base.lr$"),
+        ({"learning_rate": 1}, "unknown key learning_rate; the nearest is optim.lr$"),
+        (
+            {"rollout": {"num_generations": 8}},
+            "unknown key rollout.num_generations; the nearest is rollout.group_size$",
+        ),
+        ({"epsilon_high": 0.28}, "unknown key epsilon_high; the nearest is objective.clip_high$"),
         ({"num_steps": 1.5}, "num_steps=1.5 is float; expected int$"),
         ({"num_steps": True}, "num_steps=True is bool; expected int$"),
         ({"rewards": {"require_finish": 1}}, "rewards.require_finish=1 is int; expected bool$"),

@@ -285,12 +285,13 @@ def test_overrides_go_over_the_preset_and_none_keeps_it():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preset": "grp"}, "unknown preset 'grp'; nearest is 'grpo'"),
-        ({"preset": "grpo", "surrogate": "clop"}, "unknown surrogate 'clop'; nearest is 'clip'"),
-        ({"preset": "grpo", "kl_estimator": "k4"}, "unknown kl_estimator 'k4'; nearest is"),
-        ({"preset": "grpo", "aggregation": "token_sum"}, "unknown aggregation 'token_sum'; nearest is 'token_mean'"),
-        ({"preset": "grpo", "advantages": "rlo"}, "unknown advantages 'rlo'; nearest is 'rloo'"),
-        ({"preset": "grpo", "mismatch": "mask"}, "unknown mismatch 'mask'; nearest is 'sequence_mask'"),
+        ({"preset": "grp"}, "unknown preset 'grp'; the nearest is grpo;"),
+        ({"preset": "foo"}, "unknown preset 'foo'; there are grpo, dr_grpo"),
+        ({"preset": "grpo", "surrogate": "clop"}, "unknown surrogate 'clop'; the nearest is clip;"),
+        ({"preset": "grpo", "kl_estimator": "k4"}, "unknown kl_estimator 'k4'; there are k1, k2, k3"),
+        ({"preset": "grpo", "aggregation": "token_sum"}, "unknown aggregation 'token_sum'; the nearest is token_mean;"),
+        ({"preset": "grpo", "advantages": "rlo"}, "unknown advantages 'rlo'; the nearest is rloo;"),
+        ({"preset": "grpo", "mismatch": "mask"}, "unknown mismatch 'mask'; the nearest is sequence_mask;"),
         ({"preset": "grpo", "beta": -0.1}, "objective.beta=-0.1 is negative"),
     ],
 )

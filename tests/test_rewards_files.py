@@ -96,7 +96,7 @@ def test_the_command_reports_bad_input_and_fails(tmp_path, capsys):
     assert main(["check", "gsm8k", "--completions", str(source), "--output", str(tmp_path / "out.jsonl")]) == 2
     assert main(["check", "gsmk", "--completions", str(source), "--output", "out.jsonl"]) == 2
     error = capsys.readouterr().err
-    assert "line 1: answer=None" in error and "did you mean 'gsm8k'" in error
+    assert "line 1: answer=None" in error and "the nearest is gsm8k" in error
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -219,8 +219,10 @@ def test_hub_rows_become_the_same_problems_as_local_ones(monkeypatch, folder):
 
 def test_an_unknown_task_names_the_nearest_and_the_list():
     names = "code, gsm8k, jsonl, keywords, word_problems"
-    with pytest.raises(ValueError, match=f"unknown task 'gsm8'; did you mean 'gsm8k'.*{names}"):
+    with pytest.raises(ValueError, match=f"unknown task 'gsm8'; the nearest is gsm8k; there are {names}, or"):
         make_task("gsm8", DataConfig(), RewardsConfig())
+    with pytest.raises(ValueError, match=f"unknown task 'poetry'; there are {names}, or"):
+        make_task("poetry", DataConfig(), RewardsConfig())
 
 
 def test_a_users_own_file_is_a_task(tmp_path):

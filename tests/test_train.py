@@ -253,9 +253,9 @@ def refusal(capsys, arguments):
     [
         (["--optim.lrr", "1"], "unknown option --optim.lrr; the nearest is --optim.lr"),
         (["--config", "nowhere.yaml"], "cannot read config nowhere.yaml"),
-        (["--task", "gsm9k"], "unknown task 'gsm9k'; did you mean 'gsm8k'"),
+        (["--task", "gsm9k"], "unknown task 'gsm9k'; the nearest is gsm8k"),
         (["--task", "code"], "task code without model.path: the embedded model knows word_problems only"),
-        (["--preset", "grop"], "unknown preset 'grop'; nearest is 'grpo'"),
+        (["--preset", "grop"], "unknown preset 'grop'; the nearest is grpo"),
         (["--rollout.group-size", "1"], "rollout.group_size=1"),
         (["--batch.minibatches", "3"], "not divisible by batch.minibatches=3"),
         (["--model.path", "./nowhere"], "model.path='./nowhere' is no folder"),

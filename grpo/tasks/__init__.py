@@ -6,12 +6,11 @@ Constructing one loads no data; grpo.tasks.prompts turns its problems into token
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from grpo.config import DataConfig, RewardsConfig
+from grpo.config import DataConfig, RewardsConfig, nearest
 from grpo.records import Problem
 from grpo.rewards import FINAL_PREFIX, Reward, correctness_reward, format_reward
 from grpo.user_code import load_object
@@ -104,10 +103,9 @@ def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:
     `correctness`, and one at least is paid.
     """
     if name not in TASKS and ".py:" not in name:
-        nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"unknown task {name!r}; did you mean {nearest!r}? "
-            f"Tasks: {', '.join(TASKS)}, or path/to/file.py:ClassName for your own"
+            f"unknown task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}, or path/to/file.py:ClassName "
+            "for your own"
         )
     chosen = load_object(TASKS.get(name, name))
     if not (isinstance(chosen, type) and issubclass(chosen, Task)):
