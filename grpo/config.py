@@ -349,7 +349,7 @@ def from_dict(values: Any, section: type = Config, prefix: str = "") -> Any:
     for name in values:
         if name not in kinds:
             known = [prefix + sibling for sibling in kinds] + known_keys()
-            raise ValueError(f"unknown key {prefix}{name}{nearest(f'{prefix}{name}', known)}")
+            raise UnknownKey(f"unknown key {prefix}{name}{nearest(f'{prefix}{name}', known)}")
     return section(**{name: _convert(kinds[name], value, prefix + name) for name, value in values.items()})
 
 
@@ -373,8 +373,12 @@ def load(path: Path | str) -> Config:
     except OSError as error:
         shipped = sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.yaml"))
         raise ValueError(f"cannot read config {path}: {error.strerror}; there are: {', '.join(shipped)}") from error
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{path}: line {error.problem_mark.line + 1}: {error.problem}") from error
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        is_of_a_run = isinstance(error, UnknownKey) and Path(path).name == "config.yaml"
+        remedy = "; if another version wrote it, remove the line" if is_of_a_run else ""
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}{remedy}") from error
 
 
 def dump(config: Config) -> str:

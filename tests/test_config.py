@@ -106,6 +106,24 @@ def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
     assert (config.optim.lr, config.base.lr, config.seed) == (0.5, 0.25, 1)  # a merged key is no second one
 
 
+def test_a_syntax_error_is_one_line_with_file_and_line(tmp_path):
+    for text, reason in (("seed: 1\noptim: {lr: 1\nseed: [\n", "line 3: expected ',' or '}'"), ("a: \1", "unaccept.*")):
+        with pytest.raises(ValueError, match=f"a.yaml: {reason}") as refused:
+            load(write(tmp_path / "a.yaml", text))
+        assert "\n" not in str(refused.value)
+
+
+def test_a_key_of_another_version_in_a_runs_config_is_told_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match="unknown key magic; if another version wrote it, remove the line$"):
+        load(write(tmp_path / "config.yaml", "magic: 1"))
+    with pytest.raises(ValueError, match="unknown key magic$"):
+        load(write(tmp_path / "mine.yaml", "magic: 1"))
+
+
+def test_every_name_of_another_trainer_stands_for_a_key_of_ours():
+    assert set(config_module.THEIRS.values()) <= set(known_keys())
+
+
 def test_an_error_names_the_file(tmp_path):
     for text in ("optim: {lrr: 1}", "a: [1"):
         with pytest.raises(ValueError, match="a.yaml: "):
