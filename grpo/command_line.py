@@ -99,7 +99,7 @@ def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
         prog="train.py",
         description="Train a language model with GRPO. Every option below the first five is a key of the config.",
         default=(RunOptions(), config),
-        args=argv,
+        args=_spelled(argv),
         return_unknown_args=True,
     )
     if unknown:

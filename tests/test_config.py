@@ -178,6 +178,14 @@ def test_options_override_the_file_which_overrides_the_defaults(yaml_path):
     assert command.config.seed == Config().seed
 
 
+def test_a_switch_that_may_be_none_takes_its_value_in_either_case(yaml_path):
+    options = "--objective.dynamic-sampling true --objective.kl_corrected=false --model.compile True"
+    command = parse_command(["--config", yaml_path, *options.split(), "--objective.mask-truncated=none"])
+    objective = command.config.objective
+    assert (objective.dynamic_sampling, objective.kl_corrected, objective.mask_truncated) == (True, False, None)
+    assert command.config.model.compile is True
+
+
 def test_dashes_and_underscores_are_the_same(yaml_path):
     for option in ("--num-steps", "--num_steps"):
         assert parse_command(["--config", yaml_path, option, "3"]).config.num_steps == 3
@@ -234,6 +242,16 @@ def test_a_run_goes_on_in_its_own_folder_alone(tmp_path, capsys):
         ("--rundir x", "unknown option --rundir; the nearest is --run-dir;"),
         ("--lr 3", "unknown option --lr; the nearest is --optim.lr;"),
         ("--group_size 3", "unknown option --group_size; the nearest is --rollout.group-size;"),
+        ("--optim.learning-rate 1", "unknown option --optim.learning-rate; the nearest is --optim.lr;"),
+        (
+            "--max_completion_length=9",
+            "unknown option --max_completion_length=9; the nearest is --rollout.max-new-tokens;",
+        ),
+        (
+            "--objective.dynamic-sampling",
+            "--objective.dynamic-sampling takes a value; use --.*dynamic-sampling True or Fa",
+        ),
+        ("--model.compile --seed 1", "--model.compile takes a value; use --model.compile True or False"),
         ("surplus", "unknown option surplus; --help shows them all"),
         (
             "--rollout.cuda-graph=true",
