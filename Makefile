@@ -17,7 +17,7 @@ help:  ## Say what there is
 train: $(STAMP)  ## Train: python train.py $(ARGS); no CUDA device: the embedded demo, a few minutes
 	$(RUN) -u train.py $(ARGS)
 
-test: $(STAMP)  ## Lint, format check and the CPU test suite, a few minutes on 2 cores
+test: $(STAMP)  ## Lint, format check and the CPU test suite, about 10 minutes on 2 cores
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest $(ARGS)

@@ -4,8 +4,9 @@
     python eval.py --completions FILE.jsonl --task gsm8k --output scored.jsonl
 
 A model is a run folder (its best checkpoint, else its last), a checkpoint folder, any folder in Hugging Face layout or
-PEFT's (adapters, which name their base), or a hub id. One completion is greedy; several are sampled, for pass@k and
-maj@k. Random numbers do not depend on batches or ranks, so a result can be repeated.
+PEFT's (adapters, which name their base), or a hub id. The config of the first run folder (style, shots, length) holds
+for all models, with the options over it. One completion is greedy; several are sampled, for pass@k and maj@k. Random
+numbers do not depend on batches or ranks, so a result can be repeated.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 from transformers.utils import logging as transformers_logging
 
@@ -30,7 +32,7 @@ from grpo.metrics import PhaseTimer, environment
 from grpo.rewards.__main__ import report, score_file
 from grpo.rewards.pool import Pool, make_pool
 from grpo.rollout import EVALUATION, Sampler
-from grpo.tasks import Task, make_task
+from grpo.tasks import TASKS, Task, make_task
 from grpo.tasks.prompts import Prompter
 from grpo.user_code import located
 from kernels import dispatch_table
@@ -39,15 +41,21 @@ DRAWING = ("temperature", "top_p", "top_k")
 PRINTED_LINES = 20  # of scored completions; the file has them all
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; {self.prog} --help shows all options", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; a mistake exits with status 2."""
-    parser = argparse.ArgumentParser(
-        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     models = "run folder, checkpoint folder, model folder or hub id; twice to compare"
     add("--model", action="append", default=[], help=models)
-    add("--task", help="gsm8k, word_problems, jsonl or file.py:ClassName; default: the task of the run folder")
+    add("--task", help=f"{', '.join(TASKS)} or file.py:ClassName; default: the task of the run folder")
     add("--completions", help="score the completions of this JSONL file (`completion`, `answer`) instead of generating")
     add("--data.path", "--data", dest="data_path", help="where the task's problems are (see train.py --help)")
     for name in ("prompt", "answer"):

@@ -97,7 +97,7 @@ def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
     parsed, unknown = tyro.cli(
         tuple[Annotated[RunOptions, unprefixed], Annotated[Config, unprefixed]],
         prog="train.py",
-        description="Train a language model with GRPO. Every option below the first five is a key of the config.",
+        description="Train a language model with GRPO. Every option below --preset is a key of the config.",
         default=(RunOptions(), config),
         args=_spelled(argv),
         return_unknown_args=True,

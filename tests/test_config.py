@@ -1,6 +1,7 @@
 """The config: typed both ways, mistakes named with the remedy, every field in the help."""
 
 import re
+import typing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -314,6 +315,8 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
     for key, text in documented.items():
         assert f"--{key.replace('_', '-')}" in shown
         assert text[:40] in shown, key
+    assert "Every option below --preset is a key of the config." in shown
+    assert list(typing.get_type_hints(command_line.RunOptions))[-1] == "preset"
     assert "Training steps: rollouts. (default: 7)" in shown, "the file's value is the default"
     assert "Peak learning rate of AdamW. (default: 0.5)" in shown
 

@@ -25,6 +25,7 @@ from grpo.evaluation import (
 )
 from grpo.records import Completion, Group, Problem
 from grpo.rewards import Reward, correctness_reward, format_reward
+from grpo.tasks import TASKS
 from tests.tiny import save_tiny_model, write_gsm8k_files
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -213,7 +214,16 @@ def test_eval_says_what_is_wrong(arguments, message, capsys):
         status = eval_command.main(arguments)
     except SystemExit as stop:
         status = stop.code
-    assert status == 2 and message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and error.count("\n") == 1
+
+
+def test_the_help_names_every_task_and_whose_config_holds(capsys):
+    with pytest.raises(SystemExit):
+        eval_command.parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"--task TASK {', '.join(TASKS)} or file.py:ClassName;" in shown
+    assert "The config of the first run folder (style, shots, length) holds for all models" in shown
 
 
 def test_a_run_folder_stands_for_its_best_checkpoint_and_brings_its_task(tmp_path):
