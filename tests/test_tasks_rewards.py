@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from grpo.config import DataConfig, RewardsConfig
+from grpo.rewards import Reward, refuse_uncallable
 from grpo.tasks import make_task
 
 
@@ -31,7 +34,10 @@ def test_a_users_function_joins_the_tasks_own_and_any_weight_can_be_set(brevity)
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
-        ({"weights": ("brevity=1",)}, "no component 'brevity'; this task has format, correctness"),
+        (
+            {"weights": ("brevity=1",)},
+            "no component 'brevity'; this task has format, correctness; add it .*functions FILE.py:brevity$",
+        ),
         ({"weights": ("format",)}, "'format' is not component=number"),
         ({"weights": ("format=nan",)}, "'format': nan.*all must be finite"),
         ({"weights": ("format=0", "correctness=0")}, "one at least not 0"),
@@ -48,6 +54,57 @@ def test_a_mistake_in_them_is_named(rewards, message):
 def test_a_function_named_like_another_component_is_refused(brevity):
     with pytest.raises(ValueError, match="has the name of another component"):
         weights(functions=(brevity, brevity))
+
+
+CALLS = """
+def trl(prompts, completions, **columns):
+    return [0.0 for _ in completions]
+
+def fixed(completions, answer):
+    return [0.0 for _ in completions]
+
+def wants_level(completions, *, level, **columns):
+    return [0.0 for _ in completions]
+
+def typo(completions, answers, **columns):
+    return [0.0 for _ in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "takes", "reason"),
+    [
+        ("trl", "prompts, completions, columns", "missing a required argument: 'completions'"),
+        ("fixed", "completions, answer", "got an unexpected keyword argument"),
+    ],
+)
+def test_a_function_that_cannot_take_completions_and_columns_is_refused_at_once(tmp_path, name, takes, reason):
+    (tmp_path / "own.py").write_text(CALLS)
+    called = r"but is called as function\(completions, \*\*columns\) with the columns answer, prompt, question"
+    with pytest.raises(
+        ValueError, match=rf"reward '{name}' takes \({takes}\), {called}: {reason}.*; let it take \(comp"
+    ):
+        weights(functions=(f"{tmp_path}/own.py:{name}",))
+
+
+def test_a_name_that_is_no_column_of_the_data_is_refused_when_it_is_read(tmp_path):
+    (tmp_path / "own.py").write_text(CALLS)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{i}?", "answer": 1, "level": 2}}\n' for i in range(20)))
+    data = DataConfig(path=f"{tmp_path}/rows.jsonl")
+    task = lambda name: make_task("jsonl", data, RewardsConfig(functions=(f"{tmp_path}/own.py:{name}",)))
+    assert len(task("wants_level").split("train")) == 16
+    with pytest.raises(ValueError, match="the columns answer, level, prompt, question: missing .* 'answers'"):
+        task("typo").split("train")
+
+
+def test_a_builtin_without_a_signature_is_left_to_be_called():
+    refuse_uncallable({"none": Reward(max, 1.0)})
+
+
+def test_boxed_math_without_its_library_is_refused_at_once_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ValueError, match=r"boxed_math: math-verify is not installed; pip install -e '.\[math\]'"):
+        weights(functions=("grpo.rewards.matching:boxed_math",))
 
 
 OWN = """

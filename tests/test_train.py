@@ -318,12 +318,15 @@ def test_a_run_that_cannot_go_on_keeps_its_config(finished, workplace, capsys):
 
 
 def test_paths_of_ones_own_files_are_settled_whole(tmp_path, monkeypatch):
-    (tmp_path / "own.py").write_text("def one(logprobs, old, advantages):\n    return advantages * logprobs\n")
+    reward = "\ndef two(completions, **columns):\n    return [0.0 for _ in completions]\n"
+    surrogate = "def one(logprobs, old, advantages):\n    return advantages * logprobs\n"
+    (tmp_path / "own.py").write_text(surrogate + reward)
     monkeypatch.chdir(tmp_path)
-    own = {"rewards": {"functions": ["own.py:one", "math:sqrt"]}, "objective": {"surrogate": "own.py:one"}}
+    match = "grpo.rewards.matching:exact_match"
+    own = {"rewards": {"functions": ["own.py:two", match]}, "objective": {"surrogate": "own.py:one"}}
     settled, objective = run.settle(from_dict(own), World(0, 1, torch.device("cpu")))
     whole = f"{tmp_path}/own.py:one"  # a run may go on from another folder, where own.py is another file
-    assert settled.rewards.functions == (whole, "math:sqrt")
+    assert settled.rewards.functions == (f"{tmp_path}/own.py:two", match)
     assert settled.objective.surrogate == objective.surrogate == whole and settled.task == "word_problems"
 
 
@@ -337,5 +340,24 @@ def test_dry_run_prints_the_batch_and_the_memory_and_makes_nothing(workplace, ca
     printed = capsys.readouterr().out
     assert "4 prompts x 4 = 16 completions" in printed and "memory per rank" in printed
     assert not Path("dry").exists()
-    status, error = refusal(capsys, [*DEMO, "--task", "gsm8k", "--dry-run"])
-    assert status == 2 and "task gsm8k without model.path: the embedded model knows word_problems only" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "gsm8k"], "task gsm8k without model.path: the embedded model knows word_problems only"),
+        (
+            ["--task", "gsm8k", "--model.path", "model", "--data.path", "/nope"],
+            "data.path='/nope' does not exist; give a",
+        ),
+        (
+            ["--data.curriculum", "drop_solved"],
+            "data.curriculum=drop_solved: the training split of this task is endless",
+        ),
+        (["--rewards.functions", "grpo.rewards.matching:regex_format"], "missing a required argument: 'pattern'"),
+        (["--model.path", "runs/nope"], "error: model 'runs/nope': no folder of that name is here, and the hub has no"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(workplace, capsys, arguments, message):
+    status, error = refusal(capsys, [*DEMO, *arguments, "--dry-run"])
+    assert status == 2 and message in error and "\n" not in error

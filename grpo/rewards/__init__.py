@@ -1,6 +1,6 @@
 """Rewards: pure verifiers (text in, score out) and the runner that gives every value a status."""
 
-from grpo.rewards.runner import Outcome, Reward, Scorer, refuse_unscored, score_groups, score_texts
+from grpo.rewards.runner import Outcome, Reward, Scorer, refuse_uncallable, refuse_unscored, score_groups, score_texts
 from grpo.rewards.verifiers import FINAL_PREFIX, correctness_reward, final_answer, format_reward, parse_number
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "final_answer",
     "format_reward",
     "parse_number",
+    "refuse_uncallable",
     "refuse_unscored",
     "score_groups",
     "score_texts",

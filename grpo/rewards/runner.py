@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Group, Scores
 
+STANDARD = ("answer", "question", "prompt")  # columns of every task
 LARGEST = 1e18  # whose square fp32 holds: advantages are made of rewards in fp32
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,28 @@ class Outcome(NamedTuple):
 Table = list[list[Outcome]]  # [N][K]: of N completions, every component in the order of the rewards
 Scorer = Callable[[list[str], dict[str, list], dict[str, Reward]], Table]  # score_texts, or a Pool
 UNFINISHED = Outcome(0.0, OK)  # what require_finish pays a completion that ran into the length limit
+
+
+def refuse_uncallable(rewards: Mapping[str, Reward], columns: Iterable[str] | None = None) -> None:
+    """ValueError for a function that cannot be called with the completions and every column by its name.
+
+    columns: those of the data besides STANDARD. None, before it is read: a name that a function wants may be one.
+    """
+    for name, reward in rewards.items():
+        try:
+            signature = inspect.signature(reward.function)
+        except ValueError:  # a builtin may have none
+            continue
+        others = [other for other in list(signature.parameters.values())[1:] if other.default is other.empty]
+        wanted = [other.name for other in others if other.kind in (other.POSITIONAL_OR_KEYWORD, other.KEYWORD_ONLY)]
+        names = {*STANDARD, *(wanted if columns is None else columns)} - {"completions"}
+        try:
+            signature.bind([], **dict.fromkeys(names))
+        except TypeError as error:
+            raise ValueError(
+                f"reward {name!r} takes ({', '.join(signature.parameters)}), but is called as function(completions, "
+                f"**columns) with the columns {', '.join(sorted(names))}: {error}; let it take (completions, **columns)"
+            ) from None
 
 
 def score_texts(completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> Table:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from grpo.config import DataConfig, RewardsConfig, nearest
 from grpo.records import Problem
-from grpo.rewards import FINAL_PREFIX, Reward, correctness_reward, format_reward
+from grpo.rewards import FINAL_PREFIX, Reward, correctness_reward, format_reward, refuse_uncallable
 from grpo.user_code import load_object
 
 TASKS = {
@@ -67,6 +67,8 @@ class Task:
             if not (isinstance(problems[0], Problem) and isinstance(problems[0].answer, str)):
                 found = f"{problems[0]!r:.80} is no grpo.records.Problem with texts for question and answer"
                 raise ValueError(f"load({name!r}) of task {self.name!r}: {found}")
+            known = [problems[0]] if is_endless else problems
+            refuse_uncallable(self.rewards, {column for problem in known for column in problem.columns})
             self._splits[name] = problems
         return self._splits[name]
 
@@ -125,10 +127,17 @@ def _configured(own: Mapping[str, Reward], config: RewardsConfig) -> dict[str, R
         if name in rewards:
             raise ValueError(f"rewards.functions: {path!r} has the name of another component; rename the function")
         rewards[name] = Reward(load_object(path), weight=1.0)
+    refuse_uncallable(rewards)
+    for reward in rewards.values():
+        if hasattr(reward.function, "check_library"):
+            reward.function.check_library()
     for setting in config.weights:
         name, _, number = setting.partition("=")
         if name not in rewards:
-            raise ValueError(f"rewards.weights: no component {name!r}; this task has {', '.join(rewards)}")
+            raise ValueError(
+                f"rewards.weights: no component {name!r}; this task has {', '.join(rewards)}; add it with "
+                f"--rewards.functions FILE.py:{name}"
+            )
         try:
             rewards[name] = replace(rewards[name], weight=float(number))
         except ValueError:
