@@ -25,7 +25,7 @@ class Evaluation:
 
     groups: list[Group]
     correct: torch.Tensor  # [N, samples] bool
-    components: dict[str, float]  # mean of each reward component over what it judged; 0 of nothing
+    components: dict[str, float | None]  # mean of each reward component over what it judged; None of nothing
     reward: float  # mean total reward
     completion_length: float  # tokens
     truncated: float  # share that ran into the length limit
@@ -91,13 +91,13 @@ def evaluate(
     rows = list(zip(groups, *columns, strict=True))
     groups, components, totals, scored = zip(*world.everyones(rows), strict=True)
     components = torch.tensor(components, dtype=torch.float64)  # [N, samples, K]
-    means = dict(zip(rewards, components.nanmean((0, 1)).nan_to_num(0.0).tolist(), strict=True))
+    means = components.nanmean((0, 1)).tolist()
     completions = [completion for group in groups for completion in group.completions]
     correctness = components[..., list(rewards).index(CORRECTNESS)]
     return Evaluation(
         groups=list(groups),
         correct=correctness >= 1.0,
-        components=means,
+        components={name: None if math.isnan(mean) else mean for name, mean in zip(rewards, means, strict=True)},
         reward=torch.tensor(totals, dtype=torch.float64).mean().item(),
         completion_length=sum(len(completion.ids) for completion in completions) / len(completions),
         truncated=sum(completion.finish == "length" for completion in completions) / len(completions),
@@ -150,7 +150,7 @@ def result_table(results: dict[str, dict]) -> str:
     for name, entry in results.items():
         low, high = entry["interval"]
         shares = [entry[f"{kind}_at_k"].get(k, 0.0) for kind, k in ks] + [entry[key] for key in components]
-        cells = [f"{share:.1%}" for share in (entry["accuracy"], *shares)]
+        cells = ["" if share is None else f"{share:.1%}" for share in (entry["accuracy"], *shares)]
         cells.insert(1, f"{low:.1%} to {high:.1%}")
         numbers = [f"{entry['reward']:.3f}", f"{entry['completion_length']:.1f}"]
         numbers += [f"{entry[name]:.1%}" for name in shares_at_end]

@@ -40,7 +40,8 @@ def finish(run: Run) -> None:
     log.write_json("summary.json", summary | {"results": results, "samples": samples, "supervised_curve": curve})
     log.draw_curves(start_accuracy=run.before["validation"], supervised=curve)
     if num_problems:
-        log.say("\n" + result_table(results))
+        rival = "before the habit" if run.config.base.habit_steps else "supervised instead"
+        log.say("\n" + result_table({rival if name == "supervised" else name: row for name, row in results.items()}))
     for name, texts in samples.items():
         for text in texts:
             log.say(f"\n{name}: {text['question']} (answer {text['answer']})\n  {text['completion'].strip()!r}")

@@ -180,7 +180,8 @@ def validate(run: Run, step: int) -> dict[str, float]:
     result = evaluate_greedily(run, "validation", run.config.eval.validation_problems, step=step)
     if step and (run.best is None or result.accuracy >= run.best[0]):  # of equals the later: it has seen more
         run.best = (result.accuracy, step)
-    others = {f"validation/{name}": value for name, value in result.components.items() if name != CORRECTNESS}
+    judged = {name: mean for name, mean in result.components.items() if name != CORRECTNESS and mean is not None}
+    others = {f"validation/{name}": mean for name, mean in judged.items()}
     unscored = {"validation/unscored": result.unscored} if result.unscored else {}
     return {"validation/accuracy": result.accuracy, **others, **unscored}
 

@@ -6,13 +6,15 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import eval as eval_command
 from grpo import checkpoint
-from grpo.config import RewardsConfig
+from grpo import run as run_room
+from grpo.config import Config, RewardsConfig
 from grpo.distributed import World
 from grpo.evaluation import (
     CORRECTNESS,
@@ -106,7 +108,18 @@ def test_a_component_that_abstains_has_its_mean_over_what_it_judged():
     rewards = REWARDS | {"fives": Reward(on_fives, 0.0), "never": Reward(lambda texts, **_: [None] * len(texts), 0.0)}
     sampler, problems = Scripted({0: ["5", "6", "5", "7"]}), [Problem(id="0", question="?", answer="5")]
     summary = evaluate(sampler, problems, rewards, require_finish=True, world=ALONE).summary()
-    assert (summary["reward/fives"], summary["reward/never"], summary["accuracy"]) == (1.0, 0.0, 0.5)
+    assert (summary["reward/fives"], summary["reward/never"], summary["accuracy"]) == (1.0, None, 0.5)
+    header, row = result_table({"model": summary}).splitlines()
+    end = header.index("never") + len("never")
+    assert row[end - len("never") : end] == " " * len("never")
+
+
+def test_validation_leaves_out_a_component_that_judged_nothing(monkeypatch):
+    components = {CORRECTNESS: 1.0, "format": 0.5, "never": None}
+    result = Evaluation([group_of(["5"])], torch.ones(1, 1, dtype=torch.bool), components, 1.5, 2.0, 0.0, 0.0)
+    monkeypatch.setattr(run_room, "evaluate_greedily", lambda *arguments, **options: result)
+    row = run_room.validate(SimpleNamespace(config=Config(), best=None), 0)
+    assert row == {"validation/accuracy": 1.0, "validation/format": 0.5}
 
 
 def test_completions_whose_reward_fails_count_as_wrong_and_are_told():

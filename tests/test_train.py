@@ -147,6 +147,7 @@ def test_two_ranks_train_like_one(finished, workplace):
         [*command, "--run-dir", "two", "--seed", "3"], env=environment, capture_output=True, text=True, timeout=200
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "\nbefore the habit  " in result.stdout and "\nsupervised  " not in result.stdout
     for ours, theirs in zip(rows_without_clock(workplace / "two"), rows_without_clock(finished), strict=True):
         assert ours.keys() == theirs.keys()
         for key in {"reward", "tokens", "kl", "entropy", "grad_norm", "validation/accuracy"} & ours.keys():
