@@ -118,6 +118,28 @@ def test_the_command_reads_the_columns_that_it_is_told(tmp_path, capsys):
     assert "mean over 3 problems" in capsys.readouterr().out
 
 
+def test_a_component_that_fails_on_every_completion_is_one_line_with_its_place(tmp_path, capsys):
+    source, output, own = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "own.py"
+    source.write_text('{"completion": "x", "answer": "1"}\n{"completion": "y", "answer": "1"}\n')
+    own.write_text("def broken(completions, **columns):\n    return [1 / len(columns['level'])]\n")
+    options = ["--rewards.functions", f"{own}:broken"]
+    message = (
+        f"error: reward 'broken' failed on every completion: KeyError: 'level' (File \"{own}\", line 2, in broken)"
+    )
+    for more in (["--completions", str(source), "--output", str(output)], []):
+        assert main(["check", "word_problems", *options, *more]) == 2
+        assert capsys.readouterr().err.strip() == message
+    assert not output.exists()
+
+
+def test_a_component_that_fails_on_some_completions_is_logged_with_its_traceback(check, capsys):
+    def picky(completions, **columns):
+        return [1 / int(text) for text in completions]
+
+    check([{"completion": text, "answer": "1"} for text in ("1", "0")], {"picky": Reward(picky, 1.0)})
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_the_command_scores_without_a_model_or_a_data_set(tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps({"completion": "\ud800 \u2028\n" + LINE + "$4.00", "answer": "4"}))

@@ -30,7 +30,7 @@ def pool():
 
 @pytest.fixture(autouse=True)
 def forget_logged_kinds(monkeypatch):
-    monkeypatch.setattr(runner, "_logged_kinds", set())
+    monkeypatch.setattr(runner, "_logged_kinds", {})
 
 
 def statuses(table, component=0):

@@ -40,7 +40,7 @@ def refuse_x(completions, **columns):
 
 @pytest.fixture(autouse=True)
 def forget_logged_kinds(monkeypatch):
-    monkeypatch.setattr(runner, "_logged_kinds", set())
+    monkeypatch.setattr(runner, "_logged_kinds", {})
 
 
 def test_totals_are_the_weighted_sums_of_the_components():

@@ -12,7 +12,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,7 +20,17 @@ from typing import Any
 from grpo.config import DataConfig, RewardsConfig
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Completion, Group
 from grpo.rewards.pool import Pool, make_pool
-from grpo.rewards.runner import Outcome, Reward, Scorer, score_groups, score_paid, score_texts, weighted_total
+from grpo.rewards.runner import (
+    Outcome,
+    Reward,
+    Scorer,
+    held_log,
+    refuse_failed,
+    score_groups,
+    score_paid,
+    score_texts,
+    weighted_total,
+)
 from grpo.tasks import Task, make_task
 from grpo.tasks.rows import read_jsonl
 
@@ -69,7 +79,9 @@ def trial_table(task: Task, pool: Pool) -> str:
     for problem, trial in zip(problems, trials, strict=True):
         completions = [Completion([], [], text, "stop", i) for i, text in enumerate(trial.values())]
         groups.append(Group(replace(problem, prompt=problem.question), completions, step=0))
-    scores = score_groups(groups, task.rewards, require_finish=False, score=pool)
+    with held_log():
+        scores = score_groups(groups, task.rewards, require_finish=False, score=pool)
+        refuse_failed([row for group in scores.status for row in group], task.rewards)
     rows = [["", *task.rewards, "reward", "not ok"]]
     for i, name in enumerate(trials[0]):
         means = [*scores.components[:, i].nanmean(0).tolist(), scores.total[:, i].mean().item()]
@@ -99,7 +111,10 @@ def score_file(
     if not rows:
         raise ValueError(f"{completions_path} holds no completions; write one JSON object a line")
     is_paid = [not (require_finish and (row.get("finish_reason") or "").lower() == "length") for row in rows]
-    table = score_paid([row["completion"] for row in rows], [_columns(row) for row in rows], is_paid, rewards, score)
+    texts, columns = [row["completion"] for row in rows], [_columns(row) for row in rows]
+    with held_log():
+        table = score_paid(texts, columns, is_paid, rewards, score)
+        refuse_failed([[outcome.status for outcome in row] for row in compress(table, is_paid)], rewards)
     scored = [row | _verdict(outcomes, rewards) for row, outcomes in zip(rows, table, strict=True)]
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     with open(output_path, "w", encoding="utf-8") as file:

@@ -12,9 +12,11 @@ import inspect
 import logging
 import math
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
+from logging.handlers import MemoryHandler
 from typing import Any, NamedTuple
 
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Group, Scores
@@ -23,7 +25,7 @@ STANDARD = ("answer", "question", "prompt")  # columns of every task
 LARGEST = 1e18  # whose square fp32 holds: advantages are made of rewards in fp32
 
 logger = logging.getLogger(__name__)
-_logged_kinds: set[tuple[str, str]] = set()  # a failing reward fails thousands of times: one traceback is enough
+_logged_kinds: dict[tuple[str, str], str] = {}  # a failing reward fails thousands of times: one traceback is enough
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,30 @@ def _outcome(name: str, value: float | None) -> Outcome:
 def log_once(name: str, kind: str, details: str) -> None:
     """A warning for the first failure of a kind; details: its traceback."""
     if (name, kind) not in _logged_kinds:
-        _logged_kinds.add((name, kind))
+        _logged_kinds[name, kind] = details
         logger.warning("reward %r failed; further failures of this kind are only counted: %s\n%s", name, kind, details)
+
+
+@contextmanager
+def held_log() -> Iterator[None]:
+    """Within it failures are logged at the end, and not at all where it ends in an error, which tells."""
+    handler = MemoryHandler(10**6, logging.CRITICAL + 1, logging.lastResort, flushOnClose=False)
+    logger.addHandler(handler)
+    try:
+        yield
+        handler.flush()
+    finally:
+        logger.removeHandler(handler)
+
+
+def refuse_failed(status: list[list[str]], rewards: Mapping[str, Reward]) -> None:
+    """ValueError for a component that failed with an error on each of N completions. status: [N][K]."""
+    for name, column in zip(rewards, zip(*status, strict=True), strict=False):
+        if set(column) == {ERROR}:
+            details = next(details for (component, _), details in _logged_kinds.items() if component == name)
+            lines = details.strip().splitlines()
+            place = next((f" ({line.strip()})" for line in reversed(lines) if line.startswith("  File ")), "")
+            raise ValueError(f"reward {name!r} failed on every completion: {lines[-1]}{place}")
 
 
 def _as_scores(table: Table, is_paid: list[bool], rewards: dict[str, Reward], *, num_groups: int) -> Scores:
