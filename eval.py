@@ -107,7 +107,10 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     resolved = [resolve_model(name) for name in options.model]
     run = next((config for _, config in resolved if config), None)
     if run is None and not options.task:
-        raise ValueError("--task is missing: no model is a run folder that would tell; pass --task gsm8k, for example")
+        absent = [name for name in options.model if not Path(name).expanduser().is_dir()]
+        found = f" (there is no folder {', '.join(absent)})" if absent else ""
+        message = f"--task is missing: no model is a run folder that would tell{found}; pass --task gsm8k, for example"
+        raise ValueError(message)
     config = run or Config(rollout=RolloutConfig(max_new_tokens=400))
     if options.task and located(options.task) != config.task:
         names = ("functions", "weights", "format_weight", "correctness_weight")  # of the components of the run's task

@@ -270,7 +270,11 @@ def _peft_name(name: str) -> str:
 def write_merged(run: str, out: str) -> None:
     """The best or else last checkpoint of a run folder, or one folder in PEFT's format, as a plain model in `out`."""
     (folder, _), out = checkpoint.model_folder(run), Path(out).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; name a run or checkpoint with adapters")
     if not (folder / ADAPTER_CONFIG).is_file():
+        if (folder / "config.json").is_file():
+            raise ValueError(f"nothing to merge: it is a whole model already; load {folder}")
         raise ValueError(f"{folder} has no {ADAPTER_CONFIG}: nothing to merge; name a run or checkpoint with adapters")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; name another folder")

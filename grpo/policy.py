@@ -196,16 +196,18 @@ def from_hub(auto_class: type, path: str, **kwargs: object) -> object:
     folder = Path(path).expanduser()
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not folder.is_dir():
         raise ValueError(
-            f"model.path={path!r} is no folder; pass a folder in Hugging Face layout "
+            f"model {path!r} is no folder; pass a folder in Hugging Face layout "
             "(config.json, *.safetensors, tokenizer files) or a hub id"
         )
     try:
         return auto_class.from_pretrained(folder if folder.is_dir() else path, **kwargs)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if folder.is_dir() or not isinstance(error, OSError):
+            raise ValueError(f"could not load model {path!r}: {first_line}") from error
         raise ValueError(
-            f"could not load {path!r} as a {auto_class.__name__}: {first_line}\n"
-            "If the hub cannot be reached from here, download the model elsewhere and pass its folder: --model.path DIR"
+            f"model {path!r}: no folder of that name is here, and the hub has no such model or cannot be reached from "
+            f"here; pass a folder that holds it ({first_line})"
         ) from error
 
 

@@ -214,6 +214,15 @@ def test_eval_scores_a_file_of_completions_and_loads_nothing(tmp_path, capsys):
         (["--model", "m", "--samples", "4", "--temperature", "0"], "all would be equal"),
         (["--model", "./nowhere", "--task", "gsm9k"], "unknown task 'gsm9k'"),
         (["--model", "./nowhere"], "--task is missing"),
+        (["--model", "runs/nope"], "would tell (there is no folder runs/nope); pass --task gsm8k"),
+        (
+            ["--model", "runs/nope", "--task", "word_problems"],
+            "error: model 'runs/nope': no folder of that name is here",
+        ),
+        (
+            ["--model", "m", "--shotz", "4"],
+            "error: unrecognized arguments: --shotz 4; eval.py --help shows all options",
+        ),
         (["--completions", "f.jsonl", "--task", "gsm8k"], "--completions needs --task and --output"),
         (["--model", "m", "--shots", "4", "-1"], "--shots -1 must be 0 or more"),
         (["--model", "./nowhere", "--task", "word_problems", "--split", "train"], "is endless; say how much of it"),

@@ -368,7 +368,11 @@ def test_an_adapter_is_no_base_to_train(base):
 
 def test_merging_what_has_no_adapters_or_into_a_full_folder_is_refused(base, capsys):
     assert lora.main(["merge", str(base), str(base.parent / "out")]) == 2
-    assert "nothing to merge" in capsys.readouterr().err
+    assert f"nothing to merge: it is a whole model already; load {base}" in capsys.readouterr().err
+    assert lora.main(["merge", str(base.parent), str(base.parent / "out")]) == 2
+    assert "has no adapter_config.json: nothing to merge" in capsys.readouterr().err
+    assert lora.main(["merge", "runs/none", "out"]) == 2
+    assert "there is no folder runs/none; name a run" in capsys.readouterr().err
     assert lora.main(["merge", str(saved(base)), str(base)]) == 2
     assert "is not empty; name another folder" in capsys.readouterr().err
 

@@ -197,8 +197,13 @@ def test_dropout_is_refused_with_its_name_and_value():
 def test_a_missing_folder_or_unreachable_hub_says_how_to_pass_a_folder(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is no folder; pass a folder"):
         load_policy(str(tmp_path / "nowhere"), precision="fp32", device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="--model.path DIR"):
+    with pytest.raises(
+        ValueError, match="no such model or cannot be reached from here; pass a folder that holds it .We"
+    ):
         load_policy("nobody/no-such-model", precision="fp32", device=torch.device("cpu"))
+    tiny_qwen2().config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"could not load model '.*': Error no file named model.safetensors.*\.$"):
+        load_policy(str(tmp_path), precision="fp32", device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

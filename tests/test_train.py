@@ -259,7 +259,7 @@ def refusal(capsys, arguments):
         (["--preset", "grop"], "unknown preset 'grop'; the nearest is grpo"),
         (["--rollout.group-size", "1"], "rollout.group_size=1"),
         (["--batch.minibatches", "3"], "not divisible by batch.minibatches=3"),
-        (["--model.path", "./nowhere"], "model.path='./nowhere' is no folder"),
+        (["--model.path", "./nowhere"], "model './nowhere' is no folder"),
         (
             ["--model.path", "whole"],
             "model.path='whole' is a run folder; name one of its checkpoints: whole/checkpoints",
