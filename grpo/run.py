@@ -27,6 +27,7 @@ from grpo.rollout import EVALUATION, TRAINING, Sampler
 from grpo.sharding import distribute
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
+from grpo.tasks.rows import RowTask
 from grpo.tasks.stream import ProblemStream
 from grpo.tasks.word_problems import WordProblems
 from grpo.update import Updater, make_optimizer
@@ -51,22 +52,38 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
         rewards=replace(config.rewards, functions=tuple(map(located, functions))),
         objective=replace(config.objective, surrogate=surrogate and located(surrogate)),
     )
-    objective = resolve(**asdict(config.objective))
+    config, objective = state_objective(config)
     check_steps(objective, config.batch.passes * config.batch.minibatches)
     trackers.chosen(config.track)
-    if config.model.path:
-        load_model_config(config.model.path)
-    elif not isinstance(make_task(config.task, config.data, config.rewards), WordProblems):
+    task = make_task(config.task, config.data, config.rewards)
+    if isinstance(task, RowTask):
+        task.check_path()
+    if isinstance(task, WordProblems):
+        make_stream(config, task)  # refuses a curriculum
+    elif not config.model.path:
         message = f"task {config.task} without model.path: the embedded model knows word_problems only; name one"
         raise ValueError(message)
-    stated = ObjectiveConfig(preset=config.objective.preset, **asdict(objective))
+    if config.model.path:
+        load_model_config(config.model.path)
     model, batch = config.model, config.batch
     if model.compile is None:
         is_hindered = config.deterministic or model.gradient_checkpointing or config.distributed.strategy == "fsdp"
         model = replace(model, compile=world.device.type == "cuda" and not (is_hindered or missing_to_launch()))
     if batch.tokens_per_micro_batch is None:
         batch = replace(batch, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH[world.device.type])
-    return replace(config, objective=stated, model=model, batch=batch), objective
+    return replace(config, model=model, batch=batch), objective
+
+
+def state_objective(config: Config) -> tuple[Config, Objective]:
+    """`config` with every choice of its objective written out, and the objective."""
+    objective = resolve(**asdict(config.objective))
+    return replace(config, objective=ObjectiveConfig(preset=config.objective.preset, **asdict(objective))), objective
+
+
+def make_stream(config: Config, task: Task) -> ProblemStream:
+    """The training problems, in their order."""
+    curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
+    return ProblemStream(task.split("train"), seed=config.seed, **curriculum)
 
 
 class Run:
@@ -78,8 +95,7 @@ class Run:
         self.log = RunLogger(run_dir, is_writer=world.is_writer, track=tracked, config=flat(asdict(config)))
         self.task = make_task(config.task, config.data, config.rewards)
         splits = [self.task.split(name) for name in ("train", "validation", "test")]
-        curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
-        self.stream = ProblemStream(splits[0], seed=config.seed, **curriculum)
+        self.stream = make_stream(config, self.task)
         is_embedded = not config.model.path
         self.base_folder = prepare_base(config, self.task, world, self.log) if is_embedded else None
         where = {"precision": config.model.precision, "device": world.device}
@@ -211,7 +227,8 @@ def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
         goes_on = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)
         checkpoint.open_run_dir(path, resume=bool(command.resume) or is_restart)
         if goes_on:
-            harmless, others = changes(load(path / "config.yaml"), command.config)
+            before, _ = state_objective(load(path / "config.yaml"))  # an older version may not have known all of it
+            harmless, others = changes(before, command.config)
             for line in harmless:
                 print(f"changed: {line}", flush=True)
             for line in others:

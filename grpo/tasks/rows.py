@@ -68,16 +68,21 @@ class RowTask(Task):
 
     def _read(self, name: str) -> list[Row]:
         """The "train" or "test" rows of data.path: a folder, a hub id, or the task's own default."""
+        self.check_path()
+        path = self.data.path
+        if not path:
+            return read_hub(*self.hub, name)
+        return read_folder(Path(path), name) if Path(path).is_dir() else read_hub(path, None, name)
+
+    def check_path(self) -> None:
+        """ValueError where data.path is missing, or is neither here nor spelled like a hub id: owner/name."""
         path = self.data.path
         if not path and self.hub is None:
             raise ValueError(f"task {self.name!r} needs --data.path: a folder with train and test files, or one file")
-        if not path:
-            return read_hub(*self.hub, name)
-        if Path(path).is_dir():
-            return read_folder(Path(path), name)
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and Path(path).suffix not in SUFFIXES:
-            return read_hub(path, None, name)
-        raise ValueError(f"data.path={path!r} does not exist; give a folder, a {', '.join(SUFFIXES)} file or a hub id")
+        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and Path(path).suffix not in SUFFIXES
+        if path and not Path(path).exists() and not is_hub_id:
+            known = f"a folder, a {', '.join(SUFFIXES)} file or a hub id"
+            raise ValueError(f"data.path={path!r} does not exist; give {known}")
 
     def _problem(self, id: str, where: str, row: dict[str, Any]) -> Problem:
         question, answer = (self._text(row, column, where) for column in (self.question_column, self.answer_column))
