@@ -101,6 +101,12 @@ def test_the_embedded_references_earn_full_marks_and_another_cases_do_not():
         assert keyword_reward([other.solution], **columns)[0] < 0.7
 
 
+def test_the_headings_are_asked_for_where_the_rows_are_the_embedded_ones(tmp_path):
+    headings = "Answer in full sentences, with the headings `Diagnosis:` and `Therapy:`."
+    assert Keywords().instruction == Keywords(DataConfig()).instruction == headings
+    assert Keywords(DataConfig(path=str(tmp_path))).instruction == "Answer in full sentences."
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
 from grpo.rewards import Reward
 from grpo.rewards.keywords import keyword_reward, stems
@@ -22,6 +23,11 @@ class Keywords(RowTask):
     embedded = DATA / "keywords.jsonl"
     instruction = "Answer in full sentences, with the headings `Diagnosis:` and `Therapy:`."
     rewards = {"correctness": Reward(keyword_reward, 1.0)}
+
+    def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
+        super().__init__(data, rewards)
+        if data and data.path and self.instruction == Keywords.instruction:  # the headings are of the embedded rows
+            self.instruction = "Answer in full sentences."
 
     def _problem(self, id: str, where: str, row: dict[str, Any]) -> Problem:
         groups, headings = row.get("groups"), row.get("sections")

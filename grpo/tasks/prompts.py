@@ -68,7 +68,7 @@ class Prompter:
         if len(ids) + self.max_new_tokens > self.context_length:
             raise ValueError(
                 f"problem {problem.id}: a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} exceed "
-                f"the model's context of {self.context_length}; lower one or prompt.shots={self.prompt.shots}"
+                f"the model's context of {self.context_length}; lower max_new_tokens or shots={self.prompt.shots}"
             )
         return replace(problem, prompt=text, prompt_ids=tuple(ids))
 
@@ -119,6 +119,6 @@ def _draw_exemplars(task: Task, prompt: PromptConfig) -> list[Problem]:
     if len(candidates) < needed:
         raise ValueError(
             f"prompt.shots={prompt.shots} needs {needed} exemplars; task {task.name!r} has {len(candidates)} "
-            f"({prompt.exemplars}); lower --prompt.shots"
+            f"({prompt.exemplars}); use fewer shots"
         )
     return candidates
