@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from types import ModuleType
 
 from grpo.rewards.verifiers import FINAL_PREFIX
 
@@ -83,25 +82,16 @@ def boxed_math(completions: list[str], *, answer: list[str], **columns: list) ->
 
     Its own timeouts are off: the worker's deadline is the one that counts.
     """
-    library = math_verify()
-    parse, verify = library.parse, library.verify
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ValueError("reward boxed_math: math-verify is not installed; pip install -e '.[math]'") from error
+
     golds = [parse(f"${text}$", parsing_timeout=None) for text in answer]
     return [
         float(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None)) if gold else None
         for text, gold in zip(completions, golds, strict=True)
     ]
-
-
-def math_verify() -> ModuleType:
-    """The library of `boxed_math`. ValueError where it is not installed."""
-    try:
-        import math_verify
-    except ImportError as error:
-        raise ValueError("reward boxed_math: math-verify is not installed; pip install -e '.[math]'") from error
-    return math_verify
-
-
-boxed_math.check_library = math_verify  # called before a run
 
 
 def regex_format(completions: list[str], *, pattern: str, **columns: list) -> list[float]:

@@ -128,9 +128,6 @@ def _configured(own: Mapping[str, Reward], config: RewardsConfig) -> dict[str, R
             raise ValueError(f"rewards.functions: {path!r} has the name of another component; rename the function")
         rewards[name] = Reward(load_object(path), weight=1.0)
     refuse_uncallable(rewards)
-    for reward in rewards.values():
-        if hasattr(reward.function, "check_library"):
-            reward.function.check_library()
     for setting in config.weights:
         name, _, number = setting.partition("=")
         if name not in rewards:
