@@ -8,6 +8,7 @@ import pytest
 
 from grpo.config import DataConfig, RewardsConfig
 from grpo.rewards import Reward, refuse_uncallable
+from grpo.rewards.matching import boxed_math
 from grpo.tasks import make_task
 
 
@@ -101,10 +102,10 @@ def test_a_builtin_without_a_signature_is_left_to_be_called():
     refuse_uncallable({"none": Reward(max, 1.0)})
 
 
-def test_boxed_math_without_its_library_is_refused_at_once_with_the_remedy(monkeypatch):
+def test_boxed_math_without_its_library_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ValueError, match=r"boxed_math: math-verify is not installed; pip install -e '.\[math\]'"):
-        weights(functions=("grpo.rewards.matching:boxed_math",))
+        boxed_math(["2"], answer=["2"])
 
 
 OWN = """
