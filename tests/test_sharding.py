@@ -81,6 +81,8 @@ def on_a_rank(world):
         states[strategy], bytes_of[strategy] = world.gather(seen["state"])[0], seen["bytes"]
         gradients[strategy] = seen["gradients"]
         checked[f"the working copy of {strategy} is refreshed"] = seen["is_refreshed"]
+        if strategy == "zero1":  # whose gradients are those of ddp
+            continue
         # A run that goes on makes its first pass in the middle, and must not differ by that.
         later = one_update(world, torch.float32, "dr_grpo", 30, passes=2, lr=0.0, strategy=strategy)[0]
         first = one_update(world, torch.float32, "dr_grpo", 30, strategy=strategy)[0]
