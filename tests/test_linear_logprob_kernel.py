@@ -23,6 +23,8 @@ TRITON = Rows(kernel.statistics, kernel.gradients)
 # rows, width, vocabulary: off every block edge; the last needs two spans
 SHAPES = [(1, 17, 129), (127, 96, 127), (129, 64, kernel.SPAN + 1)]
 TEMPERS = [Temper(1.0), Temper(0.7, softcap=5.0)]
+# A GPU compiles for each of them, and has two minutes for all its tests; logits are kept of 16-bit heads alone.
+KEPT_SHAPES, KEPT_DTYPES = (SHAPES[-1:], DTYPES[:1]) if HAS_GPU else (SHAPES, DTYPES[1:])
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -79,11 +81,11 @@ def test_a_row_is_the_same_to_the_bit_alone_in_company_and_where_its_logits_are_
         assert torch.equal(a, b) and torch.equal(a[128:], c)
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", KEPT_DTYPES, ids=str)
 @pytest.mark.parametrize("has_entropy", [False, True], ids=["log-prob", "and entropy"])
 @pytest.mark.parametrize("temper, has_bias", [(TEMPERS[0], False), (TEMPERS[1], True)], ids=["plain", "cap and bias"])
 @pytest.mark.parametrize("offset", [0.0, 900.0])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", KEPT_SHAPES, ids=str)
 def test_the_fused_forward_keeps_what_makes_the_logit_gradients(shape, offset, temper, has_bias, has_entropy, dtype):
     """As exact as their own dtype, also where all logits are large: fp16 would tell 900 from 900.5, but no nearer."""
     if offset and temper.softcap:
@@ -162,7 +164,7 @@ def test_a_target_outside_the_vocabulary_or_a_nan_logit_gives_nan_in_its_row_onl
         assert logprobs.isnan().tolist() == [False, True, True, False]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:1] if HAS_GPU else DTYPES, ids=str)
 @pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "trained"])
 def test_every_mode_gives_what_torch_gives(is_frozen, dtype, monkeypatch):
     """A, B or D, and C: the same autograd functions over the other rows; all agree on a log-prob, in fp16 too."""
