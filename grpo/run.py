@@ -27,7 +27,6 @@ from grpo.rollout import EVALUATION, TRAINING, Sampler
 from grpo.sharding import distribute
 from grpo.tasks import Task, make_task
 from grpo.tasks.prompts import Prompter
-from grpo.tasks.rows import RowTask
 from grpo.tasks.stream import ProblemStream
 from grpo.tasks.word_problems import WordProblems
 from grpo.update import Updater, make_optimizer
@@ -56,8 +55,7 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
     check_steps(objective, config.batch.passes * config.batch.minibatches)
     trackers.chosen(config.track)
     task = make_task(config.task, config.data, config.rewards)
-    if isinstance(task, RowTask):
-        task.check_path()
+    task.check_path()
     if isinstance(task, WordProblems):
         make_stream(config, task)  # refuses a curriculum
     elif not config.model.path:

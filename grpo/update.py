@@ -95,9 +95,9 @@ def update_policy(
         parameters["lr"] = lr
     totals: dict[str, float] = {}
     done = 0
+    if isinstance(updater.module, DistributedDataParallel) and not updater.is_warm:
+        warm_up(updater, batch)
     if updater.world.size > 1:
-        if not updater.is_warm:
-            warm_up(updater, batch)
         batch.optimizer_steps = [smallest_last(step, batch.made_of) for step in batch.optimizer_steps]
     for position in [*range(len(batch.optimizer_steps))] * batch.passes:
         for name, value in optimizer_step(updater, batch, position, step=step).items():

@@ -72,6 +72,9 @@ class Task:
             self._splits[name] = problems
         return self._splits[name]
 
+    def check_path(self) -> None:
+        """ValueError for a data.path that names nothing, before anything is read; this task reads none."""
+
     def load(self, split: str) -> Sequence[Problem]:
         """Reads or makes one split; a subclass must define it."""
         raise NotImplementedError(f"{type(self).__name__} does not define load(split)")
