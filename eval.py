@@ -37,7 +37,7 @@ from grpo.tasks.prompts import Prompter
 from grpo.user_code import located
 from kernels import dispatch_table
 
-DRAWING = ("temperature", "top_p", "top_k")
+DRAWING = ("temperature", "top_p", "top_k", "min_p")
 PRINTED_LINES = 20  # of scored completions; the file has them all
 
 
@@ -72,6 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--temperature", type=float, help="default: 0 with one sample, else 1")
     add("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1, off)")
     add("--top-k", type=int, default=0, help="keep the k most likely tokens (default: 0, off)")
+    add("--min-p", type=float, default=0.0, help="least probability, as a share of the largest (default: 0, off)")
     add("--max-new-tokens", type=int, help="default: the run's, or 400")
     add("--max-sequences", type=int, default=512, help="sequences decoded at a time (default: 512)")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")

@@ -124,6 +124,8 @@ class RolloutConfig:
     """Nucleus sampling. Training wants 1: the loss must see the distribution that was sampled."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all. Training wants 0."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one; 0 keeps all. Training wants 0."""
     max_sequences: Annotated[int, "[1, inf)"] = 512
     """Sequences decoded at a time on one rank; more are done in turns."""
     prefill_tokens: Annotated[int, "[1, inf)"] = 16384

@@ -104,10 +104,9 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if rollout.group_size == 1:
         yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
-    if rollout.top_p != 1:
-        yield f"rollout.top_p={rollout.top_p}: the loss would not see the distribution that was sampled; train with 1"
-    if rollout.top_k != 0:
-        yield f"rollout.top_k={rollout.top_k}: the loss would not see the distribution that was sampled; train with 0"
+    for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+        if (value := getattr(rollout, name)) != off:
+            yield f"rollout.{name}={value}: the loss would not see the distribution that was sampled; train with {off}"
     scoring, waiting = config.rewards.step_timeout_s, config.distributed.timeout_s
     if scoring >= waiting:
         yield f"rewards.step_timeout_s={scoring}: ranks wait {waiting} s (distributed.timeout_s); choose less than that"

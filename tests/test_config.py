@@ -335,6 +335,7 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
         ("rollout.temperature", 0.0, r"rollout.temperature=0.0 is outside \(0, inf\)"),
         ("rollout.top_p", 0.9, "rollout.top_p=0.9: the loss would not see .* train with 1"),
         ("rollout.top_k", 5, "rollout.top_k=5: the loss would not see .* train with 0"),
+        ("rollout.min_p", 0.1, "rollout.min_p=0.1: the loss would not see .* train with 0"),
         ("prompt.shots", 9, r"prompt.shots=9 is outside \[0, 8\]"),
         ("num_steps", 0, r"num_steps=0 is outside \[1, inf\)"),
         ("seed", -1, r"seed=-1 is outside \[0, 4294967295\]"),

@@ -191,6 +191,17 @@ def test_eval_with_samples_repeats_itself_and_depends_on_the_seed(model_and_data
     assert set(results[0]["pass_at_k"]) == {"1", "2", "4"}
 
 
+def test_eval_truncates_as_asked(model_and_data):
+    lengths = []
+    for options in ((), ("--samples", "4", "--min-p", "1"), ("--samples", "4", "--top-k", "1"), ("--samples", "4")):
+        status, output = evaluate_on_command(model_and_data, "--shots", "0", *options)
+        assert status == 0
+        record = json.loads(output.read_text())
+        assert record["min_p"] == float("--min-p" in options)
+        lengths.append(record["models"][f"{model_and_data}/model"]["0"]["completion_length"])
+    assert lengths[0] == lengths[1] == lengths[2] != lengths[3]  # all but the most likely token cut off: greedy
+
+
 def test_eval_scores_a_file_of_completions_and_loads_nothing(tmp_path, capsys):
     source = tmp_path / "in.jsonl"
     lines = [

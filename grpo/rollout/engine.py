@@ -95,7 +95,7 @@ class Sampler:
     ) -> Sampler:
         """As a config says. options: seed, compile, impl and progress."""
         section = lambda *names: {name: getattr(rollout, name) for name in names}
-        how = section("group_size", "max_new_tokens", "temperature", "top_p", "top_k")
+        how = section("group_size", "max_new_tokens", "temperature", "top_p", "top_k", "min_p")
         limits = section("max_sequences", "prefill_tokens", "kv_gib", "cuda_graph")
         return cls(model, tokenizer, Sampling(**how, stop=stop, stream=stream), **limits, **options)
 
