@@ -8,7 +8,8 @@ goals. Exit status 0 only if every stage passed; a missed goal is no failure.
     python -m benchmarks.gpu --rehearse                     the same without a GPU: small, for what can go wrong before
     python -m benchmarks.gpu --only hot_spots tune --results DIR
 
-hot_spots (where the time goes), tune (which tile sizes are fastest) and the slow peers run where --only names them.
+hot_spots (where the time goes), tune (which tile sizes are fastest), attention (which way is) and the slow peers run
+where --only names them.
 
 A machine without a network needs torch, triton, transformers and pytest; TRL and Liger are compared with where they can
 be imported, from a folder of wheels too: pip install --no-index --no-deps --target DIR *.whl, then PYTHONPATH=DIR.
@@ -73,6 +74,7 @@ MORE = {  # --only NAME: what to change next, and what takes too long for nine m
     "deterministic_rollout": Stage(
         "-m benchmarks.rollout --alone --deterministic --workload 0.5B", 60, "--workload tiny"
     ),
+    "attention": Stage("-m benchmarks.attention", 60),
     "hot_spots": Stage("-m benchmarks.hot_spots", 60, "--tiny"),
     "tune": Stage("-m benchmarks.tune", 240, "--shape 64 32 500"),
 }
