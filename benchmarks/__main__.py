@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-# gpu runs the others on a CUDA device, for which tune and hot_spots are; parity_trl and vs_trl need
+# gpu runs the others on a CUDA device, for which attention, tune and hot_spots are; parity_trl and vs_trl need
 # benchmarks/requirements.txt; study takes an hour; common and letters are no benchmarks.
-NOT_HERE = {"common", "gpu", "hot_spots", "letters", "parity_trl", "study", "tune", "vs_trl"}
+NOT_HERE = {"attention", "common", "gpu", "hot_spots", "letters", "parity_trl", "study", "tune", "vs_trl"}
 
 
 def modules() -> list[str]:
