@@ -184,13 +184,8 @@ class MicroBatch(Movable):
     position_ids: Tensor  # [rows, length] int64
     source: Tensor  # [T] int64
     tokens: TokenColumns
-    sequences: list[tuple[int, int]]  # (group, sample) of each, group counted in this rank's list; of a dummy none
+    sequences: list[tuple[int, int]]  # (group, sample) of each, group counted in this rank's list; none: weight 0
     shared_prefix: SharedPrefix | None = None  # None: padded rows
-
-    @property
-    def is_dummy(self) -> bool:
-        """Weight 0 everywhere: it only keeps the ranks in step."""
-        return not self.sequences
 
 
 @dataclass

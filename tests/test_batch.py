@@ -108,7 +108,7 @@ def test_groups_stay_whole_where_the_budget_allows_and_micro_batches_are_of_like
 def test_a_rank_with_less_work_spreads_it_over_as_many_micro_batches_and_fills_up_with_dummies():
     groups = [group_of((9,) * 10, *([[7] * 11] * 4)) for _ in range(2)]
     four_elsewhere = packed(groups, 1000, max_over_ranks=lambda tensor: torch.tensor(4)).micro_batches
-    assert [micro_batch.is_dummy for micro_batch in four_elsewhere] == [False, False, True, True]
+    assert [bool(micro_batch.sequences) for micro_batch in four_elsewhere] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -125,7 +125,7 @@ def test_a_silent_group_is_in_no_micro_batch_and_still_in_the_denominators(layou
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_rank_whose_groups_are_all_silent_gets_one_dummy(layout):
     (only,) = packed(made_up_groups(2), 60, layout, silent=[True, True]).micro_batches
-    assert only.is_dummy
+    assert not only.sequences
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -172,7 +172,7 @@ def test_halves_hold_the_same_tokens_with_the_same_columns_and_equally_many_ever
     for name in ("target", "sampler", "old", "ref", "advantage", "weight", "counted", "active"):
         join = lambda parts: torch.cat([getattr(part.tokens, name) for part in parts if part.sequences])  # noqa: B023
         assert torch.equal(join(halves), join(whole)), name
-    assert all(not part.tokens.weight.any() for part in halves if part.is_dummy)
+    assert all(not part.tokens.weight.any() for part in halves if not part.sequences)
     heads = [part.tokens for part in halves if part.tokens.head_rows is not None]
     assert heads and all(torch.equal(tokens.head_rows, tokens.counted.nonzero()[:, 0]) for tokens in heads)
 
