@@ -289,7 +289,7 @@ def token_statistics(
         "entropy": total(entropy),
         "clip_fraction_low": total(low.to(logprobs.dtype)),
         "clip_fraction_high": total(high.to(logprobs.dtype)),
-        "approx_kl": total(kl_k3(logprobs, old)),
+        "approx_kl": total(kl_k3(old, logprobs)),
         "active": tokens.active.sum(),
         "mismatch": total(mismatch.abs()),
         "mismatch_kl": total(kl_k3(tokens.sampler, old)),

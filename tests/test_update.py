@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve, token_loss
 from grpo.policy import Policy
-from grpo.records import Scores, merge_scores
+from grpo.records import Scores, TokenColumns, merge_scores
 from grpo.sharding import distribute, whole_of
-from grpo.update import NonFiniteLoss, Updater, learning_rate, make_optimizer, update_policy
+from grpo.update import NonFiniteLoss, Updater, learning_rate, make_optimizer, token_statistics, update_policy
 from tests.ranks import run_ranks
 from tests.tiny import made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
 
@@ -251,6 +252,35 @@ def test_a_step_that_cannot_teach_leaves_weights_and_momentum_alone(objective, i
     update_policy(Updater(module, optimizer, objective, ALONE, 1.0, policy.refresh), batch, step=0, lr=1.0)
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.masters.state_dict().items())
     assert not optimizer.state
+
+
+def test_statistics_of_tokens_are_sums_over_the_counted_by_hand():
+    # By token: ratio 2, ratio 1/4, and one that does not count. The sampler's log-probs are 0.5 below the old ones.
+    old, logprobs = torch.tensor([-3.0, -1.0, -9.0]), torch.tensor([-3 + math.log(2), -1 - math.log(4), -1.0])
+    columns = {"old": old, "ref": old - 1, "sampler": old - 0.5, "advantage": torch.tensor([1.0, -1.0, 1.0])}
+    counted, ids = torch.tensor([True, True, False]), torch.tensor([0, 1, 2])
+    tokens = TokenColumns(target=ids, sequence=ids, counted=counted, active=counted, **columns)
+    objective = resolve("grpo", beta=0.3)
+    found = token_statistics(
+        objective, SimpleNamespace(tokens=tokens), loss=torch.tensor(0.25), logprobs=logprobs, entropy=torch.ones(3)
+    )
+    towards_ref = [-1 - math.log(2), -1 + math.log(4)]
+    assert {name: pytest.approx(value.item(), abs=1e-6) for name, value in found.items()} == {
+        "loss": 0.25,
+        "tokens": 2,
+        "kl": sum(math.exp(d) - d - 1 for d in towards_ref),
+        "entropy": 2,
+        "clip_fraction_low": 1,
+        "clip_fraction_high": 1,
+        "approx_kl": (2 - 1 - math.log(2)) + (1 / 4 - 1 + math.log(4)),  # r - 1 - log r: drawn by the old policy
+        "active": 2,
+        "mismatch": 1,
+        "mismatch_kl": 2 * (math.exp(0.5) - 1 - 0.5),
+        "mismatch_outside": 2,
+        "teaching_tokens": 2,
+        "ratio_max": 2,
+        "mismatch_max": 0.5,
+    }
 
 
 def test_nan_stops_the_update_before_the_weights_move_and_names_step_and_sequence():
