@@ -1,6 +1,8 @@
 """`python -m grpo.rewards check` and score_file: a file of completions in, the same lines with rewards out."""
 
+import codecs
 import json
+import math
 import subprocess
 import sys
 
@@ -77,12 +79,28 @@ def test_a_component_without_a_value_is_null_and_the_worst_status_names_the_line
         ({"completion": "4"}, "line 3: answer=None"),
         ({"completion": "4", "answer": True}, "line 3: answer=True"),
         ({"completion": "4", "answer": ["4"]}, "line 3: answer="),
+        ({"completion": "4", "answer": math.nan}, "line 3: answer=nan"),
         ({"completion": "4", "answer": "4", "finish_reason": 1}, "line 3: finish_reason=1"),
     ],
 )
 def test_a_malformed_line_is_named(check, line, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         check([{"completion": "", "answer": "4"}, "", line])  # the blank second line is skipped and counted
+
+
+def test_numbers_of_json_are_read_without_an_exponent(check):
+    lines = [{"completion": LINE + "1" + "0" * 20, "answer": 1e20}, {"completion": LINE + "0", "answer": 1e-5}]
+    said, rows = check(lines)
+    assert [row["rewards"]["correctness"] for row in rows] == [1.0, 1.0]
+    assert [row["answer"] for row in rows] == [1e20, 1e-5], "the file keeps what it had"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_line(tmp_path):
+    source = tmp_path / "in.jsonl"
+    line = json.dumps({"completion": LINE + "4", "answer": "4"}).encode()
+    for content in (line, b"\r\n" + line):
+        source.write_bytes(codecs.BOM_UTF8 + content)
+        assert score_file(REWARDS, source, tmp_path / "out.jsonl", require_finish=True)[0]["reward"] == 1.5
 
 
 def test_an_empty_file_is_refused(check):

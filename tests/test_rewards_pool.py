@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -149,6 +150,8 @@ def test_a_function_that_only_this_process_knows_is_refused_with_a_remedy(pool):
 def test_a_column_that_only_this_process_knows_is_refused_with_a_remedy(pool):
     with pytest.raises(ValueError, match="a column out of fine, mine cannot be sent .*keep plain data"):
         pool(["a"], {"fine": [1], "mine": [lambda: 1]}, {"length": Reward(functions.length_of, 1.0)})
+    with pytest.raises(ValueError, match="a column out of deep cannot be sent .*recursion"):
+        pool(["a"], {"deep": json.loads("[" * 900 + "]" * 900)}, {"length": Reward(functions.length_of, 1.0)})
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ def test_column_names_are_configurable(tmp_path):
         ("gsm8k", '{"question": "?"}', r"line 3: no column 'answer' among \['question'\]"),
         ("jsonl", '{"prompt": "?", "answer": "1", "completions": []}', r"line 3: rewards get .* rename this column"),
         ("gsm8k", '{"question": "?", "answer": null}', r"line 3: answer=None is neither text nor a number"),
+        ("jsonl", '{"prompt": NaN, "answer": "4"}', r"line 3: prompt=nan is neither"),
         ("gsm8k", '{"question": "", "answer": "#### 1"}', r"line 3: question='' is neither"),
         ("jsonl", '{"prompt": " ", "answer": "4"}', r"line 3: prompt=' ' is neither"),
         ("jsonl", r'{"prompt": "a \ud800", "answer": "4"}', r"line 3: prompt holds half of a surrogate pair"),

@@ -32,10 +32,14 @@ from grpo.rewards.runner import (
     weighted_total,
 )
 from grpo.tasks import Task, make_task
-from grpo.tasks.rows import read_jsonl
+from grpo.tasks.rows import as_text, read_jsonl
 
 PROBLEMS = 20  # of the validation split, tried where no file is given
-_KINDS = {"completion": str, "answer": str | int | float, "finish_reason": str | None}
+_READ = {  # of a line: whether it is what it must be
+    "completion": lambda value: isinstance(value, str),
+    "answer": lambda value: as_text(value) is not None,
+    "finish_reason": lambda value: isinstance(value, str | None),
+}
 _WORST_FIRST = (ERROR, TIMEOUT, ABSTAIN, OK)
 
 
@@ -124,12 +128,11 @@ def score_file(
 
 def _checked(row: dict, where: str) -> dict:
     """The row, or an error that says what is wrong with the line."""
-    for name, kinds in _KINDS.items():
-        value = row.get(name)
-        if isinstance(value, bool) or not isinstance(value, kinds):
+    for name, is_read in _READ.items():
+        if not is_read(row.get(name)):
             raise ValueError(
-                f"{where}: {name}={value!r}; every line needs `completion`, a text, and `answer`, a text or number; "
-                '`finish_reason` is "stop", "eos" or "length", or left out'
+                f"{where}: {name}={row.get(name)!r}; every line needs `completion`, a text, and `answer`, a text or "
+                'number; `finish_reason` is "stop", "eos" or "length", or left out'
             )
     if "completions" in row:
         raise ValueError(f"{where}: rewards get the texts as 'completions'; rename this column")
@@ -139,7 +142,7 @@ def _checked(row: dict, where: str) -> dict:
 def _columns(row: dict) -> dict[str, Any]:
     """What the reward functions may see of a line: everything but the completion itself and how it ended."""
     rest = {name: value for name, value in row.items() if name not in ("completion", "finish_reason")}
-    return rest | {"answer": str(row["answer"])}
+    return rest | {"answer": as_text(row["answer"])}
 
 
 def _verdict(outcomes: list[Outcome], rewards: dict[str, Reward]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Work:
         ]
         try:
             return pickle.dumps(calls)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+        except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
             columns = ", ".join(self.columns)
             message = f"a column out of {columns} cannot be sent to a worker process ({error}); keep plain data in them"
             raise ValueError(message) from None

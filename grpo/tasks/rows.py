@@ -6,6 +6,7 @@ A path and a split go in, Problems come out; every error names the file and the 
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -101,13 +102,19 @@ class RowTask(Task):
                 f"{where}: no column {column!r} among {sorted(row)}; task jsonl takes other names, from "
                 "--data.prompt_column and --data.answer_column"
             )
-        value = row[column]
-        written = format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)  # no 1e-07
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or not (text := written.strip()):
-            raise ValueError(f"{where}: {column}={value!r} is neither text nor a number")
+        text = (as_text(row[column]) or "").strip()
+        if not text:
+            raise ValueError(f"{where}: {column}={row[column]!r} is neither text nor a number")
         if text != text.encode(errors="ignore").decode():  # JSON may hold it, a tokenizer takes no such text
             raise ValueError(f"{where}: {column} holds half of a surrogate pair, which is no character; mend the row")
         return text
+
+
+def as_text(value: Any) -> str | None:
+    """Text as it is, a number in digits: 0.0000001, not 1e-07. None for anything else, NaN among it."""
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f") if math.isfinite(value) else None
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
 def hold_out(rows: list[Row], question: str, fraction: float, seed: int, *, parts: int) -> list[list[Row]]:
@@ -157,7 +164,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise ValueError(f"no file {str(path)!r}; give a JSONL file, one object a line")
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if line.strip():
+        if line.removeprefix(BOM).strip():
             where = f"{path} line {number}"
             yield _object(_parse(line, where), where)
 
