@@ -34,7 +34,7 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         """Share of correct completions: with several samples, the mean over problems (pass@1)."""
-        return self.correct.float().mean().item()
+        return self.correct.double().mean().item()
 
     @property
     def interval(self) -> tuple[float, float]:

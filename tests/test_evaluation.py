@@ -133,6 +133,12 @@ def test_completions_whose_reward_fails_count_as_wrong_and_are_told():
     assert result_table({"model": result.summary()}).splitlines()[0].endswith("truncated  unscored")
 
 
+def test_accuracy_is_the_share_itself_as_the_json_shows_it():
+    correct = torch.arange(200)[:, None] < 33
+    summary = Evaluation([group_of(["5"])] * 200, correct, {CORRECTNESS: 0.165}, 0.165, 2.0, 0.0, 0.0).summary()
+    assert summary["accuracy"] == 0.165
+
+
 def test_pass_at_k_covers_powers_of_two_and_the_number_of_samples():
     correct = torch.ones(1, 6, dtype=torch.bool)
     result = Evaluation([group_of(["5"] * 6)], correct, {"format": 1.0}, 1.5, 2.0, 0.0, 0.0)
