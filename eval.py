@@ -193,9 +193,13 @@ def run(options: argparse.Namespace, world: World) -> None:
     if getattr(task.split(options.split), "endless", False) and options.limit is None:
         raise ValueError(f"--split {options.split} of task {task.name!r} is endless; say how much of it: --limit 200")
     output = Path(options.output or f"runs/eval-{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    if output.is_dir() or output.suffix == ".png":  # found here rather than after hours
+    # What cannot be written is found here rather than after hours.
+    if output.is_dir() or output.suffix == ".png":
         raise ValueError(f"--output {output} is a folder or the chart's own name; name a file such as results.json")
     output.parent.mkdir(parents=True, exist_ok=True)
+    if world.is_writer and not output.exists():
+        output.touch()
+        output.unlink()
     loaded = dict(zip(options.model, paths, strict=True))
     with make_pool(config.rewards) as pool:
         results = {name: evaluate_model(path, options, config, task, world, pool) for name, path in loaded.items()}
