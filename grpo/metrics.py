@@ -328,7 +328,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file of a run, less one that is being written, or that a kill cut off. NaN is None."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: a text may hold U+2028
+    lines = path.read_bytes().split(b"\n")[:-1]  # bytes: a kill may cut within a character, and a text hold U+2028
     try:
         return [json.loads(line, parse_constant=lambda _: None) for line in lines]
     except ValueError as error:

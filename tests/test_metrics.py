@@ -30,6 +30,13 @@ def test_each_step_is_one_line_that_is_on_disk_at_once(logger, tmp_path, capsys)
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+def test_a_line_that_is_cut_off_is_left_out_in_the_middle_of_a_character_too(tmp_path):
+    whole = json.dumps({"completion": "5 \u20ac \u2028"}, ensure_ascii=False).encode() + b"\n"
+    for end in range(len(whole)):
+        (tmp_path / "step_1.jsonl").write_bytes(whole + whole[:end])
+        assert metrics.read_records(tmp_path / "step_1.jsonl") == [json.loads(whole)]
+
+
 def test_a_resumed_run_repeats_no_line_and_loses_none(logger, tmp_path):
     logger.log(row(1))
     state = json.loads(json.dumps(logger.state_dict()))
