@@ -223,21 +223,35 @@ document.body.replaceChildren(node("pre", {id: "seen"}, JSON.stringify(seen)));
 </script></body>"""
 
 
-@pytest.fixture
-def seen(folders, shots, tmp_path):
-    """What a script that uses every control finds on the page, in a headless browser."""
+def look(data, probe, folder):
+    """What a script at the end of the page finds, in a headless browser."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the path")
-    page = tmp_path / "page.html"
-    page.write_text(report.page(collect(folders, [shots])).replace("</body>", PROBE), encoding="utf-8")
+    page = folder / "page.html"
+    page.write_text(report.page(data).replace("</body>", probe), encoding="utf-8")
     offline = [f"disable-{what}" for what in ("background-networking", "component-update", "sync", "quic")]
-    options = ["headless", "no-sandbox", "disable-gpu", "no-first-run", *offline, f"user-data-dir={tmp_path}/browser"]
+    options = ["headless", "no-sandbox", "disable-gpu", "no-first-run", *offline, f"user-data-dir={folder}/browser"]
     options = [f"--{option}" for option in [*options, "dump-dom"]]
     printed = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
     found = re.search(r'<pre id="seen">(.*?)</pre>', printed, re.DOTALL)
     assert found, "a script on the page failed"
     return json.loads(html.unescape(found[1]))
+
+
+@pytest.fixture
+def seen(folders, shots, tmp_path):
+    """What a script that uses every control finds."""
+    return look(collect(folders, [shots]), PROBE, tmp_path)
+
+
+def test_a_browser_draws_a_run_of_a_great_many_steps(folders, tmp_path):
+    data = collect(folders[:1])
+    data["runs"][0]["metrics"] = {"step": list(range(1, 200_001)), "reward": [0.5, 1.0] * 100_000}
+    data["definitions"] = {"step": "", "reward": ""}
+    probe = "document.body.replaceChildren(node('pre', {id: 'seen'}, JSON.stringify(found)));</script></body>"
+    found = "<script>const found = [...document.querySelectorAll('#curves h3')].map(title => title.textContent);"
+    assert look(data, found + probe, tmp_path) == ["reward"]
 
 
 def test_a_browser_draws_filters_and_keeps_text_as_text(seen):
