@@ -121,7 +121,8 @@ def _completions(folder: Path, *, steps: int, groups: int) -> dict[str, Any]:
     count, last = min(steps, len(known)), len(known) - 1
     chosen = [known[round(i * last / max(1, count - 1))] for i in range(count)]
     shown = [group for step in chosen for group in _groups(step, files[step])[:groups]]
-    return {"completions": shown, "steps_shown": len(chosen), "steps_recorded": len(known)}
+    limits = {"steps_shown": len(chosen), "steps_recorded": len(known), "groups_shown": groups}
+    return {"completions": shown, **limits}
 
 
 def _groups(step: int, path: Path) -> list[dict[str, Any]]:

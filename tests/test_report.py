@@ -135,7 +135,7 @@ def test_a_line_of_metrics_that_is_being_written_is_left_out(folders):
 def test_completions_are_of_evenly_spread_steps_the_first_and_the_last_among_them(tmp_path):
     run = collect([write_run(tmp_path / "long", steps=10)], steps=4, groups=1)["runs"][0]
     assert [(group["step"], group["problem"]) for group in run["completions"]] == [(s, "p/0") for s in (1, 4, 7, 10)]
-    assert (run["steps_shown"], run["steps_recorded"]) == (4, 10)
+    assert (run["steps_shown"], run["steps_recorded"], run["groups_shown"]) == (4, 10, 1)
     first = run["completions"][0]
     assert [sample["sample"] for sample in first["samples"]] == [0, 1]
     assert "prompt" in first and "prompt" not in first["samples"][0], "a prompt is embedded once for its group"
@@ -204,7 +204,7 @@ const curve = () => document.querySelector("#curves [data-keys=reward] path[stro
 const seen = {panels: texts("#curves h3"), more: texts("#more h3"), config: texts("#config td"),
   bars: texts("#results .value"), accuracy: texts("#results td").slice(0, 5),
   spans: [...document.querySelectorAll("#results td svg path")].map(path => path.getAttribute("d")),
-  line: curve(), all: texts(".sample pre"),
+  line: curve(), all: texts(".sample pre"), shown: at("shown").textContent,
   bands: document.querySelectorAll("#curves [data-keys=reward] path[opacity='0.2']").length,
   grounds: [...document.querySelectorAll(".sample pre span")].slice(0, 2).map(span => span.style.background)};
 pick("smoothing", 0, "input");
@@ -257,6 +257,7 @@ def test_a_browser_draws_a_run_of_a_great_many_steps(folders, tmp_path):
 def test_a_browser_draws_filters_and_keeps_text_as_text(seen):
     assert seen["panels"] == ["reward", "validation", "KL to the reference, nats", "seconds a step"]
     assert seen["more"] == ["novel", "tokens"], "a key that no panel names has a panel of its own"
+    assert seen["shown"].startswith("a0: 2 of 2 steps, at most 8 groups of each; a1: 2 of")
     assert seen["bands"] == 1, "two seeds are a band, one run is none"
     assert seen["line"] != seen["unsmoothed"]
     assert seen["tip"] == "step 1\na0, a1: 0.6 (0.5 to 0.7)\nb: 0.5"
