@@ -29,7 +29,7 @@ class Evaluation:
     reward: float  # mean total reward
     completion_length: float  # tokens
     truncated: float  # share that ran into the length limit
-    unscored: float  # share of which a reward failed, or correctness abstained: they count as wrong
+    unscored: float  # share that correctness could not judge, or abstained from: they count as wrong
 
     @property
     def accuracy(self) -> float:
@@ -87,9 +87,8 @@ def evaluate(
     """Complete and score the prompted problems; the sampler decides how many samples and how they are drawn."""
     groups = sampler.generate(world.mine(problems), step)
     scores = score_groups(groups, rewards, require_finish=require_finish, score=score)
-    columns = (column.tolist() for column in (scores.components, scores.total, scores.scored))
-    rows = list(zip(groups, *columns, strict=True))
-    groups, components, totals, scored = zip(*world.everyones(rows), strict=True)
+    rows = list(zip(groups, scores.components.tolist(), scores.total.tolist(), strict=True))
+    groups, components, totals = zip(*world.everyones(rows), strict=True)
     components = torch.tensor(components, dtype=torch.float64)  # [N, samples, K]
     means = components.nanmean((0, 1)).tolist()
     completions = [completion for group in groups for completion in group.completions]
@@ -101,7 +100,7 @@ def evaluate(
         reward=torch.tensor(totals, dtype=torch.float64).mean().item(),
         completion_length=sum(len(completion.ids) for completion in completions) / len(completions),
         truncated=sum(completion.finish == "length" for completion in completions) / len(completions),
-        unscored=1 - (torch.tensor(scored) & ~correctness.isnan()).double().mean().item(),
+        unscored=correctness.isnan().double().mean().item(),
     )
 
 

@@ -133,6 +133,16 @@ def test_completions_whose_reward_fails_count_as_wrong_and_are_told():
     assert result_table({"model": result.summary()}).splitlines()[0].endswith("truncated  unscored")
 
 
+def test_a_right_answer_is_right_where_another_component_fails():
+    def unlucky(completions, **columns):
+        return [1 / 0 for _ in completions]
+
+    sampler, problems = Scripted({0: ["5", "5", "5", "7"]}), [Problem(id="0", question="?", answer="5")]
+    rewards = REWARDS | {"unlucky": Reward(unlucky, 1.0)}
+    result = evaluate(sampler, problems, rewards, require_finish=True, world=ALONE)
+    assert (result.accuracy, result.unscored, result.components["unlucky"]) == (0.75, 0, None)
+
+
 def test_accuracy_is_the_share_itself_as_the_json_shows_it():
     correct = torch.arange(200)[:, None] < 33
     summary = Evaluation([group_of(["5"])] * 200, correct, {CORRECTNESS: 0.165}, 0.165, 2.0, 0.0, 0.0).summary()
