@@ -223,6 +223,9 @@ document.body.replaceChildren(node("pre", {id: "seen"}, JSON.stringify(seen)));
 </script></body>"""
 
 
+SHOW = "<script>document.body.replaceChildren(node('pre', {id: 'seen'}, JSON.stringify(FOUND)));</script></body>"
+
+
 def look(data, probe, folder):
     """What a script at the end of the page finds, in a headless browser."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -249,9 +252,13 @@ def test_a_browser_draws_a_run_of_a_great_many_steps(folders, tmp_path):
     data = collect(folders[:1])
     data["runs"][0]["metrics"] = {"step": list(range(1, 200_001)), "reward": [0.5, 1.0] * 100_000}
     data["definitions"] = {"step": "", "reward": ""}
-    probe = "document.body.replaceChildren(node('pre', {id: 'seen'}, JSON.stringify(found)));</script></body>"
-    found = "<script>const found = [...document.querySelectorAll('#curves h3')].map(title => title.textContent);"
-    assert look(data, found + probe, tmp_path) == ["reward"]
+    titles = "[...document.querySelectorAll('#curves h3')].map(title => title.textContent)"
+    assert look(data, SHOW.replace("FOUND", titles), tmp_path) == ["reward"]
+
+
+def test_a_browser_shows_the_last_step_of_the_first_run_where_another_went_on(folders, tmp_path):
+    data = collect([folders[0], write_run(tmp_path / "longer", steps=3)])
+    assert look(data, SHOW.replace("FOUND", "at('count').textContent"), tmp_path) == "4 completions in 2 groups"
 
 
 def test_a_browser_draws_filters_and_keeps_text_as_text(seen):
