@@ -200,19 +200,21 @@ def run(options: argparse.Namespace, world: World) -> None:
     if world.is_writer and not output.exists():
         output.touch()
         output.unlink()
-    loaded = dict(zip(options.model, paths, strict=True))
-    with make_pool(config.rewards) as pool:
-        results = {name: evaluate_model(path, options, config, task, world, pool) for name, path in loaded.items()}
-    if not world.is_writer:
-        return
-    rows = {f"{name}, {shots} shots": entry for name, by_shots in results.items() for shots, entry in by_shots.items()}
-    print(result_table(rows))
+    loaded, results = dict(zip(options.model, paths, strict=True)), {}
     dispatch = {op: choice.impl for op, choice in dispatch_table(options.impl, world.device).items()}
     record = {"task": config.task, "split": options.split, "max_new_tokens": config.rollout.max_new_tokens}
     record |= {name: getattr(options, name) for name in DRAWING}
     record |= {"loaded": loaded, "models": results}
     record["environment"] = environment(seed=options.seed, world_size=world.size, dispatch=dispatch)
-    output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with make_pool(config.rewards) as pool:
+        for name, path in loaded.items():
+            results[name] = evaluate_model(path, options, config, task, world, pool)
+            if world.is_writer:  # after each: it is kept where a later one fails
+                output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if not world.is_writer:
+        return
+    rows = {f"{name}, {shots} shots": entry for name, by_shots in results.items() for shots, entry in by_shots.items()}
+    print(result_table(rows))
     print(f"written: {output}")
     try:
         draw_chart(results, output.with_suffix(".png"))

@@ -182,6 +182,12 @@ def test_eval_writes_table_json_and_chart_by_model_and_shots(model_and_data, cap
     assert capsys.readouterr().out.count("shots") >= 4
 
 
+def test_what_the_first_model_reached_is_kept_where_the_second_fails(model_and_data, capsys):
+    status, output = evaluate_on_command(model_and_data, "--shots", "0", "--model", "./nowhere")
+    assert status == 2 and "'./nowhere' is no folder" in capsys.readouterr().err
+    assert list(json.loads(output.read_text())["models"]) == [str(model_and_data / "model")]
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("models", "shots"), [(1, 1), (2, 4), (5, 2)])
 def test_the_chart_has_room_for_the_names_of_its_models(models, shots, tmp_path):
