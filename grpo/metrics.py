@@ -208,7 +208,7 @@ class RunLogger:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where a checkpoint was written: later lines and completions go, their steps come again."""
         self._last_step = state["step"]
-        self.timer.totals = dict(state["seconds"])
+        self.timer.totals, self.timer.recent = dict(state["seconds"]), {}
         if self.is_writer:
             size = self._file.seek(0, os.SEEK_END)
             if size < state["offset"]:

@@ -134,6 +134,14 @@ def test_phase_seconds_are_measured_taken_once_and_summed_over_the_run(monkeypat
     assert metrics.training_seconds(timer.totals) == 5.5, "evaluation does not count as training"
 
 
+def test_seconds_before_a_checkpoint_is_loaded_are_in_no_line(logger):
+    state = logger.state_dict()
+    with logger.timer("base"):
+        pass
+    logger.load_state_dict(state)
+    assert logger.timer.take() == logger.timer.totals == {}
+
+
 def test_what_cannot_be_written_is_told_with_the_folder(logger, tmp_path):
     (tmp_path / "completions").write_text("in the way of the folder")
     with pytest.raises(OSError, match=f"could not write in {tmp_path}: .*; free space or mend permissions"):
