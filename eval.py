@@ -6,7 +6,8 @@
 A model is a run folder (its best checkpoint, else its last), a checkpoint folder, any folder in Hugging Face layout or
 PEFT's (adapters, which name their base), or a hub id. The config of the first run folder (style, shots, length) holds
 for all models, with the options over it. One completion is greedy; several are sampled, for pass@k and maj@k. Random
-numbers do not depend on batches or ranks, so a result can be repeated.
+numbers do not depend on batches or ranks, so a result can be repeated. Further models are compared with the first one
+problem by problem.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from grpo import checkpoint, distributed, lora
 from grpo.config import Config, DataConfig, RewardsConfig, RolloutConfig, load
 from grpo.config_check import prompt_mistakes
 from grpo.distributed import World
-from grpo.evaluation import evaluate, result_table
+from grpo.evaluation import describe_difference, evaluate, result_table
 from grpo.live import Progress, can_show, print_any_text
 from grpo.metrics import PhaseTimer, environment
 from grpo.rewards.__main__ import report, score_file
@@ -215,6 +216,10 @@ def run(options: argparse.Namespace, world: World) -> None:
         return
     rows = {f"{name}, {shots} shots": entry for name, by_shots in results.items() for shots, entry in by_shots.items()}
     print(result_table(rows))
+    first, *others = results
+    for name in others:
+        for shots, entry in results[name].items():
+            print(f"{shots} shots: {describe_difference(name, entry, first, results[first][shots])}")
     print(f"written: {output}")
     try:
         draw_chart(results, output.with_suffix(".png"))

@@ -4,7 +4,7 @@ and summary.json, curves.png and the closing words. Called by train.py before th
 from __future__ import annotations
 
 from grpo import base, checkpoint
-from grpo.evaluation import Evaluation, result_table
+from grpo.evaluation import Evaluation, describe_difference, result_table
 from grpo.metrics import training_seconds
 from grpo.policy import load_policy
 from grpo.run import Run, evaluate_greedily, validate
@@ -42,6 +42,8 @@ def finish(run: Run) -> None:
     if num_problems:
         rival = "before the habit" if run.config.base.habit_steps else "supervised instead"
         log.say("\n" + result_table({rival if name == "supervised" else name: row for name, row in results.items()}))
+        if "correct" in results["before"]:  # not in checkpoints of an older version
+            log.say(describe_difference("after", results["after"], "before", results["before"]))
     for name, texts in samples.items():
         for text in texts:
             log.say(f"\n{name}: {text['question']} (answer {text['answer']})\n  {text['completion'].strip()!r}")

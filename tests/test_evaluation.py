@@ -21,6 +21,7 @@ from grpo.evaluation import (
     Evaluation,
     evaluate,
     majority_accuracy,
+    paired_difference,
     pass_at_k,
     result_table,
     wilson_interval,
@@ -143,6 +144,28 @@ def test_a_right_answer_is_right_where_another_component_fails():
     assert (result.accuracy, result.unscored, result.components["unlucky"]) == (0.75, 0, None)
 
 
+def test_two_results_on_the_same_problems_are_compared_problem_by_problem():
+    summary = lambda *correct, samples=1: {"correct": list(correct), "samples": samples}
+    # Two of four problems solved by the one alone: (2 + 1/2 - 1/2) / 6, variance (3 - 2^2 / 6) / 6^2.
+    difference, (low, high) = paired_difference(summary(1, 1, 0, 1), summary(0, 1, 0, 0))
+    half = 1.959964 * math.sqrt((3 - 4 / 6) / 36)
+    assert difference == 0.5 and (low, high) == pytest.approx((1 / 3 - half, 1 / 3 + half))
+    assert paired_difference(summary(2, 2, 0, 2, samples=2), summary(0, 1, 0, 0)) == (difference, (low, high))
+    same, (low, high) = paired_difference(summary(1, 0, 1), summary(1, 0, 1))
+    assert same == 0 and low == -high < 0  # three problems do not show that the models are equal
+
+
+def test_the_interval_of_a_difference_covers_it_in_95_of_100_trials():
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.rand(2000, 60, generator=generator)  # both models find the same problems hard
+    one, other = (torch.rand(hard.shape, generator=generator) < p * (1 - hard) for p in (1.0, 0.7))
+    truth, covered = 0.3 * 0.5, 0
+    for a, b in zip(one.int().tolist(), other.int().tolist(), strict=True):
+        low, high = paired_difference({"correct": a, "samples": 1}, {"correct": b, "samples": 1})[1]
+        covered += low <= truth <= high
+    assert 0.94 < covered / len(hard) < 0.97
+
+
 def test_accuracy_is_the_share_itself_as_the_json_shows_it():
     correct = torch.arange(200)[:, None] < 33
     summary = Evaluation([group_of(["5"])] * 200, correct, {CORRECTNESS: 0.165}, 0.165, 2.0, 0.0, 0.0).summary()
@@ -179,7 +202,9 @@ def test_eval_writes_table_json_and_chart_by_model_and_shots(model_and_data, cap
     first, second = models.values()
     assert list(first) == ["0", "1"] and first == second  # the same model twice: the same numbers
     assert first["0"]["problems"] == 3 and first["0"]["samples"] == 1
-    assert capsys.readouterr().out.count("shots") >= 4
+    shown = capsys.readouterr().out
+    assert shown.count("shots") >= 4
+    assert "1 shots: " in shown and "+0.0 points of accuracy on the same 3 problems" in shown
 
 
 def test_what_the_first_model_reached_is_kept_where_the_second_fails(model_and_data, capsys):
