@@ -166,6 +166,8 @@ def test_the_final_line_is_one_full_line_and_the_first_counts(completion, number
 def test_correctness_is_within_a_thousandth_inclusive():
     texts = [FINAL_PREFIX + number for number in ("5.001", "4.999", "5.0011", "4.9989", "-5", "$5.00", "500%")]
     assert correctness_reward(texts, answer=["5"] * 7) == [1, 1, 0, 0, 0, 1, 0]
+    as_gsm8k_has_it = "He has 6/2=<<6/2=3>>3 and 2 more.\n#### 5"
+    assert correctness_reward(texts, answer=[as_gsm8k_has_it] * 7) == [1, 1, 0, 0, 0, 1, 0]
 
 
 def test_large_numbers_are_compared_exactly_where_floats_are_not():

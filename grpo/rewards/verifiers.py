@@ -63,10 +63,11 @@ def format_reward(completions: list[str], **columns: list) -> list[float | None]
 def correctness_reward(completions: list[str], *, answer: list[str], **columns: list) -> list[float | None]:
     """1 where the final line's number is within TOLERANCE (inclusive) of the reference, else 0.
 
-    The reference is read by the same grammar, less spaces around it; one that is no number is never met.
+    The reference is read by the same grammar, less spaces around it, from behind its last `####` where it has one, as
+    GSM8K's answer column has; one that is no number is never met.
     """
     return [
-        float(_is_equal(final_answer(text), parse_number(ref.strip(" \t\r\n"))))
+        float(_is_equal(final_answer(text), parse_number(ref.rpartition("####")[2].strip(" \t\r\n"))))
         for text, ref in zip(completions, answer, strict=True)
     ]
 
