@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from grpo import checkpoint
@@ -29,7 +29,7 @@ from grpo.policy import (
     ADAPTER_CONFIG,
     Policy,
     choose_precision,
-    from_hub,
+    load_model,
     load_model_config,
     load_policy,
     load_tokenizer,
@@ -221,7 +221,7 @@ def load(
         return load_policy(path, precision=precision, device=device)
     precision = choose_precision(precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = from_hub(AutoModelForCausalLM, base, dtype=dtype, attn_implementation="sdpa")
+    model = load_model(base, dtype)
     add_adapters(model, settings, seed=seed, device=device)
     if has_adapters:
         read_weights(model, folder)

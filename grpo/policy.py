@@ -161,9 +161,24 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 def load_policy(path: str, *, precision: str, device: torch.device) -> Policy:
     """A hub id or local folder -> Policy on `device`, fp32 masters, SDPA attention, gradients on."""
-    masters = from_hub(AutoModelForCausalLM, path, dtype=torch.float32, attn_implementation="sdpa").to(device)
+    masters = load_model(path, torch.float32).to(device)
     # Dropout is refused; train mode is what lets gradient checkpointing work.
     return Policy(masters.train(), load_tokenizer(path), choose_precision(precision, device))
+
+
+def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a hub id or local folder, with SDPA attention. ValueError where its files do not fill it:
+    transformers would draw what is left at random, with a warning at most."""
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "ignore_mismatched_sizes": True}
+    model, found = from_hub(AutoModelForCausalLM, path, output_loading_info=True, **options)
+    absent = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if absent:
+        others = f"; they have instead {sorted(found['unexpected_keys'])[:2]}" if found["unexpected_keys"] else ""
+        raise ValueError(
+            f"the files of model {path!r} lack {len(absent)} of the weights of its config.json, or have "
+            f"them in another shape: {absent[:2]}{others}; mend config.json or save the model again"
+        )
+    return model
 
 
 def load_reference(policy: Policy) -> PreTrainedModel:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo import layers
+from grpo import layers, lora
 from grpo.batch import LAYOUTS, pack, weigh
-from grpo.config import OptimConfig
+from grpo.config import LoraConfig, OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
@@ -203,6 +203,33 @@ def test_a_missing_folder_or_unreachable_hub_says_how_to_pass_a_folder(tmp_path,
         load_policy("nobody/no-such-model", precision="fp32", device=torch.device("cpu"))
     tiny_qwen2().config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"could not load model '.*': Error no file named model.safetensors.*\.$"):
+        load_policy(str(tmp_path), precision="fp32", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "saved, config, message",
+    [
+        (
+            {"tie_word_embeddings": True},
+            {"tie_word_embeddings": False},
+            r"lack 1 of .* another shape: \['lm_head.weight'\];",
+        ),
+        ({}, {"vocab_size": 70}, r"lack 1 of .* another shape: \['model.embed_tokens.weight'\];"),
+        ({}, {"num_hidden_layers": 3}, r"lack 12 of .* shape: \['model.layers.2"),
+    ],
+)
+@pytest.mark.parametrize("settings", [None, LoraConfig(rank=2)])
+def test_weights_that_the_files_lack_are_not_drawn_at_random(tmp_path, settings, saved, config, message):
+    tiny_qwen2(**saved).save_pretrained(tmp_path)
+    tiny_qwen2(**{**saved, **config}).config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        lora.load(str(tmp_path), settings, precision="fp32", device=torch.device("cpu"))
+
+
+def test_weights_under_other_names_are_named(tmp_path):
+    model = tiny_qwen2()
+    model.save_pretrained(tmp_path, state_dict={f"_orig_mod.{key}": value for key, value in model.state_dict().items()})
+    with pytest.raises(ValueError, match=r"lack 27 of .* have instead \['_orig_mod.*\]; mend config.json or save"):
         load_policy(str(tmp_path), precision="fp32", device=torch.device("cpu"))
 
 
