@@ -92,6 +92,21 @@ def test_a_plain_prompt_is_instruction_exemplars_and_question(tokenizer):
     assert ask.stop_strings == ("\n\nQuestion:",)
 
 
+@pytest.mark.parametrize("closing, ends", [("</s>", "2 + 2?\nAnswer:"), ("", "2 + 2?\nAnswer:</s>")])
+def test_a_plain_prompt_goes_on_where_the_tokenizer_closes_every_text(closing, ends, monkeypatch):
+    """An end of sequence that the prompt itself asks for stays."""
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens(["<s>", "</s>"])
+    special = [(token, core.token_to_id(token)) for token in ("<s>", "</s>")]
+    core.post_processor = processors.TemplateProcessing(single=f"<s> $A {closing}".strip(), special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    plain = Sums().plain_prompt
+    monkeypatch.setattr(Sums, "plain_prompt", lambda self, *args: plain(*args) + ("" if closing else "</s>"))
+    asked = prompter(Sums(), tokenizer, shots=0)(Problem("0", "2 + 2?", "4"))
+    assert tokenizer.decode(asked.prompt_ids) == f"<s>Add.\n\nQuestion: {ends}"
+
+
 def test_no_shots_leave_instruction_and_question(tokenizer):
     assert (
         prompter(Sums(), tokenizer, shots=0)(Problem("0", "2 + 2?", "4")).prompt == "Add.\n\nQuestion: 2 + 2?\nAnswer:"

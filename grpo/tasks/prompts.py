@@ -55,6 +55,8 @@ class Prompter:
                     f"plain_prompt of task {self.task.name!r} returned {text!r:.80}; return the prompt's text"
                 )
             ids = self.tokenizer(text)["input_ids"]
+            if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token):
+                ids = ids[:-1]  # of a tokenizer that closes every text (add_eos_token): the completion is still to come
         else:
             messages, options = _messages(self.task, problem, shots), self._template_options
             try:
