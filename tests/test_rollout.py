@@ -1,5 +1,7 @@
 """What a rollout promises whatever the model: independence, restoration, storage, endings, errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,7 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo.layers import checkpoint_layers
 from grpo.rollout import draw, engine
 from grpo.rollout.schedule import prefill_chunks
-from tests.rollout_helpers import EOS, PAD, byte_tokenizer, ids_of, problems, sampler, syllable_tokenizer, tiny_model
+from tests.rollout_helpers import (
+    EOS,
+    PAD,
+    VOCAB,
+    byte_tokenizer,
+    ids_of,
+    problems,
+    sampler,
+    syllable_tokenizer,
+    tiny_model,
+)
 
 LENGTHS = (17, 30, 1, 5, 22)
 
@@ -185,6 +197,13 @@ def test_a_prompt_that_cannot_be_continued_is_refused_before_any_work(model, len
     monkeypatch.setattr(type(model), "forward", None)
     with pytest.raises(ValueError, match=message):
         engine_.generate(made, step=0)
+
+
+def test_a_prompt_with_a_token_that_the_model_does_not_know_is_refused(model):
+    """As of a tokenizer that got tokens which the model was not resized for."""
+    asked = replace(problems(3)[0], prompt_ids=(5, VOCAB, 7))
+    with pytest.raises(ValueError, match=f"'p0': token {VOCAB} of its prompt has no embedding: the model has {VOCAB};"):
+        sampler(model).generate([asked], step=0)
 
 
 def test_a_prompt_that_just_fits_is_served(model):

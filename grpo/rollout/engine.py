@@ -103,9 +103,9 @@ class Sampler:
         """One Group per problem, in the order given; `prompt_ids` must be filled.
 
         A completion depends on the weights, its prompt, `seed`, `step` (the training step), the problem's index and
-        its sample number: on nothing else in the call. ValueError before any work for a prompt that is empty or does
-        not fit, and for a group that the memory for keys and values cannot hold; FloatingPointError for a log-prob
-        that is not finite.
+        its sample number: on nothing else in the call. ValueError before any work for a prompt that is empty, does not
+        fit or has a token that the model does not know, and for a group that the memory for keys and values cannot
+        hold; FloatingPointError for a log-prob that is not finite.
         """
         self._check(problems, step)
         if not problems:
@@ -145,12 +145,17 @@ class Sampler:
 
     def _check(self, problems: list[Problem], step: int) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        new = self.sampling.max_new_tokens
+        new, rows = self.sampling.max_new_tokens, len(self.model.get_input_embeddings().weight)
         for problem in problems:
             refuse_large_words(seed=self.seed, step=step, problem_index=problem.index)
             length = len(problem.prompt_ids)
             if length == 0:
                 raise ValueError(f"problem {problem.id!r} has an empty prompt; a prompt needs at least one token")
+            if max(problem.prompt_ids) >= rows:
+                raise ValueError(
+                    f"problem {problem.id!r}: token {max(problem.prompt_ids)} of its prompt has no embedding: the "
+                    f"model has {rows}; use the model's own tokenizer, or resize the model to this one"
+                )
             if limit is not None and length + new > limit:
                 raise ValueError(
                     f"problem {problem.id!r}: {length} prompt tokens + max_new_tokens={new} exceed the model's context "
