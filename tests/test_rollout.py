@@ -219,6 +219,10 @@ def test_settings_that_cannot_work_are_refused(model, monkeypatch):
         sampler(model, impl="triton")
     with pytest.raises(ValueError, match=r"stop strings \['<eos>'\] contain a special token"):
         sampler(model, stop=("<eos>",))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|end|>"], special_tokens=True)  # without a role such as eos_token
+    with pytest.raises(ValueError, match=r"stop strings \['<\|end\|>'\] contain a special token"):
+        sampler(model, tokenizer=tokenizer, stop=("<|end|>",))
     ownerless, tokenizer = tiny_model("qwen2", eos_token_id=None), byte_tokenizer()
     ownerless.generation_config.eos_token_id = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="end-of-sequence token; set eos_token"):

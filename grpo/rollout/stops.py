@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from contextlib import suppress
 from functools import cache
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,11 +24,19 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted(found)
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Those that text never shows, by id: the ones with a role, as bos_token has, and the ones that were added."""
+    found = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    with suppress(NotImplementedError):  # mistral-common's
+        found |= {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return found
+
+
 class Ending:
     """Decides where sampled ids end and what they say. Text never shows special tokens, so a stop cannot be one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos: list[int], stop: tuple[str, ...]):
-        special = [text for text in stop if any(token in text for token in tokenizer.all_special_tokens)]
+        special = [text for text in stop if any(token in text for token in special_tokens(tokenizer).values())]
         if special:
             raise ValueError(
                 f"stop strings {special} contain a special token, which text never shows; use eos_token_id"
