@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from grpo.rollout import draw
-from grpo.rollout.stops import Ending
-from tests.rollout_helpers import EOS, byte_tokenizer, problems, sampler, syllable_tokenizer, tiny_model
+from grpo.rollout.stops import Ending, eos_ids
+from tests.rollout_helpers import EOS, PAD, byte_tokenizer, problems, sampler, syllable_tokenizer, tiny_model
 
 
 def end(tokenizer, ids, *stop):
@@ -61,6 +61,29 @@ def test_ids_are_cut_where_a_loop_over_all_their_beginnings_first_finds_a_stop()
         stops = [n for n in range(1, 41) if any(stop in bytes(ids[:n]) for stop in (b"a:", b"b b", "€".encode()))]
         kept, _, finish = end(byte_tokenizer(), ids, "a:", "b b", "€")
         assert (len(kept), finish) == ((stops[0], "stop") if stops else (40, "length"))
+
+
+@pytest.mark.parametrize(
+    "template, ends",
+    [
+        (
+            "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}",
+            [EOS, PAD + 2],
+        ),  # ChatML
+        ("{% for m in messages %}<|start|>{{ m.content }}\n<|end|>{% endfor %}", [EOS, PAD + 2]),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}", [EOS]),
+        ("{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}", [EOS]),
+        ("<|start|>{{ messages[0].content }}", [EOS]),  # the answer is not shown
+        ("{{ raise_exception('no assistant here') }}", [EOS]),
+        (None, [EOS]),
+    ],
+)
+def test_the_token_by_which_the_chat_template_closes_an_answer_ends_a_sequence(template, ends):
+    """A base model with a chat template may call another token its end of sequence, as Qwen2.5 does."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|start|>", "<|end|>"], special_tokens=True)
+    tokenizer.chat_template = template
+    assert eos_ids(tiny_model("qwen2"), tokenizer) == ends
 
 
 @pytest.mark.parametrize("look_every", [1, 3, 8])

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a sequence by the tokenizer, the generation config or the model config; ValueError if none."""
+    """Every id that ends a sequence by the tokenizer, its chat template, the generation config or the model config;
+    ValueError if none."""
     generation = getattr(model, "generation_config", None)
-    found = set()
+    found = turn_end(tokenizer)
     for source in (tokenizer, generation, model.config.get_text_config()):
         ids = getattr(source, "eos_token_id", None)
         found.update([ids] if isinstance(ids, int) else ids or ())
@@ -22,6 +23,20 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
             "set eos_token in tokenizer_config.json"
         )
     return sorted(found)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special token by which the chat template closes an answer. A base model may have a template and call another
+    token its end of sequence: it would go on with the next turn."""
+    answer = "Such is the answer."
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # there is no template, or it raises, as they may: who asks by it is told by grpo.tasks.prompts
+        return set()
+    _, is_there, after = text.rpartition(answer)
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if is_there else []
+    return special_tokens(tokenizer).keys() & {*ids[:1]}
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
