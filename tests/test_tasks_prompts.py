@@ -201,6 +201,17 @@ def test_a_prompt_that_leaves_no_room_names_the_problem_and_the_sizes(tokenizer)
         prompter(Sums(), tokenizer, shots=0, context_length=length + 9)(problem)
 
 
+def test_a_split_is_refused_for_its_longest_question_in_tokens_not_in_characters(tokenizer):
+    problems = [Problem(f"test/{i}", "a" * 40, "4") for i in range(100)] + [
+        Problem("test/100", "\N{CJK UNIFIED IDEOGRAPH-6570}" * 30, "4")
+    ]
+    limit = len(prompter(Sums(), tokenizer, shots=0)(problems[0]).prompt_ids) + 10
+    ask = prompter(Sums(), tokenizer, shots=0, context_length=limit)
+    ask.check(problems[:100])
+    with pytest.raises(ValueError, match="test/100: a prompt of"):  # 30 characters, 90 tokens
+        ask.check(problems)
+
+
 def test_the_built_in_exemplars_earn_full_reward_and_differ_in_kind():
     assert len(EXEMPLARS) == len({shot.question for shot in EXEMPLARS}) == 8
     solutions, answers = [shot.solution for shot in EXEMPLARS], [shot.answer for shot in EXEMPLARS]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENDLESS_POOL = 10_000  # exemplars from an endless training split come from its first problems
-QUESTIONS_TRIED = 64  # of a split, for length: the longest in characters
+QUESTIONS_TRIED = 64  # of a split, for length: the longest in tokens (in characters, Chinese ones would seem short)
 
 
 class Prompter:
@@ -77,7 +77,8 @@ class Prompter:
     def check(self, problems: Sequence[Problem]) -> None:
         """Refuse, before any long work, a split with a prompt that leaves no room: its longest questions are tried."""
         pool = [problems[i] for i in range(QUESTIONS_TRIED)] if getattr(problems, "endless", False) else problems
-        for problem in sorted(pool, key=lambda problem: -len(problem.question))[:QUESTIONS_TRIED]:
+        length = lambda problem: len(self.tokenizer(problem.question)["input_ids"])
+        for problem in sorted(pool, key=length, reverse=True)[:QUESTIONS_TRIED]:
             self(problem)
 
 
