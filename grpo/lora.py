@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from grpo import checkpoint
@@ -29,10 +29,10 @@ from grpo.policy import (
     ADAPTER_CONFIG,
     Policy,
     choose_precision,
+    from_hub,
     load_model,
     load_model_config,
     load_policy,
-    load_tokenizer,
 )
 
 WEIGHTS = "adapter_model.safetensors"
@@ -225,7 +225,7 @@ def load(
     add_adapters(model, settings, seed=seed, device=device)
     if has_adapters:
         read_weights(model, folder)
-    tokenizer = load_tokenizer(path if (folder / "tokenizer_config.json").is_file() else base)
+    tokenizer = from_hub(AutoTokenizer, path if (folder / "tokenizer_config.json").is_file() else base)
     return AdaptedPolicy(model.to(device).train(), tokenizer, precision, settings=settings, base=base)
 
 

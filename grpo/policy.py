@@ -163,7 +163,7 @@ def load_policy(path: str, *, precision: str, device: torch.device) -> Policy:
     """A hub id or local folder -> Policy on `device`, fp32 masters, SDPA attention, gradients on."""
     masters = load_model(path, torch.float32).to(device)
     # Dropout is refused; train mode is what lets gradient checkpointing work.
-    return Policy(masters.train(), load_tokenizer(path), choose_precision(precision, device))
+    return Policy(masters.train(), from_hub(AutoTokenizer, path), choose_precision(precision, device))
 
 
 def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -184,14 +184,6 @@ def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
 def load_reference(policy: Policy) -> PreTrainedModel:
     """The frozen reference: the policy as it is now, in its own forward precision."""
     return policy.copy_of(policy.model).requires_grad_(False)
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or folder; one without a padding token pads with EOS: no length is read from ids."""
-    tokenizer = from_hub(AutoTokenizer, path)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_model_config(path: str) -> object:

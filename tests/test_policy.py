@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import layers, lora
 from grpo.batch import LAYOUTS, pack, weigh
@@ -14,6 +14,7 @@ from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
 from grpo.policy import MovingReference, Policy, load_policy, load_reference, refuse_unsupported
 from grpo.update import Updater, make_optimizer, update_policy
+from tests.rollout_helpers import byte_tokenizer, tiny_model
 from tests.tiny import made_up_groups, tiny_qwen2, word_tokenizer
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -134,6 +135,20 @@ def test_saved_in_hugging_face_layout_and_state_restores_masters_bit_for_bit(tmp
     other.load_state_dict(policy.state_dict())
     for a, b in zip(other.masters.parameters(), policy.masters.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("settings", [None, LoraConfig(rank=2)])
+def test_the_tokenizer_is_saved_as_it_was_loaded_without_padding_too(tmp_path, settings):
+    """Who trains on with padding equal to the end of sequence masks the ends away."""
+    tiny_model("llama3 rope").save_pretrained(tmp_path / "base")
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    policy = lora.load(str(tmp_path / "base"), settings, precision="fp32", device=torch.device("cpu"))
+    (tmp_path / "saved").mkdir()
+    policy.save(tmp_path / "saved")
+    reopened = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert (reopened.pad_token, reopened.eos_token) == (None, "<eos>")
 
 
 def test_the_reference_stays_where_the_policy_was():
