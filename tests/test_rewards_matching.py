@@ -76,6 +76,9 @@ def test_boxed_answers_are_compared_as_mathematics():
     pytest.importorskip("math_verify")
     texts = [r"so \boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{2}", "no box"]
     assert boxed_math(texts, answer=["1/2"] * 4) == [1, 1, 0, 0]
+    unboxed = ["the answer is 5", "1 2 3 4 5", "$5$", r"\boxed{} so 5", r"5, \boxed{", r"no \boxed{7} but 5"]
+    assert boxed_math(unboxed, answer=["5"] * 6) == [0] * 6
+    assert boxed_math([r"\boxed{4} or \boxed{5}", r"\boxed{5}, so \boxed{5}"], answer=["5"] * 2) == [0, 1]
 
 
 def test_a_format_is_a_pattern_of_the_whole_text():

@@ -78,19 +78,23 @@ def _choice(completion: str) -> str:
 
 
 def boxed_math(completions: list[str], *, answer: list[str], **columns: list) -> list[float | None]:
-    r"""1 where math-verify (extra `math`) finds the \boxed{...} equal to the answer; abstains where it cannot read it.
+    r"""1 where math-verify (extra `math`) finds the \boxed{...} equal to the answer, 0 without a box; abstains where it
+    cannot read the answer.
 
     Its own timeouts are off: the worker's deadline is the one that counts.
     """
     try:
-        from math_verify import parse, verify
+        from math_verify import LatexExtractionConfig, parse, verify
     except ImportError as error:
         raise ValueError("reward boxed_math: math-verify is not installed; pip install -e '.[math]'") from error
 
+    # By itself it takes the last number of a text, boxed or not.
+    boxes = {"extraction_config": [LatexExtractionConfig(boxed_match_priority=0)], "parsing_timeout": None}
+    found = [parse(text, **boxes) if r"\boxed{" in text else [] for text in completions]
     golds = [parse(f"${text}$", parsing_timeout=None) for text in answer]
     return [
-        float(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None)) if gold else None
-        for text, gold in zip(completions, golds, strict=True)
+        float(verify(gold, value, timeout_seconds=None)) if gold else None
+        for value, gold in zip(found, golds, strict=True)
     ]
 
 
