@@ -77,7 +77,7 @@ class Scores:
 
     components: [P, G, K] fp32, unweighted; NaN where the status is not ok.   status: nested lists [P][G][K].
     total: [P, G] fp32, weighted sum (an abstaining component adds 0).   scored: [P, G] bool; False takes the
-    completion out of its group's statistics (a weighted component timed out or failed).
+    completion out of its group's statistics (a weighted component timed out or failed, or all of them abstained).
     """
 
     names: tuple[str, ...]

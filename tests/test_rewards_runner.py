@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from grpo.advantages import normalise
 from grpo.records import ABSTAIN, ERROR, OK, Completion, Group, Problem
 from grpo.rewards import (
     Reward,
@@ -103,6 +104,18 @@ def test_an_abstaining_component_adds_nothing_and_the_others_still_count():
     scores = score_groups([group("abc", "d")], rewards, require_finish=True)
     assert scores.total.tolist() == [[3.0, 5.0]] and scores.scored.all()
     assert scores.status == [[[ABSTAIN, OK], [OK, OK]]] and math.isnan(scores.components[0, 0, 0])
+
+
+def test_a_completion_that_nobody_judged_is_unscored_not_scored_0_and_ends_no_run():
+    """Else it would be the worst of a group whose rewards are positive, and the best of one whose are penalties."""
+    rewards = {"maybe": Reward(lambda texts, **_: [-float(text) if text else None for text in texts], 2.0)}
+    scores = score_groups([group("1", "", "3"), group("", "", "")], rewards, require_finish=True)
+    assert scores.scored.tolist() == [[True, False, True], [False] * 3]
+    assert normalise("group_mean", scores.total, scores.scored).tolist() == [[2.0, 0.0, -2.0], [0.0] * 3]
+    assert scores.means()["reward"] == -4.0 and scores.means()["unscored"] == pytest.approx(4 / 6)
+    refuse_unscored(scores, 0.0)
+    rewards["watched"] = Reward(length_of, 0.0)  # without a weight it judges nothing
+    assert score_groups([group("1", "")], rewards, require_finish=True).scored.tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.0])

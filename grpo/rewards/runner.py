@@ -49,6 +49,7 @@ class Outcome(NamedTuple):
 
 Table = list[list[Outcome]]  # [N][K]: of N completions, every component in the order of the rewards
 Scorer = Callable[[list[str], dict[str, list], dict[str, Reward]], Table]  # score_texts, or a Pool
+FAILURES = {TIMEOUT, ERROR}
 UNFINISHED = Outcome(0.0, OK)  # what require_finish pays a completion that ran into the length limit
 
 
@@ -132,8 +133,9 @@ def weighted_total(row: list[Outcome], rewards: dict[str, Reward]) -> float:
 
 
 def refuse_unscored(scores: Scores, limit: float) -> None:
-    """ValueError where more than a share `limit` of the completions of a step could not be scored."""
-    unscored = 1 - scores.scored.float().mean().item()
+    """ValueError where a weighted component failed on more than a share `limit` of the completions of a step."""
+    rows = [_weighted_statuses(row, scores.weights) for group in scores.status for row in group]
+    unscored = sum(not FAILURES.isdisjoint(row) for row in rows) / len(rows)
     if unscored > limit:
         failed = [status for group in scores.status for row in group for status in row]
         raise ValueError(
@@ -232,12 +234,19 @@ def _as_scores(table: Table, is_paid: list[bool], rewards: dict[str, Reward], *,
     status = [[outcome.status for outcome in row] for row in table]
     totals = [weighted_total(row, rewards) for row in table]
     weights = tuple(reward.weight for reward in rewards.values())
-    failed = [any(o.status in (TIMEOUT, ERROR) and w != 0 for o, w in zip(row, weights, strict=True)) for row in table]
+    weighted = [_weighted_statuses(row, weights) for row in status]
+    # Else the total would be a guess: without what failed, or 0 where nothing that has a weight judged the completion.
+    scored = [FAILURES.isdisjoint(found) and found != {ABSTAIN} for found in weighted]
     return Scores(
         names=tuple(rewards),
         weights=weights,
         components=torch.tensor(values, dtype=torch.float32).reshape(*shape, len(rewards)),
         status=[status[i * group_size : (i + 1) * group_size] for i in range(num_groups)],
         total=torch.tensor(totals, dtype=torch.float32).reshape(shape),
-        scored=~torch.tensor(failed, dtype=torch.bool).reshape(shape),  # else the total would be a guess
+        scored=torch.tensor(scored, dtype=torch.bool).reshape(shape),
     )
+
+
+def _weighted_statuses(row: list[str], weights: Sequence[float]) -> set[str]:
+    """Of one completion, by the components that have a weight."""
+    return {status for status, weight in zip(row, weights, strict=True) if weight}
