@@ -30,7 +30,7 @@ def slab_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    slab: KVSlab | Probe,
+    slab: KVSlab | Probe | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -40,6 +40,8 @@ def slab_attention(
 
     query: [N, H, length, D]; key, value: [N, Hkv, length, D], as transformers calls it.  Returns [N, length, H, D].
     """
+    if slab is None:
+        raise ValueError(f"{type(module).__name__} gets none of what its model is called with; rollout cannot serve it")
     refuse_extras(module, attention_mask, others, "rollout cannot do")
     if isinstance(slab, Probe) and sliding_window is None:
         refuse_untold_window(module)
