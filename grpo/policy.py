@@ -219,9 +219,14 @@ def from_hub(auto_class: type, path: str, **kwargs: object) -> object:
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Refuse dropout, by which old and new log-probs differ, and what our head or SDPA would leave out."""
+    """Refuse what sees more than text, dropout, by which old and new log-probs differ, and what our head or SDPA would
+    leave out."""
+    if model.config.get_text_config() is not model.config:
+        raise ValueError(f"{type(model).__name__} has parts for more than text, which nothing here trains; use another")
     named = model.config.to_dict().items()
     dropouts = {key: value for key, value in named if "dropout" in key and isinstance(value, int | float) and value > 0}
+    for unused in ("classifier_dropout", "summary_first_dropout"):  # of a head that classifies
+        dropouts.pop(unused, None)
     dropouts |= {name: part.p for name, part in model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0}
     if dropouts:
         raise ValueError(

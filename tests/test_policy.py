@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo import layers, lora
 from grpo.batch import LAYOUTS, pack, weigh
@@ -207,6 +207,18 @@ def test_a_checkpoint_of_another_size_is_refused_by_name_and_shape():
 def test_dropout_is_refused_with_its_name_and_value():
     with pytest.raises(ValueError, match="'attention_dropout': 0.1"):
         refuse_unsupported(tiny_qwen2(attention_dropout=0.1))
+
+
+def test_dropout_of_a_head_that_classifies_is_none_of_ours():
+    """Pythia's config.json has classifier_dropout 0.1."""
+    refuse_unsupported(tiny_qwen2(classifier_dropout=0.1, summary_first_dropout=0.1))
+
+
+def test_a_model_for_images_and_text_is_refused():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config={**sizes, "vocab_size": 61}, vision_config=sizes)
+    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration has parts for more than text"):
+        refuse_unsupported(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_missing_folder_or_unreachable_hub_says_how_to_pass_a_folder(tmp_path, monkeypatch):
