@@ -120,6 +120,8 @@ class Run:
             say=self.log.say,
         )
         self.sampler = make_sampler(config, policy.model, self.prompter, self.log)
+        # Whoever opens a checkpoint stops where training did: the end of a turn may be in no config of a base model.
+        policy.model.generation_config.eos_token_id = sorted(self.sampler.ending.eos)
         self.pool = make_pool(config.rewards)  # the worker processes that score
         self.token_text = token_texts(policy.tokenizer)  # for people to read
         self.writer = checkpoint.Writer(run_dir, keep_last=config.keep_last)

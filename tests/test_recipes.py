@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, GenerationConfig
 
 import eval as evaluation
 import train
@@ -28,7 +29,8 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) 
 TRAINING = [line for line in COMMANDS if "train.py" in line]
 SMALL = "--num-steps 1 --rollout.prompts-per-step 2 --rollout.group-size 2 --eval.validation-problems 2"
 SMALL = f"{SMALL} --eval.test-problems 2".split()
-CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+CHAT = """{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '<|endoftext|>' if m['role'] == 'assistant' }}
+{% endfor %}assistant: """
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,9 @@ def test_a_recipe_with_a_chat_template_trains_a_step(name, model, workplace):
     options += ["--data.path", "data"] if name == "gsm8k_instruct" else []
     assert train.main([*options, "--rollout.max-new-tokens", "8"]) == 0
     assert [row["step"] for row in read_metrics(workplace / "run")] == [1]
+    saved = workplace / "run" / "checkpoints" / "step_1"
+    ends = [AutoTokenizer.from_pretrained(saved).convert_tokens_to_ids(end) for end in ("<eos>", "<|endoftext|>")]
+    assert GenerationConfig.from_pretrained(saved).eos_token_id == ends  # the tokenizer's, and that of a turn
 
 
 def test_word_problems_gpu_trains_its_base_and_goes_on_with_grpo(workplace):
