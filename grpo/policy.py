@@ -207,7 +207,8 @@ def from_hub(auto_class: type, path: str, **kwargs: object) -> object:
             "(config.json, *.safetensors, tokenizer files) or a hub id"
         )
     try:
-        return auto_class.from_pretrained(folder if folder.is_dir() else path, **kwargs)
+        # Not asked for, transformers would ask on the terminal whether to run code that comes with the model.
+        return auto_class.from_pretrained(folder if folder.is_dir() else path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if folder.is_dir() or not isinstance(error, OSError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -207,6 +209,14 @@ def test_a_checkpoint_of_another_size_is_refused_by_name_and_shape():
 def test_dropout_is_refused_with_its_name_and_value():
     with pytest.raises(ValueError, match="'attention_dropout': 0.1"):
         refuse_unsupported(tiny_qwen2(attention_dropout=0.1))
+
+
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked_about_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "their_own", "auto_map": names}))
+    with pytest.raises(ValueError, match=r"could not load model .* contains custom code"):
+        load_policy(str(tmp_path), precision="fp32", device=torch.device("cpu"))
 
 
 def test_dropout_of_a_head_that_classifies_is_none_of_ours():
