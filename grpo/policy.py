@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -209,7 +210,7 @@ def from_hub(auto_class: type, path: str, **kwargs: object) -> object:
     try:
         # Not asked for, transformers would ask on the terminal whether to run code that comes with the model.
         return auto_class.from_pretrained(folder if folder.is_dir() else path, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if folder.is_dir() or not isinstance(error, OSError):
             raise ValueError(f"could not load model {path!r}: {first_line}") from error

@@ -219,6 +219,13 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked_about_it(tm
         load_policy(str(tmp_path), precision="fp32", device=torch.device("cpu"))
 
 
+def test_weights_that_git_has_not_fetched_are_an_error_in_words(tmp_path):
+    tiny_qwen2().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 99\n")
+    with pytest.raises(ValueError, match="could not load model .*header"):
+        load_policy(str(tmp_path), precision="fp32", device=torch.device("cpu"))
+
+
 def test_dropout_of_a_head_that_classifies_is_none_of_ours():
     """Pythia's config.json has classifier_dropout 0.1."""
     refuse_unsupported(tiny_qwen2(classifier_dropout=0.1, summary_first_dropout=0.1))
