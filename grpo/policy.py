@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from grpo.sharding import fill, fill_all, for_writer
 
@@ -179,6 +186,12 @@ def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
             f"the files of model {path!r} lack {len(absent)} of the weights of its config.json, or have "
             f"them in another shape: {absent[:2]}{others}; mend config.json or save the model again"
         )
+    generation = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError:  # a temperature without do_sample, say: transformers reads what it then refuses to write
+        tokens = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**tokens)
     return model
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from grpo import layers, lora
 from grpo.batch import LAYOUTS, pack, weigh
@@ -151,6 +151,20 @@ def test_the_tokenizer_is_saved_as_it_was_loaded_without_padding_too(tmp_path, s
     policy.save(tmp_path / "saved")
     reopened = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert (reopened.pad_token, reopened.eos_token) == (None, "<eos>")
+
+
+@pytest.mark.parametrize("asked", [{"do_sample": True, "temperature": 0.6}, {"do_sample": False, "temperature": 0.6}])
+def test_sampling_settings_are_saved_again_unless_transformers_would_refuse_to_write_them(tmp_path, asked):
+    """It reads a temperature without do_sample; what it refuses would fail at the first checkpoint."""
+    tiny_qwen2().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4], **asked}))
+    word_tokenizer().save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), precision="fp32", device=torch.device("cpu"))
+    assert policy.model.generation_config.eos_token_id == [1, 4]
+    policy.model.generation_config.eos_token_id = [1, 4, 5]  # as a run does
+    policy.model.save_pretrained(tmp_path / "saved")
+    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert (saved.eos_token_id, saved.temperature) == ([1, 4, 5], 0.6 if asked["do_sample"] else None)
 
 
 def test_the_reference_stays_where_the_policy_was():
