@@ -42,8 +42,9 @@ def finish(run: Run) -> None:
     if num_problems:
         rival = "before the habit" if run.config.base.habit_steps else "supervised instead"
         log.say("\n" + result_table({rival if name == "supervised" else name: row for name, row in results.items()}))
-        if "correct" in results["before"]:  # not in checkpoints of an older version
-            log.say(describe_difference("after", results["after"], "before", results["before"]))
+        before, after = results.get("before", {}), results["after"]
+        if len(before.get("correct", ())) == len(after["correct"]):  # not where a run goes on with other test_problems
+            log.say(describe_difference("after", after, "before", before))
     for name, texts in samples.items():
         for text in texts:
             log.say(f"\n{name}: {text['question']} (answer {text['answer']})\n  {text['completion'].strip()!r}")
