@@ -212,6 +212,16 @@ def test_a_split_is_refused_for_its_longest_question_in_tokens_not_in_characters
         ask.check(problems)
 
 
+def test_a_split_of_short_questions_is_checked_without_tokenizing_each(tokenizer, monkeypatch):
+    ask, tokenized, tokenize = prompter(Sums(), tokenizer, shots=0, context_length=200), [], type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, text, **how: tokenized.append(text) or tokenize(self, text, **how)
+    )
+    ask.check([Problem(f"test/{i}", f"{i} + 1?", str(i + 1)) for i in range(1000)])
+    assert len(tokenized) == 1
+    ask.check([])
+
+
 def test_the_built_in_exemplars_earn_full_reward_and_differ_in_kind():
     assert len(EXEMPLARS) == len({shot.question for shot in EXEMPLARS}) == 8
     solutions, answers = [shot.solution for shot in EXEMPLARS], [shot.answer for shot in EXEMPLARS]

@@ -77,8 +77,14 @@ class Prompter:
     def check(self, problems: Sequence[Problem]) -> None:
         """Refuse, before any long work, a split with a prompt that leaves no room: its longest questions are tried."""
         pool = [problems[i] for i in range(QUESTIONS_TRIED)] if getattr(problems, "endless", False) else problems
-        length = lambda problem: len(self.tokenizer(problem.question)["input_ids"])
-        for problem in sorted(pool, key=length, reverse=True)[:QUESTIONS_TRIED]:
+        num_bytes = lambda problem: len(problem.question.encode())
+        num_tokens = lambda problem: len(self.tokenizer(problem.question)["input_ids"])
+        if not pool:
+            return
+        # No token is less than a byte: what is short in bytes need not be tokenized, which takes minutes for a million.
+        room = self.context_length - self.max_new_tokens - len(self(max(pool, key=num_bytes)).prompt_ids)
+        doubtful = [problem for problem in pool if num_bytes(problem) > room]
+        for problem in sorted(doubtful, key=num_tokens, reverse=True)[:QUESTIONS_TRIED]:
             self(problem)
 
 
