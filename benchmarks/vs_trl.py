@@ -4,7 +4,8 @@ The same random model, prompts, group size, longest completion, optimizer and se
 train.py's own step. Each contender lives in a process of its own (its peak memory is its own) and makes one step at a
 time, by turns. The reward is the share of letters out of the first half of the alphabet, so both reward curves start at
 a half. TRL's `generate` contender uses its defaults but for what is stated in `trl_settings`; `continuous batching` is
-left out with the reason where it fails. Update: everything of a step that is not generation. Last line: JSON.
+left out with the reason where it fails. Update: everything of a step that is not generation. Last line: JSON, and one
+after every turn, so that a comparison which is cut off is not lost.
 
 Needs benchmarks/requirements.txt.
 """
@@ -268,7 +269,6 @@ class Contender:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
         self.name, self.rows, self.failure = name, [], ""
-        self.read()
 
     def read(self) -> dict | None:
         """The next answer; None, with the reason kept, where the process has ended."""
@@ -294,8 +294,8 @@ class Contender:
         self.process.wait()
 
 
-def compare(arguments: argparse.Namespace) -> list[Contender]:
-    """Every contender's steps, taken by turns; one at a time is at work."""
+def compare(arguments: argparse.Namespace) -> Iterator[list[Contender]]:
+    """Every contender's steps, taken by turns; one at a time is at work. The contenders after each turn."""
     work, started = WORKLOADS[arguments.workload], time.perf_counter()
     names = [OURS]
     if find_spec("trl"):
@@ -306,16 +306,18 @@ def compare(arguments: argparse.Namespace) -> list[Contender]:
         write_model_and_prompts(work, Path(place), arguments.steps)
         contenders = [Contender(name, arguments, Path(place)) for name in names]
         try:
+            for contender in contenders:
+                contender.read()  # that it is ready: they start together
             for turn in range(arguments.steps):
                 if turn and time.perf_counter() - started > arguments.seconds:
                     print(f"after {arguments.seconds:g} s: {turn} of {arguments.steps} steps a side")
                     break
                 for contender in contenders:
                     contender.step()
+                yield contenders
         finally:
             for contender in contenders:
                 contender.close()
-    return contenders
 
 
 def summarise(contenders: list[Contender], work: Workload) -> dict[str, object]:
@@ -382,10 +384,12 @@ def main() -> int:
         transformers_logging.set_verbosity_error()
         CONTENDERS[arguments.contender](work, arguments.folder, arguments.steps, device)
         return 0
-    contenders = compare(arguments)
-    summary = summarise(contenders, work)
+    where = measured_on(device)
+    for contenders in compare(arguments):
+        summary = summarise(contenders, work)
+        print(json.dumps(summary | where), flush=True)
     show(summary, work)
-    print(json.dumps(summary | measured_on(device)))
+    print(json.dumps(summary | where))
     return int(any(contender.failure for contender in contenders[:2]))  # continuous batching may fail
 
 

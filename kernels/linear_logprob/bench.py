@@ -224,7 +224,7 @@ def show(results: list[dict]) -> None:
 
 
 def main() -> None:
-    """Measure every job and shape that is asked for; the last line is JSON."""
+    """Measure every job and shape that is asked for, and after each print a JSON line of all so far."""
     parser = bench_parser(__doc__, repeats=5)
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("T", "D", "V"))
     parser.add_argument("--job", choices=MATMULS, nargs="+", default=list(MATMULS))
@@ -235,14 +235,13 @@ def main() -> None:
     jobs, skipped = contenders(device)
     for name, reason in skipped.items():
         print(f"without {name}: {reason}")
-    results = []
+    facts, results = hardware(device) | {"versions": versions(PACKAGES), "skipped": skipped}, []
     for shape in options.shape or SHAPES[device.type]:
         for job in options.job:
             found = measure(job, jobs[job], tuple(shape), options.repeats, device)
             show(found)
             results += found
-    facts = hardware(device) | {"versions": versions(PACKAGES), "skipped": skipped}
-    print(json.dumps(facts | {"results": results}))
+            print(json.dumps(facts | {"results": results}), flush=True)
 
 
 if __name__ == "__main__":
