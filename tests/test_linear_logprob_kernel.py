@@ -165,6 +165,20 @@ def test_a_target_outside_the_vocabulary_or_a_nan_logit_gives_nan_in_its_row_onl
         assert logprobs.isnan().tolist() == [False, True, True, False]
 
 
+def test_tokens_barred_with_minus_infinity_may_fill_whole_tiles_of_the_kernel():
+    dtype, columns = KEPT_DTYPES[0], kernel.TILE["BLOCK_COLUMNS"]
+    hidden, weight = random(3, 16, dtype=dtype), random(4 * columns, 16, seed=1, dtype=dtype)
+    target = torch.tensor([2 * columns - 1, 300, 300], device=DEVICE)
+    bias = torch.zeros(4 * columns, dtype=dtype, device=DEVICE)
+    bias[: 2 * columns - 1] = bias[-5:] = -torch.inf
+    exact = torch.log_softmax(hidden.double() @ weight.double().T + bias.double(), -1)
+    found = kernel.fused(hidden, weight, bias, target, TEMPERS[0], room_for(3, 4 * columns))
+    assert worst(found.logprobs, exact[[0, 1, 2], target]) < 5e-6
+    expected = torch.nn.functional.one_hot(target, 4 * columns) - exact.exp()
+    gradient = kernel.gradients(found, target, TEMPERS[0], torch.ones(3, device=DEVICE), None, dtype)
+    assert worst(gradient, expected) <= 2 * ROUNDING[dtype]
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:1] if HAS_GPU else DTYPES, ids=str)
 @pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "trained"])
 def test_every_mode_gives_what_torch_gives(is_frozen, dtype, monkeypatch):

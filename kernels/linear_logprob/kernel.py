@@ -110,7 +110,7 @@ def forward_spans(
             logits += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
         z = tl.where(is_column[None, :], _tempered(logits, by_temperature, softcap, HAS_CAP), LOWEST)
         chosen += tl.sum(tl.where(column[None, :] == wanted[:, None], z, 0.0), 1)
-        highest = tl.max(z, 1)
+        highest = tl.maximum(tl.max(z, 1), LOWEST)  # of a tile that a bias bars with -inf, too
         z -= highest[:, None]
         if KEEPS:
             block = kept + first_row.to(tl.int64) * V  # places in it fit into 32 bits
