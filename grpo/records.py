@@ -148,7 +148,7 @@ class TokenColumns(Movable):
     head_rows: Tensor | None = None  # int64: tokens of weight other than 0, ascending; None: all of them
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: torch.compile of 2.11 looks into what is, and compiles for each number of groups
 class SharedPrefix(Movable):
     """How the tokens of one packed row of length L see each other.
 

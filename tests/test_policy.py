@@ -90,13 +90,15 @@ def test_compiled_layers_change_no_log_prob_and_no_gradient_and_rollout_does_not
     def values(compile):
         policy = Policy(tiny_qwen2(), word_tokenizer(), "bf16")
         module = PolicyModule(policy, temperature=1.0, impl="torch", compile=compile)
-        found = []
-        for groups in (made_up_groups(2), made_up_groups(3, seed=1)):  # two lengths
+        found, graphs = [], []
+        for groups in (made_up_groups(2), made_up_groups(3, seed=1)):  # another number of them, and another length
             options = {"minibatches": 1, "passes": 1, "tokens_per_micro_batch": 10_000, "layout": layout}
             batch = pack(groups, **options, max_over_ranks=ALONE.max, device=ALONE.device)
             output = module(batch.micro_batches[0])[0]
             output.sum().backward()
             found.append(output.detach())
+            graphs.append(compiled_calls["unique_graphs"])
+        assert graphs[0] == graphs[1]
         assert not any("forward" in vars(layer) for layer in policy.model.base_model.layers)
         return [*found, *(parameter.grad for parameter in module.parameters())]
 
