@@ -96,7 +96,11 @@ def write_model_and_prompts(work: Workload, folder: Path, steps: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    with default_device():  # a CPU takes half of a minute to draw half a billion numbers
+        model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder / "model")
+    del model
+    torch.cuda.empty_cache()
     tokenizer.save_pretrained(folder / "model")
     with (folder / "prompts.jsonl").open("w") as file:
         for _ in range(work.prompts * (steps + 1) * 2):
@@ -277,6 +281,7 @@ class Contender:
             return json.loads(line)
         self.errors.seek(0)
         last = [text for text in self.errors.read().splitlines() if text.strip()]
+        print(f"what {self.name} said last:", *last[-25:], sep="\n", file=sys.stderr, flush=True)
         self.failure = last[-1][:300] if last else f"ended with status {self.process.wait()}"
         return None
 
