@@ -244,11 +244,11 @@ def row_gradients(
         if HAS_CAP:
             tanh = z / (softcap * by_temperature * LOG2E)
             gradient *= 1 - tanh * tanh
-        # A narrower gradient lies over logits of this block that other threads may still have to read.
+        # A narrower gradient lies over logits of this block that other threads may still have to read; never over those
+        # of a later one.
         tl.debug_barrier()
         place = gradients + row * stride + column
         tl.store(place, (gradient * by_temperature).to(gradients.dtype.element_ty), mask=column < V)
-        tl.debug_barrier()
 
 
 def fused(
