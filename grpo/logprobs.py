@@ -164,8 +164,9 @@ class PolicyModule(nn.Module):
             return self.compute(micro_batch, token_loss)
 
     def _weights_for_this_pass(self) -> AbstractContextManager:
-        """The working copy, tied to the masters by a cast whose backward hands them fp32 gradients."""
-        if self._shares_weights:
+        """The working copy; for gradients tied to the masters by a cast whose backward hands them fp32 ones. Without,
+        it is as it is: compiled layers are then those of the reference."""
+        if self._shares_weights or not torch.is_grad_enabled():
             return nullcontext()
         working = dict(self.compute.model.named_parameters())
         trained = [(name, master) for name, master in self.masters.named_parameters() if master.requires_grad]
