@@ -153,12 +153,30 @@ def gathered(
     Causal from the bottom right: the last query of a sequence sees its last key.
     """
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    key, value = key[layout.key_rows], value[layout.key_rows]
+    key, value = (_Rows.apply(tensor, layout.key_rows) for tensor in (key, value))
     options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.11 need not be told: its kernels always could
         options["enable_gqa"] = query.shape[1] > key.shape[1]
     starts = (layout.query_starts, layout.key_starts, layout.longest_query, layout.longest_key)
     return varlen.varlen_attn(query, key, value, *starts, **options).transpose(0, 1)[None]
+
+
+class _Rows(torch.autograd.Function):
+    """tensor[rows], whose gradient is added up in fp32. Indexing would add it in the tensor's dtype: in bf16 a key that
+    a hundred sequences share would be rounded a hundred times."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = tensor.shape
+        return tensor[rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.new_zeros(ctx.shape, dtype=wide)
+        return total.index_add_(0, ctx.saved_tensors[0], gradient.to(wide)).to(gradient.dtype), None
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale: float, window: int | None) -> Tensor:
