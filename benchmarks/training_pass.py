@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -113,8 +114,14 @@ def measure(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[s
         head_only(module, m, torch.randn(len(m.source), width, device=device).to(dtype)) for m in batch.micro_batches
     ]
     work["head"] = lambda: [head() for head in heads]
-    for run in work.values():  # warms up, and compiles
-        run()
+    failures = {}
+    for name, run in list(work.items()):
+        try:
+            run()  # warms up, and compiles
+        except Exception as error:  # of many kinds; the other arrangement is measured all the same
+            traceback.print_exc()
+            failures[name] = f"{type(error).__name__}: {error}"[:500]
+            del work[name]
     graphs = counters["stats"]["unique_graphs"]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -123,6 +130,7 @@ def measure(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[s
         for name, run in work.items():
             taken[name].append(seconds(device, run))
     facts = {"deterministic": arguments.deterministic, "workload": arguments.workload or device.type}
+    facts["failures"] = failures
     facts |= {"flops": flops(policy.model, batch), "micro_batches": len(batch.micro_batches), "graphs": graphs}
     facts["recompiled_while_timed"] = counters["stats"]["unique_graphs"] - graphs
     facts["completion_tokens"] = sum(len(micro_batch.source) for micro_batch in batch.micro_batches)
@@ -161,8 +169,9 @@ def main() -> int:
     if arguments.deterministic:
         make_deterministic()
     device = default_device()
-    report(device, *measure(device, arguments))
-    return 0
+    taken, facts = measure(device, arguments)
+    report(device, taken, facts)
+    return int(bool(facts["failures"]))
 
 
 if __name__ == "__main__":
