@@ -104,6 +104,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if rollout.group_size == 1:
         yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
+    if rollout.max_sequences < rollout.group_size:
+        yield (
+            f"rollout.max_sequences={rollout.max_sequences} is less than rollout.group_size={rollout.group_size}, but "
+            f"a group is decoded together; use {rollout.group_size} or more"
+        )
     for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
         if (value := getattr(rollout, name)) != off:
             yield f"rollout.{name}={value}: the loss would not see the distribution that was sampled; train with {off}"

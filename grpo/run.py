@@ -54,6 +54,8 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
     config, objective = state_objective(config)
     check_steps(objective, config.batch.passes * config.batch.minibatches)
     trackers.chosen(config.track)
+    if config.impl == "triton":
+        dispatch_table(config.impl, world.device)  # refuses a device that has none
     task = make_task(config.task, config.data, config.rewards)
     task.check_path()
     if isinstance(task, WordProblems):

@@ -332,6 +332,7 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
         ("batch.minibatches", 3, "prompts_per_step=16 is not divisible by batch.minibatches=3; use 15 or 18"),
         ("batch.minibatches", 4, r"is not divisible by batch.minibatches \* world_size=32; use 32"),
         ("rollout.group_size", 1, "rollout.group_size=1: .* use 2 or more"),
+        ("rollout.max_sequences", 7, "max_sequences=7 is less than rollout.group_size=8, .*; use 8 or more"),
         ("rollout.temperature", 0.0, r"rollout.temperature=0.0 is outside \(0, inf\)"),
         ("rollout.top_p", 0.9, "rollout.top_p=0.9: the loss would not see .* train with 1"),
         ("rollout.top_k", 5, "rollout.top_k=5: the loss would not see .* train with 0"),

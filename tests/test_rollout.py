@@ -213,8 +213,6 @@ def test_a_prompt_that_just_fits_is_served(model):
 
 def test_settings_that_cannot_work_are_refused(model, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="max_sequences=2 is less than group_size=3"):
-        sampler(model, max_sequences=2)
     with pytest.raises(ValueError, match="Triton kernels need a CUDA device, not cpu"):
         sampler(model, impl="triton")
     with pytest.raises(ValueError, match=r"stop strings \['<eos>'\] contain a special token"):

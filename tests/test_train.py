@@ -284,6 +284,12 @@ def test_a_mistake_is_one_clear_line_and_status_2(finished, capsys, arguments, m
     assert message in error and "Traceback" not in error
 
 
+def test_kernels_that_cannot_run_here_are_refused_by_a_dry_run_too(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    status, error = refusal(capsys, [*DEMO, "--impl", "triton", "--dry-run"])
+    assert status == 2 and "Triton kernels need a CUDA device, not cpu; use impl=auto" in error
+
+
 def test_a_run_that_goes_on_cannot_change_what_its_checkpoint_depends_on(finished, capsys):
     status, error = refusal(capsys, ["--resume", str(finished), "--seed", "4"])
     assert status == 2 and "cannot change seed: 3 -> 4" in error

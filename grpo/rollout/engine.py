@@ -63,11 +63,7 @@ class Sampler:
         impl: str = "auto",
         progress: Callable[[int, int], None] | None = None,
     ):
-        if max_sequences < sampling.group_size:
-            raise ValueError(
-                f"max_sequences={max_sequences} is less than group_size={sampling.group_size}, but a group is "
-                f"decoded together; use max_sequences={sampling.group_size} or more"
-            )
+        assert max_sequences >= sampling.group_size, "a group is decoded together"
         for op in ("decode_attention", "sample_token"):
             kernels.resolve(op, impl, model.device)
         refuse_unservable(model)
