@@ -46,6 +46,7 @@ Progress = Callable[[int, int, str], None]  # done, in all, a short note
 
 CONTEXT_LENGTH = 512
 WARMUP_STEPS = 20
+TRIED = 1000  # questions: where all of them have an unseen word, the search for one without might never end
 CONTINUE_VALIDATIONS = 10
 
 
@@ -131,8 +132,10 @@ class Supervisor:
     def solved_problems(self, first: int) -> Iterator[Problem]:
         """Endless, from place `first` of `task.solved` on, less those with unseen words."""
         unseen = set(self.base.unseen_words)
-        solved = (self.task.solved[i] for i in itertools.count(first))
-        solved = (problem for problem in solved if not unseen & set(re.findall(r"\w+", problem.question)))
+        is_seen = lambda problem: not unseen & set(re.findall(r"\w+", problem.question))
+        if not any(is_seen(self.task.solved[i]) for i in range(first, first + TRIED)):
+            raise ValueError(f"base.unseen_words={sorted(unseen)}: all of {TRIED} questions have one; leave some out")
+        solved = filter(is_seen, (self.task.solved[i] for i in itertools.count(first)))
         if not self.base.num_solutions:
             yield from solved
         chosen = list(itertools.islice(solved, self.base.num_solutions))

@@ -65,6 +65,8 @@ def test_supervised_training_sees_no_question_with_an_unseen_word(task, tokenize
     assert not any(" loses " in text or " sells " in text for text in questions(unseen_words=("loses", "sells")))
     assert sum(" loses " in text or " sells " in text for text in questions()) > 15
     assert any("loses" in text for text in questions(unseen_words=("lose",))), "words, not parts of words"
+    with pytest.raises(ValueError, match=r"base.unseen_words=\['How'\]: all of 1000 questions have one"):
+        questions(unseen_words=("How",))
 
 
 def test_every_test_problem_comes_back_exactly_through_the_tokenizer(task, tokenizer):
