@@ -245,7 +245,7 @@ class BaseConfig:
     """The embedded model and its supervised training; only used when model.path is empty."""
 
     hidden_size: Annotated[int, "[1, inf)"] = 128
-    """Width."""
+    """Width, a multiple of 2 * num_heads."""
     num_layers: Annotated[int, "[1, inf)"] = 2
     """Layers."""
     num_heads: Annotated[int, "[1, inf)"] = 4

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from grpo.config import Config, PromptConfig, flat
 
+LARGEST = 1e38  # number: tensors are fp32, which ends at 3.4e38
 FIXED = ("task", "seed", "model.path", "model.precision", "lora", "data.validation_fraction", "data.split_seed", "base")
 """Keys and sections that the state in a checkpoint depends on: a run that goes on keeps them."""
 FREE = (
@@ -54,6 +55,8 @@ def _outside_intervals(section: Any, prefix: str = "") -> Iterator[str]:
         for interval in getattr(kind, "__metadata__", ()):
             if not all(_lies_in(number, interval) for number in numbers):
                 yield f"{prefix}{name}={value} is outside {interval}; choose a value inside"
+            elif not all(number <= LARGEST for number in numbers):
+                yield f"{prefix}{name}={value} is more than fp32 holds; use {LARGEST:g} at most"
 
 
 def _lies_in(number: float, interval: str) -> bool:
@@ -63,7 +66,12 @@ def _lies_in(number: float, interval: str) -> bool:
 
 
 def _indivisible(config: Config, world_size: int) -> Iterator[str]:
-    """Whole groups go to a rank, and a minibatch is a block of prompts of which every rank has as many."""
+    """Whole groups go to a rank, and a minibatch is a block of prompts of which every rank has as many. Heads are
+    equally wide, and rotary positions turn pairs of their elements."""
+    width, heads = config.base.hidden_size, config.base.num_heads
+    if heads >= 1 and width % (2 * heads):
+        above = width - width % (2 * heads) + 2 * heads
+        yield f"base.hidden_size={width} is not divisible by 2 * base.num_heads={2 * heads}; use {above}"
     prompts, minibatches = config.rollout.prompts_per_step, config.batch.minibatches
     divisors = {"world_size": world_size, "batch.minibatches": minibatches}
     if min(prompts, minibatches) >= 1 and not any(prompts % divisor for divisor in divisors.values()):
@@ -93,6 +101,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "model.compile with model.gradient_checkpointing: a compiled layer cannot be recomputed; choose one"
     if lora.quantize != "none" and not lora.rank:
         yield f"lora.quantize={lora.quantize} with lora.rank=0: weights of 4 bits cannot be trained; set lora.rank=16"
+    if lora.rank and not (lora.target_modules or lora.modules_to_save):
+        yield f"lora.rank={lora.rank} without lora.target_modules: nothing would be trained; name some, such as q_proj"
     if lora.rank and config.distributed.strategy == "fsdp":
         yield "distributed.strategy=fsdp with adapters: they are small, and their frozen base stays whole; use ddp"
     if lora.rank and config.model.reference_offload:

@@ -332,6 +332,7 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
         ("batch.minibatches", 3, "prompts_per_step=16 is not divisible by batch.minibatches=3; use 15 or 18"),
         ("batch.minibatches", 4, r"is not divisible by batch.minibatches \* world_size=32; use 32"),
         ("rollout.group_size", 1, "rollout.group_size=1: .* use 2 or more"),
+        ("base.hidden_size", 124, r"base.hidden_size=124 is not divisible by 2 \* base.num_heads=8; use 128"),
         ("rollout.max_sequences", 7, "max_sequences=7 is less than rollout.group_size=8, .*; use 8 or more"),
         ("rollout.temperature", 0.0, r"rollout.temperature=0.0 is outside \(0, inf\)"),
         ("rollout.top_p", 0.9, "rollout.top_p=0.9: the loss would not see .* train with 1"),
@@ -344,6 +345,7 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
         ("base.decay", 0.0, r"base.decay=0.0 is outside \(0, 1\]"),
         ("optim.lr", float("nan"), "optim.lr=nan is outside"),
         ("optim.lr", float("inf"), "optim.lr=inf is outside"),
+        ("objective.clip_high", 1e300, r"objective.clip_high=1e\+300 is more than fp32 holds; use 1e\+38 at most"),
         ("optim.betas", (0.9, 1.0), r"optim.betas=\(0.9, 1.0\) is outside \[0, 1\)"),
         ("objective.beta", -0.1, r"objective.beta=-0.1 is outside \[0, inf\)"),
         ("data.validation_fraction", 1.0, r"data.validation_fraction=1.0 is outside \(0, 1\)"),
@@ -368,6 +370,10 @@ def test_all_mistakes_are_reported_at_once():
         (
             {"model": {"compile": True, "gradient_checkpointing": True}},
             "model.compile with model.grad.*: .* choose one",
+        ),
+        (
+            {"lora": {"rank": 4, "target_modules": []}},
+            "lora.rank=4 without lora.target_modules: nothing would be trained; name some",
         ),
         ({"prompt": {"template_options": ["a=1"]}}, r"template_options=\['a=1'\] with prompt.style=plain: use chat"),
         ({"rewards": {"step_timeout_s": 1800}}, r"step_timeout_s=1800.0: ranks wait 1800.0 s .* choose less than that"),
