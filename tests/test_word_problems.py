@@ -158,3 +158,9 @@ def test_the_prompt_is_the_question_after_its_worked_exemplars(task):
     assert task.plain_prompt("Q?", shots) == (
         f"Problem: {shots[0].question}\nSolution:\n{shots[0].solution}\n\nProblem: Q?\nSolution:\n"
     )
+
+
+def test_a_path_that_would_not_be_read_is_refused():
+    word_problems.WordProblems().check_path()
+    with pytest.raises(ValueError, match="data.path='mine.jsonl': task word_problems reads no file; name a --task"):
+        word_problems.WordProblems(DataConfig(path="mine.jsonl")).check_path()

@@ -136,6 +136,11 @@ class WordProblems(Task):
         super().__init__(data, rewards)
         self.level = LEVELS[self.data.level]
 
+    def check_path(self) -> None:
+        """ValueError for a data.path: who names one means another task."""
+        if self.data.path:
+            raise ValueError(f"data.path={self.data.path!r}: task word_problems reads no file; name a --task that does")
+
     def load(self, split: str) -> Sequence[Problem]:
         return (distinct_problems if split in SIZES else EndlessProblems)(split, self.level)
 
