@@ -44,7 +44,9 @@ def test_only_a_training_split_may_be_endless():
         task.split("validation")
 
 
-@pytest.mark.parametrize("returned", [None, iter([]), [{"question": "?"}], [Problem("0", "?", 4)]])
+@pytest.mark.parametrize(
+    "returned", [None, iter([]), [{"question": "?"}], [Problem("0", "?", "4"), Problem("1", "?", 4)]]
+)
 def test_what_load_must_return_is_said(returned, monkeypatch):
     monkeypatch.setattr(Sums, "load", lambda self, split: returned)
     with pytest.raises(ValueError, match=r"load\('train'\) of task 'sums'.*Problem"):

@@ -67,6 +67,11 @@ def fixed(completions, answer):
 def wants_level(completions, *, level, **columns):
     return [0.0 for _ in completions]
 
+def short(completions, **columns):
+    return [-len(text) for text in completions]
+
+nameless = lambda completions, **columns: short(completions)
+
 def typo(completions, answers, **columns):
     return [0.0 for _ in completions]
 """
@@ -86,6 +91,13 @@ def test_a_function_that_cannot_take_completions_and_columns_is_refused_at_once(
         ValueError, match=rf"reward '{name}' takes \({takes}\), {called}: {reason}.*; let it take \(comp"
     ):
         weights(functions=(f"{tmp_path}/own.py:{name}",))
+
+
+def test_a_function_that_no_worker_process_would_find_is_refused_at_once(tmp_path):
+    (tmp_path / "own.py").write_text(CALLS)
+    assert "short" in weights(functions=(f"{tmp_path}/own.py:short",))
+    with pytest.raises(ValueError, match="reward 'nameless' cannot be sent to a worker process .*define it by `def`"):
+        weights(functions=(f"{tmp_path}/own.py:nameless",))
 
 
 def test_a_name_that_is_no_column_of_the_data_is_refused_when_it_is_read(tmp_path):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from grpo.config import DataConfig, RewardsConfig, nearest
 from grpo.records import Problem
 from grpo.rewards import FINAL_PREFIX, Reward, correctness_reward, format_reward, refuse_uncallable
+from grpo.rewards.worker import pack_function
 from grpo.user_code import load_object
 
 TASKS = {
@@ -64,10 +65,12 @@ class Task:
                     f"the {name} split of task {self.name!r} is empty (data.path={self.data.path!r}, "
                     f"data.validation_fraction={self.data.validation_fraction}); give more rows or another fraction"
                 )
-            if not (isinstance(problems[0], Problem) and isinstance(problems[0].answer, str)):
-                found = f"{problems[0]!r:.80} is no grpo.records.Problem with texts for question and answer"
-                raise ValueError(f"load({name!r}) of task {self.name!r}: {found}")
             known = [problems[0]] if is_endless else problems
+            has_texts = lambda problem: isinstance(problem.question, str) and isinstance(problem.answer, str)
+            bad = [problem for problem in known if not (isinstance(problem, Problem) and has_texts(problem))]
+            if bad:
+                found = f"{bad[0]!r:.80} is no grpo.records.Problem with texts for question and answer"
+                raise ValueError(f"load({name!r}) of task {self.name!r}: {found}")
             refuse_uncallable(self.rewards, {column for problem in known for column in problem.columns})
             self._splits[name] = problems
         return self._splits[name]
@@ -131,6 +134,8 @@ def _configured(own: Mapping[str, Reward], config: RewardsConfig) -> dict[str, R
             raise ValueError(f"rewards.functions: {path!r} has the name of another component; rename the function")
         rewards[name] = Reward(load_object(path), weight=1.0)
     refuse_uncallable(rewards)
+    for name, reward in rewards.items():
+        pack_function(name, reward.function)  # refuses one that no worker process would find
     for setting in config.weights:
         name, _, number = setting.partition("=")
         if name not in rewards:
