@@ -37,12 +37,13 @@ from grpo.update import fill_frozen, learning_rate, update_policy
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout and its optimizer steps. Steps count from 1."""
     drawn, drawn_scores = draw(run, step)
-    used = fill_with_teaching(drawn_scores.total, drawn_scores.scored, run.config.rollout.prompts_per_step)
+    drawn_advantages = advantages_of(run, drawn_scores)
+    used = fill_with_teaching(drawn_advantages, run.config.rollout.prompts_per_step)
     groups, scores = [drawn[i] for i in used], drawn_scores.pick(used)
     with run.log.timer("update"):
         advantages, metrics = learn(run, step, groups, scores)
     run.log.log_completions(step, completion_records(groups, scores, advantages, run.token_text))
-    drawing = {"zero_spread_groups": zero_spread_share(drawn_scores.total, drawn_scores.scored)}
+    drawing = {"zero_spread_groups": zero_spread_share(drawn_advantages)}
     drawing |= {"groups_dropped": 1 - len(groups) / len(drawn), **run.stream.metrics()}
     drawing |= length_metrics(drawn, training_seconds(run.log.timer.recent))
     return {**drawn_scores.means(), **drawing, **metrics}
@@ -68,7 +69,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
             refuse_unscored(scores[-1], config.rewards.max_unscored)
             run.stream.remember(scores[-1].pass_rates(CORRECTNESS))
         drawn = join_scores(scores)
-        teaching = len(groups) * (1 - zero_spread_share(drawn.total, drawn.scored))
+        teaching = len(groups) * (1 - zero_spread_share(advantages_of(run, drawn)))
         if round(teaching) >= config.rollout.prompts_per_step:
             break
     return groups, drawn
@@ -81,15 +82,13 @@ def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[
     if step == run.first_step:
         check_first_batch(run, groups)
     penalty = penalty_for_length(run, everyones)
-    rewards = scores.total + penalty
-    by_component = {"components": scores.components, "weights": scores.weights}
-    advantages = normalise(objective.advantages, rewards, scores.scored, **by_component)
+    advantages = advantages_of(run, scores, penalty)
     silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
     layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
     batch = pack(groups, **layout, silent=silent, max_over_ranks=world.max, device=world.device)
     fill_frozen(run.updater, batch, run.module, run.reference)
     if objective.kl_in_reward:
-        advantages = normalise(objective.advantages, rewards - kl_penalty(run, batch), scores.scored)
+        advantages = advantages_of(run, scores, penalty - kl_penalty(run, batch))
     set_weights(run, batch, groups, advantages, scores.scored)
     torch.manual_seed(hash((config.seed, step, world.rank)))  # of dropout, resumed or not
     lr = learning_rate(step, config.optim, config.num_steps)
@@ -110,6 +109,12 @@ def check_first_batch(run: Run, groups: list[Group]) -> None:
             mean, largest = check_packing(run.module, yardstick)
             found += f", those of packed rows by {mean:.1g}, {largest:.1g} at most"
     run.log.say(f"log-probs of the first batch beside padded rows: {found}")
+
+
+def advantages_of(run: Run, scores: Scores, penalty: Tensor | float = 0.0) -> Tensor:
+    """Advantages of everyone's groups, [P, G], from their scores and what is added to the rewards."""
+    by_component = {"components": scores.components, "weights": scores.weights}
+    return normalise(run.updater.objective.advantages, scores.total + penalty, scores.scored, **by_component)
 
 
 def penalty_for_length(run: Run, groups: list[Group]) -> Tensor:

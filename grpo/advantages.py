@@ -111,16 +111,15 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, share: float) -> Tens
     return -((lengths - max_new_tokens + buffer) / buffer).clamp(0, 1) if share else torch.zeros(lengths.shape)
 
 
-def fill_with_teaching(rewards: Tensor, scored: Tensor, num_groups: int) -> list[int]:
+def fill_with_teaching(advantages: Tensor, num_groups: int) -> list[int]:
     """The first num_groups of the drawn groups that have spread and, where those are too few, the first of the others.
 
-    rewards, scored: [drawn, G].  Returns indices in the order drawn (DAPO's dynamic sampling, arXiv:2503.14476).
+    advantages: [drawn, G].  Returns indices in the order drawn (DAPO's dynamic sampling, arXiv:2503.14476).
     """
-    has_spread = group_mean_and_spread(torch.where(scored, rewards, 0.0), scored)[1][:, 0]
-    order = (~has_spread).to(torch.int8).argsort(stable=True)
+    order = (advantages == 0).all(1).to(torch.int8).argsort(stable=True)
     return sorted(order[:num_groups].tolist())
 
 
-def zero_spread_share(rewards: Tensor, scored: Tensor) -> float:
-    """Share of groups that teach nothing because all their scored rewards are equal."""
-    return 1.0 - group_mean_and_spread(rewards, scored)[1].float().mean().item()
+def zero_spread_share(advantages: Tensor) -> float:
+    """Share of groups that teach nothing because all their advantages, [P, G], are 0."""
+    return (advantages == 0).all(1).float().mean().item()

@@ -157,7 +157,16 @@ def leave_one_out(rewards, scored):
 
 def test_zero_spread_share_counts_groups_without_a_difference():
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.5, 0.5], [0.0, 0.5]])
-    assert zero_spread_share(rewards, all_scored(rewards)) == 0.5
+    assert zero_spread_share(normalise("group", rewards, all_scored(rewards))) == 0.5
+
+
+def test_of_per_reward_groups_teach_whose_components_differ_though_their_rewards_are_equal():
+    components = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    rewards = components @ torch.tensor([1.0, 2.0])
+    assert rewards.tolist() == [[2, 2], [3, 3]]
+    by_component = {"components": components, "weights": (1.0, 2.0)}
+    advantages = normalise("per_reward", rewards, all_scored(rewards), **by_component)
+    assert zero_spread_share(advantages) == 0.5 and fill_with_teaching(advantages, 1) == [0]
 
 
 def test_the_overlong_penalty_falls_in_a_line_over_the_last_fifth():
@@ -169,9 +178,10 @@ def test_the_overlong_penalty_falls_in_a_line_over_the_last_fifth():
 
 def test_groups_that_teach_come_first_and_the_others_only_fill():
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.5, 1.0]])
-    assert fill_with_teaching(rewards, all_scored(rewards), 2) == [1, 3]  # the surplus group 4 is dropped
-    assert fill_with_teaching(rewards, all_scored(rewards), 4) == [0, 1, 3, 4]
-    assert fill_with_teaching(rewards, all_scored(rewards), 5) == [0, 1, 2, 3, 4]
+    advantages = normalise("group", rewards, all_scored(rewards))
+    assert fill_with_teaching(advantages, 2) == [1, 3]  # the surplus group 4 is dropped
+    assert fill_with_teaching(advantages, 4) == [0, 1, 3, 4]
+    assert fill_with_teaching(advantages, 5) == [0, 1, 2, 3, 4]
     scored = all_scored(rewards)
     scored[1, 0] = False  # with one score left there is nothing to compare
-    assert fill_with_teaching(rewards, scored, 2) == [3, 4]
+    assert fill_with_teaching(normalise("group", rewards, scored), 2) == [3, 4]
