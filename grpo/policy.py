@@ -151,7 +151,7 @@ class MovingReference(Policy):
 
     def __init__(self, policy: Policy):
         masters = policy.copy_of(policy.masters)
-        super().__init__(masters, policy.tokenizer, "fp32" if policy.model is policy.masters else "bf16")
+        super().__init__(masters, policy.tokenizer, "bf16" if policy.model.dtype == torch.bfloat16 else "fp32")
         masters.requires_grad_(False)
 
     @torch.no_grad()

@@ -191,6 +191,12 @@ def all_set_to(value, policy):
     policy.refresh()
 
 
+def test_a_moving_reference_is_as_precise_as_its_policy_where_that_samples_from_a_copy():
+    policy = Policy(tiny_qwen2(), word_tokenizer(), "fp32")
+    policy.sample_from_copy()  # under FSDP
+    assert MovingReference(policy).model.dtype == torch.float32
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_moving_reference_copies_or_averages_and_never_moves_the_policy(precision):
     policy = Policy(tiny_qwen2(), word_tokenizer(), precision)
