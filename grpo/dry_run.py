@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from grpo.base import model_config
 from grpo.config import Config, dump
+from grpo.layers import decoder_layers
 from grpo.lora import LoraLinear, Nf4, add_adapters
 from grpo.policy import choose_precision, load_model_config
 from grpo.tasks.word_problems import LEVELS
@@ -52,7 +53,7 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
         num_parameters=sum(parameter.numel() for parameter in parameters),
         num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         num_in_4_bits=sum(weight.numel() for weight in adapted if config.lora.quantize == "nf4"),
-        num_in_layers=sum(parameter.numel() for parameter in whole.base_model.layers.parameters()),
+        num_in_layers=sum(parameter.numel() for layer in decoder_layers(whole) for parameter in layer.parameters()),
         shape=shape,
         bytes_per_element=2 if is_bf16 else 4,
         has_reference=bool(config.objective.beta),

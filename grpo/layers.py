@@ -12,9 +12,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 BACKEND = "inductor"  # of torch.compile
 MOST_GRAPHS = 64  # of one piece of a layer: with and without gradient, decoding, one row or several ...
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of any family, whatever it calls their list."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
@@ -77,7 +83,7 @@ def refuse_extras(module: nn.Module, mask: Tensor | None, others: dict[str, obje
 @contextmanager
 def in_fp32(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` compute in fp32, with the weights of one layer at a time converted."""
-    layers = list(model.base_model.layers)
+    layers = decoder_layers(model)
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     outside = {name: weight.float() for name, weight in model.named_parameters() if id(weight) not in in_layers}
 
@@ -99,8 +105,8 @@ def compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable]:
     around the matmuls, and attention left alone. A piece that cannot be compiled is run as it is, with a warning.
     """
     lenient = torch._dynamo.config.patch(suppress_errors=True, recompile_limit=MOST_GRAPHS)
-    layers = model.base_model.layers
-    return {layer: lenient(torch.compile(layer.forward, dynamic=True, backend=BACKEND)) for layer in layers}
+    compiled = lambda layer: lenient(torch.compile(layer.forward, dynamic=True, backend=BACKEND))
+    return {layer: compiled(layer) for layer in decoder_layers(model)}
 
 
 def checkpoint_layers(model: PreTrainedModel, **options: object) -> None:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from grpo.distributed import World
+from grpo.layers import decoder_layers
 
 if TYPE_CHECKING:
     from grpo.policy import Policy
@@ -156,7 +157,7 @@ def shard_fully(module: nn.Module, policy: Policy, mesh: DeviceMesh) -> None:
     if policy.model.dtype == torch.bfloat16:
         precision = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
         options["mp_policy"] = MixedPrecisionPolicy(**precision)
-    for layer in policy.masters.base_model.layers:
+    for layer in decoder_layers(policy.masters):
         fully_shard(layer, **options)
     fully_shard(module, **options)
     policy.own = {name: share for name, share in policy.masters.named_parameters() if share.requires_grad}

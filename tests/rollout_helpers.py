@@ -51,6 +51,7 @@ FAMILIES = {
         {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
     "phi3": ("phi3", {"pad_token_id": 0}),
+    "gpt2": ("gpt2", {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}),
 }
 
 

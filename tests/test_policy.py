@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from grpo import layers, lora
-from grpo.batch import LAYOUTS, pack, weigh
+from grpo.batch import LAYOUTS, pack, padded_rows, weigh
 from grpo.config import LoraConfig, OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
@@ -111,6 +111,19 @@ def test_compiled_layers_change_no_log_prob_and_no_gradient_and_rollout_does_not
     for ours, theirs in zip(values(True), plain, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert compiled_calls["unique_graphs"] > before
+
+
+def test_layers_that_a_family_names_otherwise_are_compiled_and_computed_in_fp32(monkeypatch):
+    monkeypatch.setattr(layers, "BACKEND", "eager")
+    graphs, options = torch._dynamo.utils.counters["stats"], {"temperature": 1.0, "impl": "torch"}
+    policy = Policy(tiny_model("gpt2"), byte_tokenizer(), "bf16")
+    rows = padded_rows(made_up_groups(1), [(0, 0), (0, 1), (0, 2)], ALONE.device)
+    with torch.no_grad(), layers.in_fp32(policy.model):
+        truth = LogprobModel(policy.model, **options)(rows)[0]
+    plain, before = PolicyModule(policy, **options)(rows)[0], graphs["unique_graphs"]
+    assert not torch.equal(plain, truth) and torch.allclose(plain, truth, atol=0.1)
+    assert torch.equal(PolicyModule(policy, **options, compile=True)(rows)[0], plain)
+    assert graphs["unique_graphs"] > before
 
 
 def test_the_working_copy_follows_the_masters_at_the_same_addresses():
