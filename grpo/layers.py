@@ -102,10 +102,13 @@ def compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable]:
     """For `using_forwards`: every decoder layer by torch.compile, for any number of rows and any length.
 
     Layers are alike, so what is compiled for the first serves all: norm, rotary and MLP arithmetic in a few kernels
-    around the matmuls, and attention left alone. A piece that cannot be compiled is run as it is, with a warning.
+    around the matmuls, and attention left alone. A piece that cannot be compiled, or whose backward pass cannot, is run
+    as it is, with a warning.
     """
     lenient = torch._dynamo.config.patch(suppress_errors=True, recompile_limit=MOST_GRAPHS)
-    compiled = lambda layer: lenient(torch.compile(layer.forward, dynamic=True, backend=BACKEND))
+    # A backward pass compiled with its forward pass: one that cannot be would only fail when it is needed.
+    early = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    compiled = lambda layer: early(lenient(torch.compile(layer.forward, dynamic=True, backend=BACKEND)))
     return {layer: compiled(layer) for layer in decoder_layers(model)}
 
 

@@ -6,7 +6,10 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo import layers, lora
 from grpo.batch import LAYOUTS, pack, padded_rows, weigh
@@ -124,6 +127,22 @@ def test_layers_that_a_family_names_otherwise_are_compiled_and_computed_in_fp32(
     assert not torch.equal(plain, truth) and torch.allclose(plain, truth, atol=0.1)
     assert torch.equal(PolicyModule(policy, **options, compile=True)(rows)[0], plain)
     assert graphs["unique_graphs"] > before
+
+
+def test_a_layer_whose_backward_pass_cannot_be_compiled_is_run_as_it_is_and_it_is_said(monkeypatch, caplog):
+    class Layer(GradientCheckpointingLayer):
+        def forward(self, hidden):
+            return (hidden * self.weight).tanh()
+
+    as_it_is = lambda graph, inputs: make_boxed_func(graph.forward)
+    monkeypatch.setattr(layers, "BACKEND", aot_autograd(fw_compiler=as_it_is, bw_compiler=lambda graph, inputs: 1 / 0))
+    layer, hidden = Layer(), torch.arange(6.0).view(2, 3)
+    layer.weight = torch.nn.Parameter(torch.full((3,), 0.1))
+    with layers.using_forwards(layers.compiled_layers(torch.nn.Sequential(layer))):
+        output = layer(hidden)
+    output.sum().backward()
+    torch.testing.assert_close(layer.weight.grad, (hidden * (1 - output**2)).sum(0))
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_the_working_copy_follows_the_masters_at_the_same_addresses():
