@@ -127,7 +127,8 @@ def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[
     cached_tokens = groups * model.prompt_tokens + sequences * rollout.max_new_tokens
     kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    layer = (8 * shape.hidden_size + 4 * shape.intermediate_size) * size
+    mlp_width = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size  # GPT-2, OPT: called otherwise
+    layer = (8 * shape.hidden_size + 4 * mlp_width) * size
     checkpointed = shape.num_hidden_layers * shape.hidden_size * size + layer
     activation = checkpointed if config.model.gradient_checkpointing else shape.num_hidden_layers * layer
     copies, passing = weights_estimate(config, world_size, model)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from grpo import command_line, dry_run
 from grpo import config as config_module
@@ -465,6 +465,9 @@ def test_the_memory_estimate_by_hand():
     assert "frozen reference" not in memory and memory["activations, or frozen reference"] == 16384 * 2 * 512 * 2
     in_fp32 = dry_run.memory_estimate(SETTLED, 1, replace(FACTS, bytes_per_element=4, has_reference=False))
     assert not {"frozen base", "working copy, bf16", "frozen reference"} & set(in_fp32)
+    gpt2 = replace(FACTS, shape=GPT2Config(n_layer=2, n_head=4, n_embd=32))
+    memory = dry_run.memory_estimate(SETTLED, 1, gpt2)
+    assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 128) * 2
 
 
 @pytest.mark.parametrize(
