@@ -177,6 +177,7 @@ def load_policy(path: str, *, precision: str, device: torch.device) -> Policy:
 def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a hub id or local folder, with SDPA attention. ValueError where its files do not fill it:
     transformers would draw what is left at random, with a warning at most."""
+    load_model_config(path)  # refuses, in words, what transformers would fail at or load otherwise
     options = {"dtype": dtype, "attn_implementation": "sdpa", "ignore_mismatched_sizes": True}
     model, found = from_hub(AutoModelForCausalLM, path, output_loading_info=True, **options)
     absent = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})

@@ -258,6 +258,8 @@ def test_a_base_that_is_quantized_already_is_refused(base):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
     with pytest.raises(ValueError, match="is quantized; name what it was made from, with lora.quantize=nf4"):
         load_model_config(str(base))
+    with pytest.raises(ValueError, match="is quantized"):  # eval.py, too
+        lora.load(str(base), precision="fp32", device=torch.device("cpu"))
 
 
 # --- a whole run ---
