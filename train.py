@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from grpo import distributed
-from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
+from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, without_spread, zero_spread_share
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
 from grpo.command_line import Command, parse_command
 from grpo.distributed import StopRequest, World
@@ -36,8 +36,7 @@ from grpo.update import fill_frozen, learning_rate, update_policy
 
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout and its optimizer steps. Steps count from 1."""
-    drawn, drawn_scores = draw(run, step)
-    drawn_advantages = advantages_of(run, drawn_scores)
+    drawn, drawn_scores, drawn_advantages = draw(run, step)
     used = fill_with_teaching(drawn_advantages, run.config.rollout.prompts_per_step)
     groups, scores = [drawn[i] for i in used], drawn_scores.pick(used)
     with run.log.timer("update"):
@@ -49,8 +48,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     return {**drawn_scores.means(), **drawing, **metrics}
 
 
-def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
-    """Everyone's groups and their scores: prompts_per_step of them, or more with dynamic sampling.
+def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
+    """Everyone's groups, their scores and advantages: prompts_per_step of them, or more with dynamic sampling.
 
     A group that is drawn and not used is dropped: kept for later it would be off-policy.
     """
@@ -69,10 +68,11 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores]:
             refuse_unscored(scores[-1], config.rewards.max_unscored)
             run.stream.remember(scores[-1].pass_rates(CORRECTNESS))
         drawn = join_scores(scores)
-        teaching = len(groups) * (1 - zero_spread_share(advantages_of(run, drawn)))
+        advantages = advantages_of(run, drawn)
+        teaching = len(groups) * (1 - zero_spread_share(advantages))
         if round(teaching) >= config.rollout.prompts_per_step:
             break
-    return groups, drawn
+    return groups, drawn, advantages
 
 
 def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[Tensor, dict[str, float]]:
@@ -83,7 +83,7 @@ def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[
         check_first_batch(run, groups)
     penalty = penalty_for_length(run, everyones)
     advantages = advantages_of(run, scores, penalty)
-    silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
+    silent = None if objective.hears_all else world.mine(without_spread(advantages)).tolist()
     layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
     batch = pack(groups, **layout, silent=silent, max_over_ranks=world.max, device=world.device)
     fill_frozen(run.updater, batch, run.module, run.reference)

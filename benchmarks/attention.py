@@ -9,6 +9,7 @@ Last line: JSON. On CPU, where there is no flash attention over variable lengths
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -47,8 +48,9 @@ class Part:
     is_causal: bool
 
 
+@functools.lru_cache(maxsize=4)
 def parts_of(layout: SharedPrefix) -> list[Part]:
-    """Own spans; prompts, for completions; what all begin with, for every row after it."""
+    """Own spans; prompts, for completions; what all begin with, for every row after it. Made once a micro-batch."""
     device, length, common = layout.group.device, len(layout.group), layout.common.stop
     spans = [layout.common, *(span for prompt, own in layout.groups for span in (prompt, *own))]
     own = [span.stop - span.start for span in spans if span.stop > span.start]
@@ -156,30 +158,15 @@ def _copied(tensor: Tensor, copies: int) -> Tensor:
     return tensor.repeat(copies, 1, 1) if copies > 1 else tensor
 
 
-_compiled: dict[Callable, Callable] = {}
-
-
 def fast(function: Callable, device: torch.device) -> Callable:
     """On CUDA one kernel in place of a dozen."""
-    if device.type == "cpu":
-        return function
-    return _compiled.setdefault(function, torch.compile(function, dynamic=True))
+    return function if device.type == "cpu" else attention._compiled(function)
 
 
 def cascade(query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale: float, window: None) -> Tensor:
     """As the functions of grpo/attention.py, without a sliding window. [1, H, L, D] -> the same."""
     rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return Cascade.apply(*rows, parts_once(layout), scale).transpose(0, 1)[None]
-
-
-_parts: dict[int, tuple[SharedPrefix, list[Part]]] = {}
-
-
-def parts_once(layout: SharedPrefix) -> list[Part]:
-    """Made once a micro-batch, for all its layers."""
-    if id(layout) not in _parts:
-        _parts[id(layout)] = layout, parts_of(layout)
-    return _parts[id(layout)][1]
+    return Cascade.apply(*rows, parts_of(layout), scale).transpose(0, 1)[None]
 
 
 def make_layout(
@@ -219,8 +206,9 @@ def measure(name: str, sizes: tuple[int, ...], device: torch.device, repeats: in
     tensors = [draw(heads).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)]
     gradient = draw(HEADS)
     exact = [tensor.detach().float().cpu().requires_grad_() for tensor in tensors]
-    on_cpu = make_layout(*sizes, device).to("cpu")
-    truth = [x.detach().to(device) for x in run_once(attention.two_part, exact, gradient.float().cpu(), on_cpu)]
+    truth = [
+        x.detach().to(device) for x in run_once(attention.two_part, exact, gradient.float().cpu(), layout.to("cpu"))
+    ]
     contenders = {"two_part": attention.two_part}
     if is_cuda:
         contenders = {"gathered": attention.gathered, "cascade": cascade, "flex": attention.flex}

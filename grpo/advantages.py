@@ -116,10 +116,15 @@ def fill_with_teaching(advantages: Tensor, num_groups: int) -> list[int]:
 
     advantages: [drawn, G].  Returns indices in the order drawn (DAPO's dynamic sampling, arXiv:2503.14476).
     """
-    order = (advantages == 0).all(1).to(torch.int8).argsort(stable=True)
+    order = without_spread(advantages).to(torch.int8).argsort(stable=True)
     return sorted(order[:num_groups].tolist())
 
 
 def zero_spread_share(advantages: Tensor) -> float:
     """Share of groups that teach nothing because all their advantages, [P, G], are 0."""
-    return (advantages == 0).all(1).float().mean().item()
+    return without_spread(advantages).float().mean().item()
+
+
+def without_spread(advantages: Tensor) -> Tensor:
+    """Which groups teach nothing.  [P, G] -> [P] bool."""
+    return (advantages == 0).all(1)

@@ -51,7 +51,8 @@ class Ending:
     """Decides where sampled ids end and what they say. Text never shows special tokens, so a stop cannot be one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos: list[int], stop: tuple[str, ...]):
-        special = [text for text in stop if any(token in text for token in special_tokens(tokenizer).values())]
+        unseen = special_tokens(tokenizer).values()
+        special = [text for text in stop if any(token in text for token in unseen)]
         if special:
             raise ValueError(
                 f"stop strings {special} contain a special token, which text never shows; use eos_token_id"
