@@ -62,6 +62,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("prompt", "answer"):
         help_text = f"column of the {name} (task jsonl; default: the run's, or {name})"
         add(f"--data.{name}-column", dest=f"{name}_column", help=help_text)
+    left_out = "leave out problems whose prompts leave no room for the completion (default: the run's, or not)"
+    add("--data.drop-overlong", dest="drop_overlong", action="store_true", default=None, help=left_out)
     add("--split", choices=("test", "validation", "train"), default="test", help="which problems (default: test)")
     add("--shots", type=int, nargs="+", help="exemplars in the prompt, one evaluation each (default: the run's, or 8)")
     style = "plain text or the chat template (default: the run's, or plain)"
@@ -118,10 +120,10 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
         names = ("functions", "weights", "format_weight", "correctness_weight")  # of the components of the run's task
         rewards = replace(config.rewards, **{name: getattr(RewardsConfig(), name) for name in names})
         config = replace(config, task=options.task, data=DataConfig(), rewards=rewards)
-    columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
+    data = {name: getattr(options, name) for name in ("prompt_column", "answer_column", "drop_overlong")}
     told = options.template_options and tuple(options.template_options)
     given = {
-        "data": {"path": options.data_path, **columns},
+        "data": {"path": options.data_path, **data},
         "prompt": {"style": options.style, "template_options": told},
         "rollout": {
             "group_size": options.samples,
@@ -151,6 +153,9 @@ def evaluate_model(
         shots: Prompter(task, replace(config.prompt, shots=shots), policy.tokenizer, **lengths)
         for shots in options.shots or [config.prompt.shots]
     }
+    for prompter in prompters.values():  # each number of shots is asked the same problems
+        say = print if world.is_writer else lambda text: None
+        problems = prompter.fitting(problems, drop=config.data.drop_overlong, say=say)
     prompted = {shots: [prompter(problem) for problem in problems] for shots, prompter in prompters.items()}
     results = {}
     for shots, questions in prompted.items():

@@ -55,7 +55,9 @@ class LoraConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = ""
-    """Where the task's problems are: a folder with train/test files, one JSONL, JSON or Parquet file, or a hub id. Empty: the task's own default."""
+    """Where the task's problems are: a folder with train/test files, one JSONL, JSON or Parquet file, a hub id, or one split of it (owner/name:train). Of one file or split, validation and test are held out. Empty: the task's own default."""
+    subset: str = ""
+    """Which subset (configuration) of a hub data set, where it has several."""
     level: Literal[1, 2, 3] = 1
     """How hard the problems of task `word_problems` are. 1: up to three steps with small numbers. 2: up to four, numbers to 99. 3: two to six, numbers to 99, and numbers that do not matter."""
     prompt_column: str = "prompt"
@@ -66,6 +68,8 @@ class DataConfig:
     """Share of the training file held out for validation, drawn with `split_seed`."""
     split_seed: int = 0
     """Seed of the train/validation split. Apart from `seed`, so that runs with different seeds share one split."""
+    drop_overlong: bool = False
+    """Leave out problems whose prompts leave no room for `rollout.max_new_tokens` in the model's context, and say how many. False: one such problem ends the run before it begins."""
     curriculum: Literal["none", "drop_solved", "target_rate"] = "none"
     """Which training problems an epoch visits, by the share of correct completions at their last visit. drop_solved: not those where it was 1. target_rate: the nearer to `target_rate`, the more often. Not for an endless split (task `word_problems`)."""
     target_rate: Annotated[float, "(0, 1)"] = 0.5

@@ -6,6 +6,7 @@ came of it, work on a `Run`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from grpo.logprobs import LogprobModel, PolicyModule
 from grpo.metrics import RunLogger, environment, token_texts
 from grpo.objectives import Objective, check_steps, resolve
 from grpo.policy import MovingReference, Policy, load_model_config, load_reference
+from grpo.records import Problem
 from grpo.rewards.pool import make_pool
 from grpo.rollout import EVALUATION, TRAINING, Sampler
 from grpo.sharding import distribute
@@ -59,7 +61,7 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
     task = make_task(config.task, config.data, config.rewards)
     task.check_path()
     if isinstance(task, WordProblems):
-        make_stream(config, task)  # refuses a curriculum
+        make_stream(config, task.split("train"))  # refuses a curriculum
     elif not config.model.path:
         message = f"task {config.task} without model.path: the embedded model knows word_problems only; name one"
         raise ValueError(message)
@@ -80,10 +82,10 @@ def state_objective(config: Config) -> tuple[Config, Objective]:
     return replace(config, objective=ObjectiveConfig(preset=config.objective.preset, **asdict(objective))), objective
 
 
-def make_stream(config: Config, task: Task) -> ProblemStream:
+def make_stream(config: Config, problems: Sequence[Problem]) -> ProblemStream:
     """The training problems, in their order."""
     curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
-    return ProblemStream(task.split("train"), seed=config.seed, **curriculum)
+    return ProblemStream(problems, seed=config.seed, **curriculum)
 
 
 class Run:
@@ -94,16 +96,16 @@ class Run:
         tracked = trackers.chosen(config.track)
         self.log = RunLogger(run_dir, is_writer=world.is_writer, track=tracked, config=flat(asdict(config)))
         self.task = make_task(config.task, config.data, config.rewards)
-        splits = [self.task.split(name) for name in ("train", "validation", "test")]
-        self.stream = make_stream(config, self.task)
+        splits = {name: self.task.split(name) for name in ("train", "validation", "test")}
         is_embedded = not config.model.path
         self.base_folder = prepare_base(config, self.task, world, self.log) if is_embedded else None
         where = {"precision": config.model.precision, "device": world.device}
         policy = lora.load(str(self.base_folder or config.model.path), config.lora, **where, seed=config.seed)
         lengths = {"context_length": policy.context_length, "max_new_tokens": config.rollout.max_new_tokens}
         self.policy, self.prompter = policy, Prompter(self.task, config.prompt, policy.tokenizer, **lengths)
-        for problems in splits:
-            self.prompter.check(problems)
+        fit = {"drop": config.data.drop_overlong, "say": self.log.say}
+        self.problems = {name: self.prompter.fitting(problems, **fit) for name, problems in splits.items()}
+        self.stream = make_stream(config, self.problems["train"])
         # moving: the weights of the reference, where it is refreshed
         self.module, wrapped, self.reference, self.moving = build_models(config, world, policy, objective)
         self.log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")
@@ -208,7 +210,7 @@ def evaluate_greedily(
     run: Run, split: str, limit: int, *, step: int = 0, model: torch.nn.Module | None = None
 ) -> Evaluation:
     """The most likely completion of each of a split's first problems, by the policy or another model."""
-    problems = [run.prompter(replace(problem, index=i)) for i, problem in enumerate(run.task.split(split)[:limit])]
+    problems = [run.prompter(replace(problem, index=i)) for i, problem in enumerate(run.problems[split][:limit])]
     sampler = make_sampler(run.config, model or run.policy.model, run.prompter, run.log, greedy=True)
     options = {"require_finish": run.config.rewards.require_finish, "score": run.pool}
     with run.policy.at_hand():

@@ -198,7 +198,7 @@ def test_a_prompt_that_leaves_no_room_names_the_problem_and_the_sizes(tokenizer)
     assert prompter(Sums(), tokenizer, shots=0, context_length=length + 10)(problem).prompt
     with pytest.raises(
         ValueError,
-        match=f"test/9: a prompt of {length} tokens and max_new_tokens=10.*{length + 9}; lower .* or shots=0$",
+        match=f"test/9: a prompt of {length} tokens and max_new_tokens=10.*{length + 9}; lower .* or shots=0, or leave",
     ):
         prompter(Sums(), tokenizer, shots=0, context_length=length + 9)(problem)
 
@@ -209,9 +209,25 @@ def test_a_split_is_refused_for_its_longest_question_in_tokens_not_in_characters
     ]
     limit = len(prompter(Sums(), tokenizer, shots=0)(problems[0]).prompt_ids) + 10
     ask = prompter(Sums(), tokenizer, shots=0, context_length=limit)
-    ask.check(problems[:100])
+    assert ask.fitting(problems[:100]) == problems[:100]
     with pytest.raises(ValueError, match="test/100: a prompt of"):  # 30 characters, 90 tokens
-        ask.check(problems)
+        ask.fitting(problems)
+
+
+def test_problems_that_leave_no_room_are_left_out_and_counted_where_that_is_asked_for(tokenizer):
+    sizes = (10, 300, 60, 61, 10, 400)
+    problems, said = [Problem(f"train/{i}", "a" * size, "4") for i, size in enumerate(sizes)], []
+    limit = len(prompter(Sums(), tokenizer, shots=0)(problems[2]).prompt_ids) + 10
+    ask = prompter(Sums(), tokenizer, shots=0, context_length=limit)
+    kept = ask.fitting(problems, drop=True, say=said.append)
+    assert [problem.id for problem in kept] == ["train/0", "train/2", "train/4"]
+    assert said == [
+        "left out: 3 of 6 problems, train/1 the first: their prompts leave no room for max_new_tokens=10 in the "
+        "model's context"
+    ]
+    assert ask.fitting(kept, drop=True, say=said.append) == kept and len(said) == 1
+    with pytest.raises(ValueError, match="train/1: a prompt of"):  # none fits
+        ask.fitting([problems[1], problems[5]], drop=True)
 
 
 def test_a_split_of_short_questions_is_checked_without_tokenizing_each(tokenizer, monkeypatch):
@@ -219,9 +235,10 @@ def test_a_split_of_short_questions_is_checked_without_tokenizing_each(tokenizer
     monkeypatch.setattr(
         type(tokenizer), "__call__", lambda self, text, **how: tokenized.append(text) or tokenize(self, text, **how)
     )
-    ask.check([Problem(f"test/{i}", f"{i} + 1?", str(i + 1)) for i in range(1000)])
-    assert len(tokenized) == 1
-    ask.check([])
+    problems = [Problem(f"test/{i}", f"{i} + 1?", str(i + 1)) for i in range(1000)]
+    assert ask.fitting(problems) == problems
+    assert len(tokenized) < 100
+    assert ask.fitting([]) == []
 
 
 def test_the_built_in_exemplars_earn_full_reward_and_differ_in_kind():

@@ -218,6 +218,20 @@ def test_hub_rows_become_the_same_problems_as_local_ones(monkeypatch, folder):
         assert task("gsm8k", "").split(split) == task("gsm8k", folder).split(split)
 
 
+def test_of_one_split_of_a_hub_data_set_validation_and_test_are_held_out(monkeypatch, folder):
+    import datasets
+
+    def load_dataset(repo, configuration, split):
+        assert (repo, configuration, split) == ("someone/sums", "easy", "train")
+        return datasets.Dataset.from_list(gsm8k_rows(40))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    of_hub, of_file = task("gsm8k", "someone/sums:train", subset="easy"), task("gsm8k", folder / "train.jsonl")
+    for split in ("train", "validation", "test"):
+        assert of_hub.split(split) == of_file.split(split)
+    assert [len(of_hub.split(split)) for split in of_hub.splits] == [32, 4, 4]
+
+
 def test_an_unknown_task_names_the_nearest_and_the_list():
     names = "code, gsm8k, jsonl, keywords, word_problems"
     with pytest.raises(ValueError, match=f"unknown task 'gsm8'; the nearest is gsm8k; there are {names}, or"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,20 @@ class Prompter:
 
     def __call__(self, problem: Problem) -> Problem:
         """The problem with `prompt` and `prompt_ids`; ValueError where no room is left for the completion."""
+        text, ids = self._ask(problem)
+        if not self._leaves_room(ids):
+            raise ValueError(
+                f"problem {problem.id}: a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} exceed "
+                f"the model's context of {self.context_length}; lower max_new_tokens or shots={self.prompt.shots}, or "
+                "leave such problems out: --data.drop-overlong"
+            )
+        return replace(problem, prompt=text, prompt_ids=tuple(ids))
+
+    def _leaves_room(self, ids: Sequence[int]) -> bool:
+        return len(ids) + self.max_new_tokens <= self.context_length
+
+    def _ask(self, problem: Problem) -> tuple[str, list[int]]:
+        """Text and token ids of the prompt, however long."""
         shots = [shot for shot in self._candidates if shot.question != problem.question][: self.prompt.shots]
         if self.prompt.style == "plain":
             text = self.task.plain_prompt(problem.question, shots)
@@ -67,25 +82,38 @@ class Prompter:
                 message = f"the chat template of the tokenizer cannot take problem {problem.id}: {error}"
                 raise ValueError(f"{message}; use --prompt.style plain, or another number of shots") from error
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
-        if len(ids) + self.max_new_tokens > self.context_length:
-            raise ValueError(
-                f"problem {problem.id}: a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} exceed "
-                f"the model's context of {self.context_length}; lower max_new_tokens or shots={self.prompt.shots}"
-            )
-        return replace(problem, prompt=text, prompt_ids=tuple(ids))
+        return text, ids
 
-    def check(self, problems: Sequence[Problem]) -> None:
-        """Refuse, before any long work, a split with a prompt that leaves no room: its longest questions are tried."""
-        pool = [problems[i] for i in range(QUESTIONS_TRIED)] if getattr(problems, "endless", False) else problems
+    def fitting(
+        self, problems: Sequence[Problem], *, drop: bool = False, say: Callable[[str], None] = print
+    ) -> Sequence[Problem]:
+        """`problems`, if all of their prompts leave room for the completion: ValueError for one that does not, or, with
+        `drop`, those that do; `say` is told how many are left out.
+
+        Without `drop` the longest questions are tried, of an endless split the first ones.
+        """
+        is_endless = getattr(problems, "endless", False)
+        pool = [problems[i] for i in range(QUESTIONS_TRIED)] if is_endless else problems
         num_bytes = lambda problem: len(problem.question.encode())
         num_tokens = lambda problem: len(self.tokenizer(problem.question)["input_ids"])
-        if not pool:
-            return
         # No token is less than a byte: what is short in bytes need not be tokenized, which takes minutes for a million.
-        room = self.context_length - self.max_new_tokens - len(self(max(pool, key=num_bytes)).prompt_ids)
-        doubtful = [problem for problem in pool if num_bytes(problem) > room]
+        shortest = heapq.nsmallest(QUESTIONS_TRIED, pool, key=num_bytes)
+        around = max((len(self._ask(problem)[1]) for problem in shortest), default=0)  # the question, at least
+        room = self.context_length - self.max_new_tokens - around
+        is_short = lambda problem: num_bytes(problem) <= room
+        if drop and not is_endless:
+            kept = [problem for problem in pool if is_short(problem) or self._leaves_room(self._ask(problem)[1])]
+            if len(kept) < len(pool):
+                first = next(problem for problem, fit in zip(pool, [*kept, None], strict=False) if problem is not fit)
+                if not kept:
+                    self(first)  # says what does not fit
+                why = f"their prompts leave no room for max_new_tokens={self.max_new_tokens} in the model's context"
+                say(f"left out: {len(pool) - len(kept)} of {len(pool)} problems, {first.id} the first: {why}")
+            return kept
+        doubtful = [problem for problem in pool if not is_short(problem)]
         for problem in sorted(doubtful, key=num_tokens, reverse=True)[:QUESTIONS_TRIED]:
             self(problem)
+        return problems
 
 
 def _read_options(options: Sequence[str]) -> dict[str, Any]:

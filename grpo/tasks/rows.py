@@ -30,13 +30,14 @@ class RowTask(Task):
     """A task whose problems are rows with a question and an answer column.
 
     A folder (or hub data set) has a train and a test file; validation is a share `data.validation_fraction` of
-    the train file, drawn with `data.split_seed`. Of a single file the same share is held out for validation
-    and again for test. A problem's id is its file and row ("train/17"), whichever split it is in.
+    the train file, drawn with `data.split_seed`. Of a single file, or one split of a hub data set (owner/name:train),
+    the same share is held out for validation and again for test. A problem's id is its file and row ("train/17"),
+    whichever split it is in.
     """
 
     question_column: str = "prompt"
     answer_column: str = "answer"
-    hub: tuple[str, str | None] | None = None  # data set and configuration that an empty data.path stands for
+    hub: tuple[str, str] | None = None  # data set and subset that an empty data.path stands for
     embedded: Path | None = None  # or a file, of which a quarter each is held out
 
     def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
@@ -61,26 +62,29 @@ class RowTask(Task):
         return [self._problem(*row) for row in rows]
 
     def _rows(self, split: str) -> list[Row]:
-        fraction, seed, part = self.data.validation_fraction, self.data.split_seed, self.splits.index(split)
-        if self.data.path and Path(self.data.path).is_file():
-            return hold_out(read_file(Path(self.data.path)), self.question_column, fraction, seed, parts=2)[part]
-        rows = self._read("test" if split == "test" else "train")
-        return rows if split == "test" else hold_out(rows, self.question_column, fraction, seed, parts=1)[part]
-
-    def _read(self, name: str) -> list[Row]:
-        """The "train" or "test" rows of data.path: a folder, a hub id, or the task's own default."""
+        """Of data.path: a file, a folder, a hub data set or one split of it; or of the task's own default."""
         self.check_path()
-        path = self.data.path
-        if not path:
-            return read_hub(*self.hub, name)
-        return read_folder(Path(path), name) if Path(path).is_dir() else read_hub(path, None, name)
+        data, name = self.data, "test" if split == "test" else "train"
+        repo, _, only_split = data.path.partition(":")
+        if not data.path:
+            rows, parts = read_hub(*self.hub, name), 1
+        elif Path(data.path).is_file():
+            rows, parts = read_file(Path(data.path)), 2
+        elif Path(data.path).is_dir():
+            rows, parts = read_folder(Path(data.path), name), 1
+        else:
+            rows, parts = read_hub(repo, data.subset, only_split or name), 2 if only_split else 1
+        if split == "test" and parts == 1:
+            return rows
+        held_out = hold_out(rows, self.question_column, data.validation_fraction, data.split_seed, parts=parts)
+        return held_out[self.splits.index(split)]
 
     def check_path(self) -> None:
-        """ValueError where data.path is missing, or is neither here nor spelled like a hub id: owner/name."""
+        """ValueError where data.path is missing, or neither here nor spelled like a hub id: owner/name[:split]."""
         path = self.data.path
         if not path and self.hub is None:
             raise ValueError(f"task {self.name!r} needs --data.path: a folder with train and test files, or one file")
-        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and Path(path).suffix not in SUFFIXES
+        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", path) and Path(path).suffix not in SUFFIXES
         if path and not Path(path).exists() and not is_hub_id:
             known = f"a folder, a {', '.join(SUFFIXES)} file or a hub id"
             raise ValueError(f"data.path={path!r} does not exist; give {known}")
@@ -191,16 +195,17 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is not a Parquet file: {error}") from None
 
 
-def read_hub(repo: str, configuration: str | None, split: str) -> list[Row]:
-    """Rows of a data set on the hub, or of its local cache, through `datasets`."""
+def read_hub(repo: str, subset: str, split: str) -> list[Row]:
+    """Rows of a data set on the hub, or of its local cache, through `datasets`. subset: "" where it has but one."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        rows = load_dataset(repo, configuration, split=split)
+        rows = load_dataset(repo, subset or None, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
-            f"cannot load the {split} split of {repo!r} from the hub ({type(error).__name__}: {error}); without a "
+            f"cannot load the {split} split of {repo!r} from the hub ({type(error).__name__}: {error}); where it has "
+            f"only one, name it, --data.path {repo}:train, and validation and test are held out of it; without a "
             "connection, pass a folder that holds train.jsonl and test.jsonl (or .json, .parquet): --data.path DIR"
         ) from error
     return [(f"{split}/{i}", f"{repo} {split} row {i}", dict(row)) for i, row in enumerate(rows)]
