@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, zero_spread_share
+from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, without_spread, zero_spread_share
 
 
 def all_scored(rewards):
@@ -105,6 +105,8 @@ EVERY = ["group", "group_mean", "batch", "rloo"]
 def test_equal_rewards_give_exactly_zero_even_with_rounding_noise(name):
     rewards = torch.full((3, 8), 0.1) + torch.tensor([0.0, 1e-9, 3e-8])[:, None] * torch.arange(8)
     assert torch.equal(normalise(name, rewards, all_scored(rewards)), torch.zeros(3, 8))
+    scored = all_scored(rewards).index_fill(1, torch.tensor([2, 5]), False)  # what is unscored is no difference
+    assert torch.equal(normalise(name, rewards, scored), torch.zeros(3, 8))
 
 
 def test_per_reward_gives_a_group_without_spread_exactly_zero():
@@ -158,6 +160,12 @@ def leave_one_out(rewards, scored):
 def test_zero_spread_share_counts_groups_without_a_difference():
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.5, 0.5], [0.0, 0.5]])
     assert zero_spread_share(normalise("group", rewards, all_scored(rewards))) == 0.5
+
+
+def test_a_group_teaches_though_one_of_its_completions_is_at_the_mean():
+    rewards = torch.tensor([[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]])
+    advantages = normalise("group", rewards, all_scored(rewards))
+    assert advantages[0, 1] == 0 and without_spread(advantages).tolist() == [False, True]
 
 
 def test_of_per_reward_groups_teach_whose_components_differ_though_their_rewards_are_equal():
