@@ -157,6 +157,36 @@ def test_value_and_gradient_equal_a_loop_written_from_the_paper(name, seed):
         assert gradient[t].item() == pytest.approx((rise - fall) / 2e-6, rel=1e-5, abs=1e-7)
 
 
+BOUNDS = {  # which of the two a surrogate has
+    **dict.fromkeys(("clip", "dual_clip", "sequence", "sequence_token"), (True, True)),
+    "cispo": (False, True),
+    **dict.fromkeys(("sapo", "reinforce"), (False, False)),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", list(objectives.SURROGATES))
+def test_clipped_tokens_are_those_of_a_loop(name, seed):
+    logprobs, old, _, advantages = four_columns(seed)
+    objective = resolve("grpo", surrogate=name, clip_low=0.2, clip_high=0.3, ratio_cap=1.6)
+    difference, whole = (logprobs - old).tolist(), name.startswith("sequence")
+    low, high = [], []
+    for t, advantage in enumerate(advantages.tolist()):
+        seen = [u for u in range(len(SEQUENCE)) if (SEQUENCE[u] == SEQUENCE[t] if whole else u == t)]
+        ratio = math.exp(sum(difference[u] for u in seen) / len(seen))
+        low.append(BOUNDS[name][0] and ratio < 0.8 and advantage < 0)
+        high.append(BOUNDS[name][1] and ratio > 1.3 and advantage > 0)
+    found = objectives.clipped_low_and_high(objective, logprobs, old, advantages, SEQUENCE)
+    assert [mask.tolist() for mask in found] == [low, high]
+
+
+def test_the_seeds_of_that_loop_meet_both_bounds():
+    clip = resolve("grpo", clip_low=0.2, clip_high=0.3)
+    columns = [four_columns(seed) for seed in (0, 1, 2)]
+    masks = [objectives.clipped_low_and_high(clip, now, old, a, SEQUENCE) for now, old, _, a in columns]
+    assert all(sum(mask.sum().item() for mask in side) >= 2 for side in zip(*masks, strict=True))
+
+
 SMOOTH = [name for name in objectives.SURROGATES if name not in ("cispo", "sequence_token")]  # these two stop gradients
 
 
