@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from grpo import checkpoint, distributed, lora
 from grpo.config import Config, DataConfig, RewardsConfig, RolloutConfig, load
-from grpo.config_check import prompt_mistakes
+from grpo.config_check import outside_intervals, prompt_mistakes
 from grpo.distributed import World
 from grpo.evaluation import describe_difference, evaluate, result_table
 from grpo.live import Progress, can_show, print_any_text
@@ -135,7 +135,8 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     for section, values in given.items():
         stated = {name: value for name, value in values.items() if value is not None}
         config = replace(config, **{section: replace(getattr(config, section), **stated)})
-    for mistake in prompt_mistakes(config.prompt) if told else ():  # those of a run may be left unused
+    told_wrong = prompt_mistakes(config.prompt) if told else ()  # those of a run may be left unused
+    for mistake in (*outside_intervals(config.rollout, "rollout."), *told_wrong):
         raise ValueError(mistake)
     return [path for path, _ in resolved], config
 
@@ -161,7 +162,7 @@ def evaluate_model(
     for shots, questions in prompted.items():
         how = {"stop": prompters[shots].stop_strings, "stream": EVALUATION, "seed": options.seed}
         how |= {"impl": options.impl, "progress": timer.progress}
-        sampler = Sampler.from_config(config.rollout, policy.model, policy.tokenizer, **how)
+        sampler = Sampler(policy.model, policy.tokenizer, config.rollout, **how)
         with timer(f"{Path(path).name}, {shots} shots"):
             scoring = {"require_finish": config.rewards.require_finish, "score": pool}
             result = evaluate(sampler, questions, task.rewards, **scoring, world=world)

@@ -21,7 +21,6 @@ from benchmarks.train_step import make_model
 from grpo.logprobs import PolicyModule
 from grpo.objectives import resolve
 from grpo.policy import Policy
-from grpo.rollout import Sampler, Sampling
 from grpo.update import weighted_loss
 from kernels.measure import seconds
 
@@ -51,9 +50,7 @@ def jobs(device: torch.device, is_tiny: bool) -> dict[str, Callable[[], object]]
     loss_of = weighted_loss(resolve("dr_grpo"), micro_batch)
     work = rollout.WORKLOADS["tiny" if is_tiny else rollout.DEFAULT[device.type][0]]
     model = rollout.build_model(work, device)
-    sampling = Sampling(work.group_size, work.new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop=())
-    rows = work.prompts * work.group_size
-    sampler = Sampler(model, rollout.NoText(), sampling, seed=0, max_sequences=rows, prefill_tokens=16384)
+    sampler = rollout.make_sampler(model, work)
     draw = rollout.contenders(model, work, sampler, has_peers=False)["rollout"]
     return {
         "micro-batch": lambda: module(micro_batch, loss_of)[0].backward(),

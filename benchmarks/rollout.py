@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import default_device, measured_on
+from grpo.config import RolloutConfig
 from grpo.distributed import make_deterministic
 from grpo.records import Problem
-from grpo.rollout import Sampler, Sampling
+from grpo.rollout import Sampler
 from kernels.measure import device_name, peak_mib
 
 MIB = 2**20
@@ -160,14 +161,20 @@ def roofline(model: PreTrainedModel, work: Workload, bandwidth: float) -> float:
     return rows / (matmuls + (stored * kv_bytes + 3 * rows * work.vocab_size * size) / bandwidth)
 
 
+def make_sampler(model: PreTrainedModel, work: Workload, *, cuda_graph: bool = True, compile: bool = False) -> Sampler:
+    """Ours, which decodes all rows together."""
+    limits = {"max_sequences": work.prompts * work.group_size, "prefill_tokens": 16384, "cuda_graph": cuda_graph}
+    rollout = RolloutConfig(group_size=work.group_size, max_new_tokens=work.new_tokens, **limits)
+    return Sampler(model, NoText(), rollout, stop=(), seed=0, compile=compile)
+
+
 def measure(
     work: Workload, device: torch.device, repeats: int, options: dict[str, bool], *, is_alone: bool
 ) -> dict[str, object]:
     """Every figure of one workload."""
     model = build_model(work, device)
-    sampling = Sampling(work.group_size, work.new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop=())
-    rows, total = work.prompts * work.group_size, work.prompts * work.group_size * work.new_tokens
-    sampler = Sampler(model, NoText(), sampling, seed=0, max_sequences=rows, prefill_tokens=16384, **options)
+    total = work.prompts * work.group_size * work.new_tokens
+    sampler = make_sampler(model, work, **options)
     runs = contenders(model, work, sampler, has_peers=work.has_peers and not is_alone)
     peak = peak_mib(lambda: runs["rollout"](0), device)  # also its warm-up
     times: dict[str, list[float]] = {name: [] for name in runs}

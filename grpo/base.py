@@ -189,7 +189,7 @@ class Supervisor:
     def accuracy(self) -> float:
         """Share of the validation problems that greedy decoding gets right."""
         greedy = RolloutConfig(group_size=1, temperature=0.0, max_new_tokens=self.task.level.solution_tokens)
-        sampler = Sampler.from_config(greedy, self.model, self.tokenizer, stop=(), stream=EVALUATION, seed=0)
+        sampler = Sampler(self.model, self.tokenizer, greedy, stop=(), stream=EVALUATION, seed=0)
         scores = score_groups(sampler.generate(self.validation, 0), self.task.rewards, require_finish=True)
         return scores.means()["reward/correctness"]
 

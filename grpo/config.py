@@ -122,13 +122,13 @@ class RolloutConfig:
     """Completions of each prompt (G)."""
     max_new_tokens: Annotated[int, "[1, inf)"] = 40
     """Longest completion, in tokens."""
-    temperature: Annotated[float, "(0, inf)"] = 1.0
-    """Divides the logits, while sampling and in the loss alike. Validation and test are greedy whatever it is."""
-    top_p: float = 1.0
+    temperature: Annotated[float, "[0, inf)"] = 1.0
+    """Divides the logits, while sampling and in the loss alike. Validation and test are greedy, which is 0, whatever it is."""
+    top_p: Annotated[float, "(0, 1]"] = 1.0
     """Nucleus sampling. Training wants 1: the loss must see the distribution that was sampled."""
-    top_k: int = 0
+    top_k: Annotated[int, "[0, inf)"] = 0
     """Keep the k most likely tokens; 0 keeps all. Training wants 0."""
-    min_p: float = 0.0
+    min_p: Annotated[float, "[0, 1]"] = 0.0
     """Drop tokens less likely than this share of the most likely one; 0 keeps all. Training wants 0."""
     max_sequences: Annotated[int, "[1, inf)"] = 512
     """Sequences decoded at a time on one rank; more are done in turns."""

@@ -41,16 +41,17 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
 
 def check(config: Config, world_size: int) -> None:
     """Refuse what cannot work, before any long work: one ValueError with a line for each mistake, value and remedy."""
-    mistakes = [*_outside_intervals(config), *_indivisible(config, world_size), *_contradictions(config)]
+    mistakes = [*outside_intervals(config), *_indivisible(config, world_size), *_contradictions(config)]
     if mistakes:
         raise ValueError("\n".join(mistakes))
 
 
-def _outside_intervals(section: Any, prefix: str = "") -> Iterator[str]:
+def outside_intervals(section: Any, prefix: str = "") -> Iterator[str]:
+    """Numbers of a config or of one section, whose keys begin with the prefix, that cannot be."""
     for name, kind in get_type_hints(type(section), include_extras=True).items():
         value = getattr(section, name)
         if is_dataclass(value):
-            yield from _outside_intervals(value, f"{name}.")
+            yield from outside_intervals(value, f"{name}.")
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
         for interval in getattr(kind, "__metadata__", ()):
             if not all(_lies_in(number, interval) for number in numbers):
@@ -114,6 +115,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if rollout.group_size == 1:
         yield "rollout.group_size=1: an advantage is taken against the rest of its group; use 2 or more"
+    if rollout.temperature == 0:
+        yield "rollout.temperature=0: all completions of a prompt would be the most likely one; use a value above 0"
     if rollout.max_sequences < rollout.group_size:
         yield (
             f"rollout.max_sequences={rollout.max_sequences} is less than rollout.group_size={rollout.group_size}, but "

@@ -192,7 +192,7 @@ def make_sampler(
     rollout = replace(config.rollout, group_size=1, temperature=0.0) if greedy else config.rollout
     how = {"stop": prompter.stop_strings, "stream": EVALUATION if greedy else TRAINING, "seed": config.seed}
     how |= {"compile": config.model.compile, "impl": config.impl, "progress": log.progress}
-    return Sampler.from_config(rollout, model, prompter.tokenizer, **how)
+    return Sampler(model, prompter.tokenizer, rollout, **how)
 
 
 def validate(run: Run, step: int) -> dict[str, float]:

@@ -7,8 +7,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from grpo.config import RolloutConfig
 from grpo.records import Problem
-from grpo.rollout import Sampler, Sampling
+from grpo.rollout import Sampler
 
 VOCAB = 260  # 256 bytes, then <eos>, <pad> and two ids without text
 EOS, PAD = 256, 257
@@ -104,13 +105,13 @@ def problems(*lengths: int, first_index: int = 0) -> list[Problem]:
 
 
 def sampler(model: torch.nn.Module, **changes) -> Sampler:
-    """A Sampler with small settings; `changes` go to Sampling or to Sampler, whoever has the name."""
-    sampling = dict(group_size=3, max_new_tokens=12, temperature=1.0, top_p=1.0, top_k=0, stop=())
-    engine = dict(seed=7, max_sequences=64, prefill_tokens=64, tokenizer=None)
+    """A Sampler with small settings; `changes` go to RolloutConfig or to Sampler, whoever has the name."""
+    rollout = dict(group_size=3, max_new_tokens=12, max_sequences=64, prefill_tokens=64)
+    engine = dict(stop=(), seed=7, tokenizer=None)
     for name, value in changes.items():
-        (sampling if name in Sampling.__dataclass_fields__ else engine)[name] = value
+        (rollout if name in RolloutConfig.__dataclass_fields__ else engine)[name] = value
     tokenizer = engine.pop("tokenizer") or byte_tokenizer()
-    return Sampler(model, tokenizer, Sampling(**sampling), **engine)
+    return Sampler(model, tokenizer, RolloutConfig(**rollout), **engine)
 
 
 def ids_of(groups) -> list[list[list[int]]]:

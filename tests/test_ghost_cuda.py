@@ -19,9 +19,10 @@ import eval as evaluation
 import train
 from grpo import distributed
 from grpo.attention import VARLEN_OPTIONS
+from grpo.config import RolloutConfig
 from grpo.metrics import read_metrics
 from grpo.records import Problem
-from grpo.rollout import Sampler, Sampling
+from grpo.rollout import Sampler
 from tests.ghost_cuda import CUDA, Ghost, ghost_cuda
 from tests.tiny import save_tiny_model, tiny_qwen2, word_tokenizer, write_gsm8k_files
 from tests.trainee import rows_without_clock
@@ -206,12 +207,11 @@ def test_the_sampler_captures_triton_kernels_and_draws_the_same(device):
     model = tiny_qwen2(hidden_size=64).to(
         CUDA
     )  # heads of 16: the least of the kernels; fp32: interpreted, bf16 is garbage
-    sampling = Sampling(group_size=2, max_new_tokens=5, temperature=1.0, top_p=1.0, top_k=0, stop=())
-    limits = {"seed": 0, "max_sequences": 4, "prefill_tokens": 64}
+    rollout = RolloutConfig(group_size=2, max_new_tokens=5, max_sequences=4, prefill_tokens=64)
     problems = [Problem(id=str(i), question="", answer="", index=i, prompt_ids=(2 + i, 3, 4)) for i in range(2)]
     drawn = {}
     for impl in ("torch", "triton"):
-        sampler = Sampler(model, word_tokenizer(), sampling, **limits, impl=impl)
+        sampler = Sampler(model, word_tokenizer(), rollout, stop=(), seed=0, impl=impl)
         drawn[impl] = [completion for group in sampler.generate(problems, 0) for completion in group.completions]
         assert sampler._kept[1].replays  # it ran by its graph
     assert {"attend_prefix", "attend_suffix", "weigh_tiles", "pick"} == set(device.launches)

@@ -10,14 +10,14 @@ import torch
 from benchmarks.train_step import make_group
 from grpo.advantages import normalise
 from grpo.batch import LAYOUTS, pack, weigh
-from grpo.config import OptimConfig
+from grpo.config import OptimConfig, RolloutConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
 from grpo.policy import Policy, bf16_copy, load_reference
 from grpo.records import Problem
 from grpo.rewards import Reward, score_groups
-from grpo.rollout import Sampler, Sampling
+from grpo.rollout import Sampler
 from grpo.update import Updater, make_optimizer, update_policy
 from tests.test_learns import share_of_w7
 from tests.tiny import adapted, made_up_groups, tiny_qwen2, word_tokenizer
@@ -45,8 +45,8 @@ def train_three_steps(precision: str, groups_of, *, base: str | None) -> tuple[f
     policy = Policy(model, word_tokenizer(), precision)
     module = PolicyModule(policy, temperature=1.0, impl="auto")
     reference = LogprobModel(load_reference(policy), temperature=1.0, impl="auto")
-    sampling = Sampling(group_size=8, max_new_tokens=24, temperature=1.0, top_p=1.0, top_k=0, stop=())
-    sampler = Sampler(policy.model, policy.tokenizer, sampling, seed=0, max_sequences=64, prefill_tokens=2048)
+    rollout = RolloutConfig(group_size=8, max_new_tokens=24, max_sequences=64, prefill_tokens=2048)
+    sampler = Sampler(policy.model, policy.tokenizer, rollout, stop=(), seed=0)
     start = torch.cat([parameter.detach().flatten().clone() for parameter in policy.masters.parameters()])
     optimizer = make_optimizer(list(module.parameters()), OptimConfig(lr=1e-3))
     updater = Updater(module, optimizer, OBJECTIVE, world, 1.0, policy.refresh)

@@ -6,7 +6,7 @@ import torch
 
 from grpo.advantages import normalise
 from grpo.batch import pack, weigh
-from grpo.config import OptimConfig
+from grpo.config import OptimConfig, RolloutConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
@@ -14,7 +14,7 @@ from grpo.policy import Policy, load_reference
 from grpo.records import Problem
 from grpo.rewards import Reward, score_groups, score_texts
 from grpo.rewards.pool import Pool
-from grpo.rollout import Sampler, Sampling
+from grpo.rollout import Sampler
 from grpo.update import Updater, make_optimizer, update_policy
 from tests.reward_functions import faulty_on_some, share_of_w7
 from tests.tiny import tiny_qwen2, word_tokenizer
@@ -28,8 +28,8 @@ def mean_rewards(rewards, score=score_texts, *, model=None, lr=5e-3) -> tuple[li
     module = PolicyModule(policy, temperature=1.0, impl="torch")
     reference = LogprobModel(load_reference(policy), temperature=1.0, impl="torch")
     objective = resolve("grpo", beta=0.001)
-    sampling = Sampling(group_size=8, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, stop=())
-    sampler = Sampler(policy.model, policy.tokenizer, sampling, seed=0, max_sequences=64, prefill_tokens=512)
+    rollout = RolloutConfig(group_size=8, max_new_tokens=8, max_sequences=64, prefill_tokens=512)
+    sampler = Sampler(policy.model, policy.tokenizer, rollout, stop=(), seed=0)
     optimizer = make_optimizer(list(module.parameters()), OptimConfig(lr=lr))
     updater = Updater(module, optimizer, objective, ALONE, 1.0, policy.refresh)
     means, unscored = [], []

@@ -19,13 +19,13 @@ import eval as evaluation
 import train
 from grpo import config_check, lora
 from grpo.batch import LAYOUTS, pack
-from grpo.config import BatchConfig, Config, LoraConfig, ModelConfig, ObjectiveConfig
+from grpo.config import BatchConfig, Config, LoraConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from grpo.dry_run import memory_estimate, model_facts
 from grpo.logprobs import PolicyModule, check_packing, make_yardstick
 from grpo.metrics import read_metrics
 from grpo.policy import MovingReference, Policy, bf16_copy, load_model_config, load_reference
 from grpo.rewards import Reward
-from grpo.rollout import Sampler, Sampling
+from grpo.rollout import Sampler
 from kernels.linear_logprob import modes
 from tests.ranks import run_ranks
 from tests.reward_functions import share_of_w7
@@ -260,8 +260,8 @@ def test_the_packing_check_knows_the_truth_of_an_adapted_model(precision):
 
 def test_the_sampler_draws_from_the_adapted_model():
     policy = Policy(adapted(tiny_qwen2()), word_tokenizer(), "fp32")
-    sampling = Sampling(group_size=4, max_new_tokens=12, temperature=1.0, top_p=1.0, top_k=0, stop=())
-    sampler = Sampler(policy.model, policy.tokenizer, sampling, seed=0, max_sequences=64, prefill_tokens=512)
+    rollout = RolloutConfig(group_size=4, max_new_tokens=12, max_sequences=64, prefill_tokens=512)
+    sampler = Sampler(policy.model, policy.tokenizer, rollout, stop=(), seed=0)
     groups = sampler.generate([group.problem for group in made_up_groups(3)], step=1)
     rows = micro_batch(groups, "padded")
     found = PolicyModule(policy, temperature=1.0, impl="torch")(rows)[0]

@@ -38,6 +38,12 @@ def test_a_stop_of_several_bytes_per_character_is_complete_with_its_last_byte():
     assert (bytes(kept).decode(), text, finish) == ("né€", "né", "stop")
 
 
+@pytest.mark.parametrize("stop", ["Question:", ("\n", "")])
+def test_stops_are_a_tuple_of_texts_that_say_something(stop):
+    with pytest.raises(ValueError, match="must be a tuple of non-empty strings"):
+        Ending(byte_tokenizer(), [EOS], stop)
+
+
 def test_without_a_stop_the_last_id_decides():
     assert end(byte_tokenizer(), [*of_bytes("two"), EOS], "three") == ([*of_bytes("two"), EOS], "two", "eos")
     assert end(byte_tokenizer(), of_bytes("two"), "three") == (of_bytes("two"), "two", "length")

@@ -1,6 +1,6 @@
 """Problems -> groups of completions, sampled with the policy's own weights."""
 
 from grpo.rollout.engine import Sampler
-from grpo.rollout.sampling import EVALUATION, TRAINING, Sampling
+from grpo.rollout.sampling import EVALUATION, TRAINING
 
-__all__ = ["EVALUATION", "TRAINING", "Sampler", "Sampling"]
+__all__ = ["EVALUATION", "TRAINING", "Sampler"]

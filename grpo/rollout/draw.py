@@ -38,9 +38,9 @@ class Draw:
         training_step: int,
     ):
         self.sampler, self.problems, self.training_step = sampler, problems, training_step
-        self.step, self.run_step, self.sampling = step, run_step, sampler.sampling
+        self.step, self.run_step, self.group_size = step, run_step, sampler.rollout.group_size
         self.device, self.plan = sampler.model.device, step.slab.plan
-        shape = (len(problems) * self.sampling.group_size, self.plan.suffix_size)
+        shape = (len(problems) * self.group_size, self.plan.suffix_size)
         self.ids = torch.zeros(shape, dtype=torch.int64)
         self.logprobs = torch.zeros(shape, dtype=torch.float32)
         self.lengths = torch.zeros(shape[0], dtype=torch.int64)
@@ -60,11 +60,11 @@ class Draw:
             steps += 1
             if steps % look == 0:
                 self._read()  # here, because a CUDA device is busy with the steps since the last look
-            if self.sampling.stop and steps % STEPS_BETWEEN_STOPS == 0:
+            if self.sampler.ending.stop and steps % STEPS_BETWEEN_STOPS == 0:
                 self._stop_rows()
             if steps % look == 0:
                 live = int(self.step.alive[: self.rows.size].sum())
-                self.sampler.progress(total - live - len(self.waiting) * self.sampling.group_size, total)
+                self.sampler.progress(total - live - len(self.waiting) * self.group_size, total)
                 if self._pays_to_exchange(live):
                     self._exchange()
         self._read()
@@ -78,7 +78,7 @@ class Draw:
 
     def _exchange(self) -> None:
         """Finished rows out, waiting groups in, and the rows that stay close together."""
-        old, group_size = self.rows, self.sampling.group_size
+        old, group_size = self.rows, self.group_size
         alive = self.step.alive.cpu()[old.row]
         self._collect(old.row[~alive], old.sequence[~alive])
         kept = old.row[alive]
@@ -94,7 +94,7 @@ class Draw:
 
     def _next(self, num_rows: int, num_groups: int) -> list[int]:
         """Waiting problems for which there is room beside the rows and groups that stay."""
-        room = (min(self.sampler.max_sequences, self.plan.num_rows) - num_rows) // self.sampling.group_size
+        room = (min(self.sampler.rollout.max_sequences, self.plan.num_rows) - num_rows) // self.group_size
         room = min(room, self.plan.num_groups - num_groups, len(self.waiting))
         return [self.waiting.popleft() for _ in range(room)]
 
@@ -103,7 +103,7 @@ class Draw:
         if not len(group):
             return Rows.none()
         size = self.sampler.bucket(len(group))
-        seats = self.sampling.group_size if self.sampler.is_static else int(torch.bincount(group).max())
+        seats = self.group_size if self.sampler.is_static else int(torch.bincount(group).max())
         place, row = seat(group, seats, size)
         self.step.place[:size] = place.to(self.device)
         return Rows(size, seats, row, sequence, group)
@@ -118,10 +118,10 @@ class Draw:
         """Prompts of new groups, from first_group on, and their rows."""
         if not problems:
             return
-        device, group_size = self.device, self.sampling.group_size
+        device, group_size = self.device, self.group_size
         prompts = [problem.prompt_ids for problem in problems]
         by_row = lambda values: torch.tensor(values, device=device).repeat_interleave(group_size)
-        keys = dict(seed=self.sampler.seed, step=self.training_step, stream=self.sampling.stream, device=device)
+        keys = dict(seed=self.sampler.seed, step=self.training_step, stream=self.sampler.stream, device=device)
         numbers = uniforms([problem.index for problem in problems], group_size, self.plan.suffix_size, **keys)
         # Between the first and the last of them lie only rows without an owner.
         rows_between = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -137,7 +137,7 @@ class Draw:
             self._read_prompts([prompts[0][:common]], [first_group], start=0)
             self.step.slab.share(first_group, slice(first_group, first_group + len(prompts)), common)
         ends = [prompt[common:-1] for prompt in prompts]
-        for chunk in prefill_chunks([len(end) for end in ends], self.sampler.prefill_tokens):
+        for chunk in prefill_chunks([len(end) for end in ends], self.sampler.rollout.prefill_tokens):
             self._read_prompts([ends[i] for i in chunk], [first_group + i for i in chunk], start=common)
 
     def _read_prompts(self, texts: list[tuple[int, ...]], groups: list[int], *, start: int) -> None:
@@ -166,7 +166,7 @@ class Draw:
         rows = (torch.isin(newest, ends).any(1) & step.alive[:size].cpu()).nonzero()[:, 0].to(self.device)
         sequences = [ids[:n] for ids, n in zip(step.ids[rows].tolist(), step.length[rows].tolist(), strict=True)]
         # New tokens, and enough before them for a stop that began earlier, should each byte of it be a token.
-        window = STEPS_BETWEEN_STOPS + 4 * max(map(len, self.sampling.stop))
+        window = STEPS_BETWEEN_STOPS + 4 * max(map(len, ending.stop))
         tails = ending.texts([ids[-window:] for ids in sequences])
         stopped = [
             ending.stop_at(tail) is not None and ending.stops(ids) for ids, tail in zip(sequences, tails, strict=True)
@@ -186,7 +186,7 @@ class Draw:
         sampled = [self.ids[sequence, : self.lengths[sequence]].tolist() for sequence in sequences]
         for sequence, ids, text in zip(sequences, sampled, self.sampler.ending.texts(sampled), strict=True):
             ids, text, finish = self.sampler.ending.finish(ids, text)
-            logprobs, sample = self.logprobs[sequence, : len(ids)].tolist(), sequence % self.sampling.group_size
+            logprobs, sample = self.logprobs[sequence, : len(ids)].tolist(), sequence % self.group_size
             self.completions[sequence] = Completion(ids, logprobs, text, finish, sample)
 
     def _refuse_broken(self) -> None:
@@ -195,7 +195,7 @@ class Draw:
         broken = (sampled & ~self.logprobs.isfinite()).nonzero()
         if len(broken):
             sequence, token = broken[0].tolist()
-            problem, sample = divmod(sequence, self.sampling.group_size)
+            problem, sample = divmod(sequence, self.group_size)
             raise FloatingPointError(
                 f"step {self.training_step}: log-prob {self.logprobs[sequence, token].item()} at token {token} of "
                 f"sample {sample} of problem {self.problems[problem].id!r}; the weights or logits are not finite"

@@ -21,7 +21,7 @@ from grpo.rollout import graphs
 from grpo.rollout.attention import refuse_unservable, sampling_mode
 from grpo.rollout.draw import Draw
 from grpo.rollout.graphs import Graphs
-from grpo.rollout.sampling import Sampling, refuse_large_words
+from grpo.rollout.sampling import TRAINING, refuse_large_words
 from grpo.rollout.schedule import bucket
 from grpo.rollout.slab import (
     GIB,
@@ -39,61 +39,40 @@ from grpo.rollout.stops import Ending, eos_ids
 
 
 class Sampler:
-    """Samples `sampling.group_size` completions of each problem. `model` may change its weights between calls.
+    """Samples `rollout.group_size` completions of each problem. `model` may change its weights between calls.
 
-    model, tokenizer: the unwrapped causal LM and its tokenizer.  seed: of every random number.  max_sequences: rows
-    decoded at a time; more take turns.  prefill_tokens: prompt tokens of one prefill pass, with padding.  kv_gib: most
-    memory for keys and values; None: MEMORY_SHARE of the device's.  cuda_graph: replay decode steps where there is
-    CUDA.  compile: decode with compiled layers.  impl: of the kernels.  progress: told how many sequences are done, and
-    of how many.
+    model, tokenizer: the unwrapped causal LM and its tokenizer.  rollout: how to draw, within which limits; temperature
+    0 is greedy.  stop: a completion ends with the token that completes one of these.  stream, seed: of every random
+    number.  compile: decode with compiled layers.  impl: of the kernels.  progress: told how many sequences are done,
+    and of how many.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
+        rollout: RolloutConfig,
         *,
+        stop: tuple[str, ...],
         seed: int,
-        max_sequences: int,
-        prefill_tokens: int,
-        kv_gib: float | None = None,
-        cuda_graph: bool = True,
+        stream: int = TRAINING,
         compile: bool = False,
         impl: str = "auto",
         progress: Callable[[int, int], None] | None = None,
     ):
-        assert max_sequences >= sampling.group_size, "a group is decoded together"
+        assert rollout.max_sequences >= rollout.group_size, "a group is decoded together"
         for op in ("decode_attention", "sample_token"):
             kernels.resolve(op, impl, model.device)
         refuse_unservable(model)
-        self.model, self.sampling, self.impl = model, sampling, impl
-        self.seed, self.max_sequences, self.prefill_tokens, self.kv_gib = seed, max_sequences, prefill_tokens, kv_gib
-        self.has_graphs = cuda_graph and graphs.are_usable(model.device)
+        self.model, self.rollout, self.impl, self.seed, self.stream = model, rollout, impl, seed, stream
+        self.has_graphs = rollout.cuda_graph and graphs.are_usable(model.device)
         self.is_static = self.has_graphs  # a graph is for one shape: rows come in buckets, bounds are those of the slab
         self.forwards = compiled_layers(model) if compile else {}  # while decoding
-        self.ending = Ending(tokenizer, eos_ids(model, tokenizer), sampling.stop)
+        self.ending = Ending(tokenizer, eos_ids(model, tokenizer), stop)
         self.progress = progress or (lambda done, total: None)
         self.plan: Plan | None = None
         self._shapes: dict[int, LayerShape] = {}
         self._kept: tuple[DecodeStep, Callable] | None = None  # of the last call: the step and what runs it
-
-    @classmethod
-    def from_config(
-        cls,
-        rollout: RolloutConfig,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        stop: tuple[str, ...],
-        stream: int,
-        **options: object,
-    ) -> Sampler:
-        """As a config says. options: seed, compile, impl and progress."""
-        section = lambda *names: {name: getattr(rollout, name) for name in names}
-        how = section("group_size", "max_new_tokens", "temperature", "top_p", "top_k", "min_p")
-        limits = section("max_sequences", "prefill_tokens", "kv_gib", "cuda_graph")
-        return cls(model, tokenizer, Sampling(**how, stop=stop, stream=stream), **limits, **options)
 
     def generate(self, problems: list[Problem], step: int) -> list[Group]:
         """One Group per problem, in the order given; `prompt_ids` must be filled.
@@ -113,7 +92,7 @@ class Sampler:
             finally:
                 if not is_kept(self.planned_bytes(), self.model.device):
                     self.release()
-        size = self.sampling.group_size
+        size = self.rollout.group_size
         return [Group(problem, completions[i * size : (i + 1) * size], step) for i, problem in enumerate(problems)]
 
     def state_dict(self) -> dict:
@@ -127,7 +106,7 @@ class Sampler:
 
     def _limits(self) -> list[float | None]:
         """What a plan is made under, besides what `Plan.serves` asks."""
-        return [self.sampling.group_size, self.max_sequences, self.kv_gib]
+        return [self.rollout.group_size, self.rollout.max_sequences, self.rollout.kv_gib]
 
     def planned_bytes(self) -> int:
         """Of keys and values, by the plan of the calls so far."""
@@ -141,7 +120,7 @@ class Sampler:
 
     def _check(self, problems: list[Problem], step: int) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        new, rows = self.sampling.max_new_tokens, len(self.model.get_input_embeddings().weight)
+        new, rows = self.rollout.max_new_tokens, len(self.model.get_input_embeddings().weight)
         for problem in problems:
             refuse_large_words(seed=self.seed, step=step, problem_index=problem.index)
             length = len(problem.prompt_ids)
@@ -163,19 +142,20 @@ class Sampler:
         if not self._shapes:
             self._shapes = self._probe()
         longest_prefix = max(len(problem.prompt_ids) for problem in problems) - 1
-        num_problems, suffix_size, old = len(problems), self.sampling.max_new_tokens + 1, self.plan
+        num_problems, suffix_size, old = len(problems), self.rollout.max_new_tokens + 1, self.plan
         has_rows_for_steps = old and self.bucket(old.num_rows) == old.num_rows  # not if it was made without buckets
         if has_rows_for_steps and old.serves(num_problems, longest_prefix, suffix_size):
             return
         if old:
             num_problems, longest_prefix = max(num_problems, old.num_problems), max(longest_prefix, old.prefix_size)
-        budget = MEMORY_SHARE * total_memory(self.model.device) if self.kv_gib is None else self.kv_gib * GIB
+        gib = self.rollout.kv_gib
+        budget = MEMORY_SHARE * total_memory(self.model.device) if gib is None else gib * GIB
         self.plan = make_plan(
             self._token_bytes(),
             int(budget),
             num_problems=num_problems,
-            group_size=self.sampling.group_size,
-            max_rows=self.max_sequences,
+            group_size=self.rollout.group_size,
+            max_rows=self.rollout.max_sequences,
             longest_prefix=longest_prefix,
             suffix_size=suffix_size,
             bucket=self.bucket,
@@ -206,7 +186,7 @@ class Sampler:
             self.release()
         if not self._kept:
             slab = KVSlab(self.plan, self._shapes, self.model.device, self.impl)
-            step = DecodeStep(self.model, slab, self.sampling, sorted(self.ending.eos), self.forwards)
+            step = DecodeStep(self.model, slab, self.rollout, sorted(self.ending.eos), self.forwards)
             self._kept = step, Graphs(step) if self.has_graphs else step
         step, run = self._kept
         if isinstance(run, Graphs):

@@ -1,4 +1,4 @@
-"""What to sample, and the random numbers to sample it with.
+"""The random numbers that tokens are drawn with.
 
 A random number is a pure function of (seed, training step, problem, sample, token position, stream): never of rank,
 slot, batch or order. So the same completion is drawn whoever draws it, and next to whatever else.
@@ -6,42 +6,10 @@ slot, batch or order. So the same completion is drawn whoever draws it, and next
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-TRAINING, EVALUATION = 0, 1  # streams
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn. ValueError where a value cannot be."""
-
-    group_size: int  # completions of each problem
-    max_new_tokens: int
-    temperature: float  # divides the logits; 0 is greedy
-    top_p: float  # 1 keeps all
-    top_k: int  # 0 keeps all
-    stop: tuple[str, ...]  # a completion ends with the token that completes one of these
-    min_p: float = 0.0  # drops tokens less likely than this share of the most likely one; 0 keeps all
-    stream: int = TRAINING  # TRAINING or EVALUATION: a word of the random counter, so that the two never share numbers
-
-    def __post_init__(self) -> None:
-        for name in ("group_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be 0 (keeps every token) or more")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p={self.min_p} must lie in [0, 1]; 0 keeps every token")
-        if isinstance(self.stop, str) or "" in self.stop:
-            raise ValueError(f"stop={self.stop!r} must be a tuple of non-empty strings")
+TRAINING, EVALUATION = 0, 1  # streams: a word of the random counter, so that the two never share numbers
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import kernels
+from grpo.config import RolloutConfig
 from grpo.layers import using_forwards
-from grpo.rollout.sampling import Sampling
 from grpo.rollout.slab import Decode, KVSlab, Probe
 
 
@@ -31,11 +31,11 @@ class DecodeStep:
         self,
         model: PreTrainedModel,
         slab: KVSlab,
-        sampling: Sampling,
+        rollout: RolloutConfig,
         eos: list[int],
         forwards: dict[nn.Module, Callable],  # of layers that are compiled
     ):
-        self.model, self.slab, self.sampling, self.forwards = model, slab, sampling, forwards
+        self.model, self.slab, self.rollout, self.forwards = model, slab, rollout, forwards
         num_rows, width, device = slab.plan.num_rows, slab.plan.suffix_size, model.device
         make = lambda dtype, *shape: torch.zeros(num_rows, *shape, dtype=dtype, device=device)
         self.token = make(torch.int64)  # what it reads next
@@ -54,7 +54,7 @@ class DecodeStep:
 
     def __call__(self, layout: Decode) -> None:
         """The step, for the rows of `layout`."""
-        sampling, size = self.sampling, len(layout.place)
+        rollout, size = self.rollout, len(layout.place)
         token, length, alive = self.token[:size], self.length[:size], self.alive[:size]
         self.stored[:size] = torch.where(alive, length, -1)
         self.slab.layout = layout
@@ -64,16 +64,16 @@ class DecodeStep:
         drawn, logprob = kernels.sample_token(
             logits,
             self.uniforms[here],
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
             impl=self.slab.impl,
         )
         self.ids[here], self.logprobs[here] = drawn, logprob
         token.copy_(drawn)
         length += alive
-        alive &= (drawn[:, None] != self.eos).all(1) & (length < sampling.max_new_tokens)
+        alive &= (drawn[:, None] != self.eos).all(1) & (length < rollout.max_new_tokens)
 
     def move(self, rows: Tensor, to: Tensor) -> None:
         """Rows to the places `to`; every other row is left without an owner: finished, and of no length."""

@@ -51,6 +51,8 @@ class Ending:
     """Decides where sampled ids end and what they say. Text never shows special tokens, so a stop cannot be one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos: list[int], stop: tuple[str, ...]):
+        if isinstance(stop, str) or "" in stop:
+            raise ValueError(f"stop={stop!r} must be a tuple of non-empty strings")
         unseen = special_tokens(tokenizer).values()
         special = [text for text in stop if any(token in text for token in unseen)]
         if special:
