@@ -60,28 +60,16 @@ def _logprob_and_entropy(top, total, moment, chosen, target, V: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def forward_spans(
-    hidden,
-    weight,
-    bias,
-    target,
-    partial,  # [4, spans, T]: top, total, moment and the target's logit where the span has it
-    kept,  # [T, V] fp16 and [T, tiles] fp32, where KEEPS: the logits less the largest of their tile, and that
-    offsets,
-    num_rows,
-    by_temperature,
-    softcap,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    KEEPS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    """Program (row block, span): running sums over the span's tiles of logits, while they are in the registers."""
+    hidden, weight, bias, target, partial, kept, offsets, num_rows, by_temperature, softcap,
+    V: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, KEEPS: tl.constexpr,
+    UPCAST: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Program (row block, span): running sums over the span's tiles of logits, while they are in the registers.
+
+    partial: [4, spans, T]: top, total, moment and the target's logit where the span has it.  kept, offsets: [T, V] fp16
+    and [T, tiles] fp32, where KEEPS: the logits less the largest of their tile, and that.
+    """
     # Programs that run together differ in their rows first: they read the same part of the weight from L2. Rows past
     # the end are the last one again, and write the same.
     first_row, span = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
@@ -130,17 +118,9 @@ def forward_spans(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def merge_spans(
-    partial,
-    target,
-    logprobs,
-    entropy,
-    tops,
-    totals,
-    num_rows,
-    V: tl.constexpr,
-    SPANS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partial, target, logprobs, entropy, tops, totals, num_rows,
+    V: tl.constexpr, SPANS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program row block: the spans of its rows, in order, into log-prob and entropy."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = row < num_rows
@@ -164,18 +144,9 @@ def merge_spans(
 
 @triton.jit
 def row_statistics(
-    logits,
-    target,
-    logprobs,
-    entropy,
-    tops,
-    totals,
-    by_temperature,
-    softcap,
-    V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, target, logprobs, entropy, tops, totals, by_temperature, softcap,
+    V: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a row, one read. Every lane keeps its own running sums; they are joined at the end."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -203,27 +174,15 @@ def row_statistics(
 
 @triton.jit
 def row_gradients(
-    logits,  # as they are or, where there are offsets, as forward_spans keeps them
-    offsets,
-    gradients,  # the same memory; its rows are as far apart, counted in its own elements: `stride`
-    target,
-    logprobs,
-    entropy,
-    tops,
-    totals,
-    by_logprob,
-    by_entropy,
-    stride,
-    by_temperature,
-    softcap,
-    V: tl.constexpr,
-    TILES: tl.constexpr,  # of a row, of COLUMNS columns; 0: no offsets
-    COLUMNS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program a row: its logits become their gradients in place, as rows.py has it."""
+    logits, offsets, gradients, target, logprobs, entropy, tops, totals, by_logprob, by_entropy, stride,
+    by_temperature, softcap, V: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row: its logits become their gradients in place, as rows.py has it.
+
+    logits: as they are or, where a row has TILES of COLUMNS columns and so offsets, as forward_spans keeps them.
+    gradients: the same memory; its rows are as far apart, counted in its own elements: `stride`.
+    """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     wanted, g = tl.load(target + row), tl.load(by_logprob + row)
@@ -264,26 +223,15 @@ def fused(
     logprobs, entropy, tops, totals = (new(num_rows) for _ in range(4))
     partial = new(4, spans, num_rows)
     offsets = None if room is None else new(num_rows, spans * (SPAN // TILE["BLOCK_COLUMNS"]))
+    kept = (partial, partial) if room is None else (room, offsets)
     if num_rows:
         forward_spans[(triton.cdiv(num_rows, TILE["BLOCK_ROWS"]), spans)](
-            hidden.contiguous(),
-            weight.contiguous(),
-            weight if bias is None else bias,
-            target,
-            partial,
-            partial if room is None else room,
-            partial if room is None else offsets,
-            num_rows,
-            *_scalars(temper),
-            V=vocabulary,
-            D=width,
-            HAS_BIAS=bias is not None,
-            HAS_CAP=temper.softcap is not None,
-            KEEPS=room is not None,
+            hidden.contiguous(), weight.contiguous(), weight if bias is None else bias, target,
+            partial, *kept, num_rows, *_scalars(temper),
+            V=vocabulary, D=width, HAS_BIAS=bias is not None, HAS_CAP=temper.softcap is not None,
+            KEEPS=room is not None, COLUMNS=SPAN, **TILE,
             UPCAST=triton.knobs.runtime.interpret,  # it multiplies the bit patterns of bf16
-            COLUMNS=SPAN,
-            **TILE,
-        )
+        )  # fmt: skip
         columns = (logprobs, entropy, tops, totals)
         merge_spans[(triton.cdiv(num_rows, 128),)](
             partial, target, *columns, num_rows, V=vocabulary, SPANS=spans, BLOCK=128
@@ -295,17 +243,9 @@ def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
     """Log-prob and entropy of each row, in one read. logits: [R, V] fp32, contiguous."""
     logprobs, entropy, tops, totals = (logits.new_empty(len(logits)) for _ in range(4))
     row_statistics[(len(logits),)](
-        logits,
-        target,
-        logprobs,
-        entropy,
-        tops,
-        totals,
-        *_scalars(temper),
-        V=logits.shape[1],
-        HAS_CAP=temper.softcap is not None,
-        **ROW_BLOCK,
-    )
+        logits, target, logprobs, entropy, tops, totals, *_scalars(temper),
+        V=logits.shape[1], HAS_CAP=temper.softcap is not None, **ROW_BLOCK,
+    )  # fmt: skip
     return RowStatistics(logprobs, entropy, (logits, tops, totals))
 
 
@@ -316,25 +256,11 @@ def gradients(
     logits, tops, totals, *offsets = found.saved
     placed = logits.view(dtype)
     row_gradients[(len(logits),)](
-        logits,
-        offsets[0] if offsets else logits,
-        placed,
-        target,
-        found.logprobs,
-        found.entropy,
-        tops,
-        totals,
-        g.contiguous(),
-        found.entropy if h is None else h.contiguous(),
-        placed.stride(0),
-        *_scalars(temper),
-        V=logits.shape[1],
-        TILES=offsets[0].shape[1] if offsets else 0,
-        COLUMNS=TILE["BLOCK_COLUMNS"],
-        HAS_CAP=temper.softcap is not None,
-        HAS_ENTROPY=h is not None,
-        **ROW_BLOCK,
-    )
+        logits, offsets[0] if offsets else logits, placed, target, found.logprobs, found.entropy, tops, totals,
+        g.contiguous(), found.entropy if h is None else h.contiguous(), placed.stride(0), *_scalars(temper),
+        V=logits.shape[1], TILES=offsets[0].shape[1] if offsets else 0, COLUMNS=TILE["BLOCK_COLUMNS"],
+        HAS_CAP=temper.softcap is not None, HAS_ENTROPY=h is not None, **ROW_BLOCK,
+    )  # fmt: skip
     return placed[:, : logits.shape[1]]
 
 
