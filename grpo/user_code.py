@@ -6,12 +6,12 @@ Imports nothing of ours: tasks, rewards and surrogates are all found here, in wo
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-import sys
+import runpy
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 
 def located(name: str) -> str:
@@ -20,12 +20,8 @@ def located(name: str) -> str:
     return f"{os.path.abspath(source)}:{rest}" if source.endswith(".py") else name
 
 
-@lru_cache
 def load_object(path: str) -> Callable:
-    """The function or class of `path/to/file.py:name` or `module:name`; a file is run once, under a name of its own.
-
-    ValueError where there is no such file, module or name.
-    """
+    """The function or class of `path/to/file.py:name` or `module:name`; ValueError where there is no such thing."""
     source, _, name = path.rpartition(":")
     if not source.endswith(".py"):
         try:
@@ -35,13 +31,15 @@ def load_object(path: str) -> Callable:
     elif not Path(source).is_file():
         raise ValueError(f"{path!r}: no file {source!r}; give path/to/file.py:name")
     else:
-        spec = importlib.util.spec_from_file_location(f"file_{Path(source).stem}", source)
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # @dataclass looks for it there
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            del sys.modules[spec.name]  # else its functions would be pickled by a name that no worker can import
+        module = _run_file(os.path.abspath(source))
     found = getattr(module, name, None)
     if not callable(found):
         raise ValueError(f"{path!r}: {source} defines no function or class {name!r}")
     return found
+
+
+@lru_cache
+def _run_file(file: str) -> SimpleNamespace:
+    """What a file defines, run once, as a module that only @dataclass finds, while it runs: by its name in sys.modules
+    its functions would be pickled, and no worker could import it."""
+    return SimpleNamespace(**runpy.run_path(file, run_name=f"file_{Path(file).stem}"))

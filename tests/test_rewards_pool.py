@@ -142,6 +142,14 @@ def test_functions_of_a_users_file_and_partials_reach_the_workers(pool, tmp_path
     assert [[o.value for o in row] for row in pool(["ab"], {}, rewards)] == [[0.5, 5.0]]
 
 
+def test_a_file_is_run_once_whatever_of_it_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "my_rewards.py"
+    file.write_text("seen = []\n\n\ndef note(text):\n    seen.append(text)\n\n\ndef noted():\n    return seen")
+    load_object(f"{file}:note")("once")
+    monkeypatch.chdir(tmp_path)
+    assert load_object("my_rewards.py:noted")() == ["once"]
+
+
 def test_a_function_that_only_this_process_knows_is_refused_with_a_remedy(pool):
     with pytest.raises(ValueError, match="reward 'mine' cannot be sent .*define it by `def` at the top of a file"):
         pool(["a"], {}, {"mine": Reward(lambda completions, **_: [1.0], 1.0)})
