@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -292,7 +292,7 @@ def machine() -> dict[str, Any]:
     return {
         "commit": git_commit(),
         "python": platform.python_version(),
-        "versions": package_versions(),
+        "versions": {name: installed(name) for name in PACKAGES},  # of what can change a number
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -301,15 +301,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that can change a number."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+def installed(package: str) -> str:
+    """Its version, or that it is not."""
+    return next((found.version for found in distributions(name=package)), "not installed")
 
 
 def git_commit() -> str | None:

@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -123,13 +123,7 @@ def device_name(device: torch.device) -> str:
 
 def versions(names: Iterable[str]) -> dict[str, str]:
     """Of packages."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {name: next((found.version for found in distributions(name=name)), "not installed") for name in names}
 
 
 def hardware(device: torch.device) -> dict[str, object]:
