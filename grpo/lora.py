@@ -25,15 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from grpo import checkpoint
 from grpo.config import LoraConfig
-from grpo.policy import (
-    ADAPTER_CONFIG,
-    Policy,
-    choose_precision,
-    from_hub,
-    load_model,
-    load_model_config,
-    load_policy,
-)
+from grpo.policy import ADAPTER_CONFIG, Policy, choose_precision, from_hub, load_model, load_model_config, load_policy
 
 WEIGHTS = "adapter_model.safetensors"
 # PEFT's keys: those that we read, those without effect on a trained adapter, and what else is allowed to be set.

@@ -149,12 +149,8 @@ def fill_frozen(updater: Updater, batch: Batch, policy: PolicyModule, reference:
 
 def in_halves_if_short(updater: Updater, batch: Batch, attempt: Callable[[], T | None]) -> T:
     """What `attempt` returns; where a rank was short of memory (None), what it returns in micro-batches of half."""
-    result = attempt()
-    if result is None:
+    while (result := attempt()) is None:
         halve_micro_batches(updater, batch)
-        result = attempt()
-    if result is None:
-        raise ValueError(f"still out of memory with {updater.token_budget} tokens; {LESS_MEMORY}")
     return result
 
 
@@ -180,8 +176,8 @@ def together(world: World) -> Iterator[None]:
 
 
 def halve_micro_batches(updater: Updater, batch: Batch) -> None:
-    """From here on micro-batches of half the tokens, with the final weights as they are. Only once in a run."""
-    if updater.token_budget != updater.tokens_per_micro_batch:
+    """From here on micro-batches of half the tokens, with the final weights as they are. ValueError the second time."""
+    if updater.too_large == updater.tokens_per_micro_batch:
         raise ValueError(f"out of memory with {updater.token_budget} tokens, half of the first budget; {LESS_MEMORY}")
     updater.too_large = updater.tokens_per_micro_batch
     if updater.world.device.type == "cuda":
