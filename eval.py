@@ -16,7 +16,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
@@ -30,8 +32,10 @@ from grpo.distributed import World
 from grpo.evaluation import describe_difference, evaluate, result_table
 from grpo.live import Progress, can_show, print_any_text
 from grpo.metrics import PhaseTimer, environment
+from grpo.records import Scores
+from grpo.rewards import score_groups
 from grpo.rewards.__main__ import report, score_file
-from grpo.rewards.pool import Pool, make_pool
+from grpo.rewards.pool import make_pool
 from grpo.rollout import EVALUATION, Sampler
 from grpo.tasks import TASKS, Task, make_task
 from grpo.tasks.prompts import Prompter
@@ -142,7 +146,7 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
 
 
 def evaluate_model(
-    path: str, options: argparse.Namespace, config: Config, task: Task, world: World, pool: Pool
+    path: str, options: argparse.Namespace, config: Config, task: Task, world: World, score: Callable[..., Scores]
 ) -> dict[int, dict]:
     """Summary by number of shots."""
     timer = PhaseTimer(Progress(world.is_writer and can_show()))
@@ -164,9 +168,7 @@ def evaluate_model(
         how |= {"impl": options.impl, "progress": timer.progress}
         sampler = Sampler(policy.model, policy.tokenizer, config.rollout, **how)
         with timer(f"{Path(path).name}, {shots} shots"):
-            scoring = {"require_finish": config.rewards.require_finish, "score": pool}
-            result = evaluate(sampler, questions, task.rewards, **scoring, world=world)
-        results[shots] = result.summary()
+            results[shots] = evaluate(sampler, questions, score, world=world).summary()
     return results
 
 
@@ -214,8 +216,10 @@ def run(options: argparse.Namespace, world: World) -> None:
     record |= {"loaded": loaded, "models": results}
     record["environment"] = environment(seed=options.seed, world_size=world.size, dispatch=dispatch)
     with make_pool(config.rewards) as pool:
+        scoring = {"require_finish": config.rewards.require_finish, "score": pool}
+        score = partial(score_groups, rewards=task.rewards, **scoring)
         for name, path in loaded.items():
-            results[name] = evaluate_model(path, options, config, task, world, pool)
+            results[name] = evaluate_model(path, options, config, task, world, score)
             if world.is_writer:  # after each: it is kept where a later one fails
                 output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if not world.is_writer:

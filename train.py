@@ -29,7 +29,7 @@ from grpo.logprobs import check_packing, check_sampler, make_yardstick
 from grpo.metrics import completion_records, length_metrics, training_seconds
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
-from grpo.rewards import refuse_unscored, score_groups
+from grpo.rewards import refuse_unscored
 from grpo.run import Run, describe, load_checkpoint, open_run, save_checkpoint, settle, validate
 from grpo.update import fill_frozen, learning_rate, update_policy
 
@@ -62,9 +62,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
                 mine = run.sampler.generate([run.prompter(problem) for problem in problems], step)
             groups += world.everyones(mine)
         with timer("score"):
-            options = {"require_finish": config.rewards.require_finish, "score": run.pool}
-            my_scores = score_groups(mine, run.task.rewards, **options)
-            scores.append(merge_scores(world.gather(my_scores)))
+            scores.append(merge_scores(world.gather(run.score(mine))))
             refuse_unscored(scores[-1], config.rewards.max_unscored)
             run.stream.remember(scores[-1].pass_rates(CORRECTNESS))
         drawn = join_scores(scores)

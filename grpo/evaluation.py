@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from grpo.distributed import World
-from grpo.records import Group, Problem
-from grpo.rewards import Reward, Scorer, final_answer, score_groups, score_texts
+from grpo.records import Group, Problem, Scores
+from grpo.rewards import final_answer
 from grpo.rollout import Sampler
 
 CORRECTNESS = "correctness"  # the component that accuracy counts
@@ -78,28 +79,21 @@ class Evaluation:
 
 
 def evaluate(
-    sampler: Sampler,
-    problems: list[Problem],
-    rewards: dict[str, Reward],
-    *,
-    require_finish: bool,
-    world: World,
-    step: int = 0,
-    score: Scorer = score_texts,
+    sampler: Sampler, problems: list[Problem], score: Callable[[list[Group]], Scores], *, world: World, step: int = 0
 ) -> Evaluation:
     """Complete and score the prompted problems; the sampler decides how many samples and how they are drawn."""
     groups = sampler.generate(world.mine(problems), step)
-    scores = score_groups(groups, rewards, require_finish=require_finish, score=score)
+    scores = score(groups)
     rows = list(zip(groups, scores.components.tolist(), scores.total.tolist(), strict=True))
     groups, components, totals = zip(*world.everyones(rows), strict=True)
     components = torch.tensor(components, dtype=torch.float64)  # [N, samples, K]
     means = components.nanmean((0, 1)).tolist()
     completions = [completion for group in groups for completion in group.completions]
-    correctness = components[..., list(rewards).index(CORRECTNESS)]
+    correctness = components[..., scores.names.index(CORRECTNESS)]
     return Evaluation(
         groups=list(groups),
         correct=correctness >= 1.0,
-        components={name: None if math.isnan(mean) else mean for name, mean in zip(rewards, means, strict=True)},
+        components={name: None if math.isnan(mean) else mean for name, mean in zip(scores.names, means, strict=True)},
         reward=torch.tensor(totals, dtype=torch.float64).mean().item(),
         completion_length=sum(len(completion.ids) for completion in completions) / len(completions),
         truncated=sum(completion.finish == "length" for completion in completions) / len(completions),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from grpo.metrics import RunLogger, environment, token_texts
 from grpo.objectives import Objective, check_steps, resolve
 from grpo.policy import MovingReference, Policy, load_model_config, load_reference
 from grpo.records import Problem
+from grpo.rewards import score_groups
 from grpo.rewards.pool import make_pool
 from grpo.rollout import EVALUATION, TRAINING, Sampler
 from grpo.sharding import distribute
@@ -127,6 +129,8 @@ class Run:
         # Whoever opens a checkpoint stops where training did: the end of a turn may be in no config of a base model.
         policy.model.generation_config.eos_token_id = sorted(self.sampler.ending.eos)
         self.pool = make_pool(config.rewards)  # the worker processes that score
+        scoring = {"require_finish": config.rewards.require_finish, "score": self.pool}
+        self.score = partial(score_groups, rewards=self.task.rewards, **scoring)
         self.token_text = token_texts(policy.tokenizer)  # for people to read
         self.writer = checkpoint.Writer(run_dir, keep_last=config.keep_last)
         self.first_step = 1  # that this process makes
@@ -212,9 +216,8 @@ def evaluate_greedily(
     """The most likely completion of each of a split's first problems, by the policy or another model."""
     problems = [run.prompter(replace(problem, index=i)) for i, problem in enumerate(run.problems[split][:limit])]
     sampler = make_sampler(run.config, model or run.policy.model, run.prompter, run.log, greedy=True)
-    options = {"require_finish": run.config.rewards.require_finish, "score": run.pool}
     with run.policy.at_hand():
-        return evaluate(sampler, problems, run.task.rewards, **options, world=run.world, step=step)
+        return evaluate(sampler, problems, run.score, world=run.world, step=step)
 
 
 # Saved between two steps, and gone on with ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,12 +28,16 @@ from grpo.evaluation import (
     wilson_interval,
 )
 from grpo.records import Completion, Group, Problem
-from grpo.rewards import Reward, correctness_reward, format_reward
+from grpo.rewards import Reward, correctness_reward, format_reward, score_groups
 from grpo.tasks import TASKS
 from tests.tiny import save_tiny_model, write_gsm8k_files
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 REWARDS = {"format": Reward(format_reward, 0.5), "correctness": Reward(correctness_reward, 1.0)}
+
+
+def scored_by(rewards):
+    return partial(score_groups, rewards=rewards, require_finish=True)
 
 
 def group_of(answers, reference="5", index=0):
@@ -92,7 +97,7 @@ def test_a_completion_that_was_cut_off_votes_but_does_not_make_a_right_answer_wr
 def test_evaluate_counts_accuracy_format_and_length():
     sampler = Scripted({0: ["5", "6"], 1: [None, "5"], 2: ["5", "5"]})
     problems = [Problem(id=str(i), question="?", answer="5", index=i) for i in range(3)]
-    summary = evaluate(sampler, problems, REWARDS, require_finish=True, world=ALONE).summary()
+    summary = evaluate(sampler, problems, scored_by(REWARDS), world=ALONE).summary()
     assert summary["accuracy"] == pytest.approx(4 / 6)
     assert summary["pass_at_k"] == {"1": pytest.approx(4 / 6), "2": 1.0}
     assert summary["maj_at_k"]["2"] == 1.0  # of 5 and 6 the first wins; the only vote is right; both right
@@ -108,7 +113,7 @@ def test_a_component_that_abstains_has_its_mean_over_what_it_judged():
 
     rewards = REWARDS | {"fives": Reward(on_fives, 0.0), "never": Reward(lambda texts, **_: [None] * len(texts), 0.0)}
     sampler, problems = Scripted({0: ["5", "6", "5", "7"]}), [Problem(id="0", question="?", answer="5")]
-    summary = evaluate(sampler, problems, rewards, require_finish=True, world=ALONE).summary()
+    summary = evaluate(sampler, problems, scored_by(rewards), world=ALONE).summary()
     assert (summary["reward/fives"], summary["reward/never"], summary["accuracy"]) == (1.0, None, 0.5)
     header, row = result_table({"model": summary}).splitlines()
     end = header.index("never") + len("never")
@@ -128,7 +133,7 @@ def test_completions_whose_reward_fails_count_as_wrong_and_are_told():
         return [1.0 if "5" in text else 1 / 0 for text in completions]
 
     sampler, problems = Scripted({0: ["5", "6", "5", "7"]}), [Problem(id="0", question="?", answer="5")]
-    result = evaluate(sampler, problems, {CORRECTNESS: Reward(picky, 1.0)}, require_finish=True, world=ALONE)
+    result = evaluate(sampler, problems, scored_by({CORRECTNESS: Reward(picky, 1.0)}), world=ALONE)
     assert (result.accuracy, result.unscored) == (0.5, 0.5)
     assert str(result).endswith("; 50.0% could not be scored and count as wrong")
     assert result_table({"model": result.summary()}).splitlines()[0].endswith("truncated  unscored")
@@ -140,7 +145,7 @@ def test_a_right_answer_is_right_where_another_component_fails():
 
     sampler, problems = Scripted({0: ["5", "5", "5", "7"]}), [Problem(id="0", question="?", answer="5")]
     rewards = REWARDS | {"unlucky": Reward(unlucky, 1.0)}
-    result = evaluate(sampler, problems, rewards, require_finish=True, world=ALONE)
+    result = evaluate(sampler, problems, scored_by(rewards), world=ALONE)
     assert (result.accuracy, result.unscored, result.components["unlucky"]) == (0.75, 0, None)
 
 
