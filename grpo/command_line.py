@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import typing
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from grpo.config import CONFIGS, Config, known_keys, load, nearest
+from grpo.config import CONFIGS, Config, flat, known_keys, load, nearest
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,6 @@ def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
     )
     if unknown:
         option = next((argument for argument in unknown if argument.startswith("--")), unknown[0])
-        if option.lower() in ("true", "false"):
-            raise ValueError(_switch_with_value(argv, option))
         known, name = [*typing.get_type_hints(RunOptions), *known_keys()], _key(option.partition("=")[0])
         as_option = lambda key: f"--{key.replace('_', '-')}"
         raise ValueError(f"unknown option {option}{nearest(name, known, as_option)}; --help shows them all")
@@ -118,25 +115,21 @@ def _key(option: str) -> str:
 
 
 def _spelled(argv: list[str]) -> list[str]:
-    """The command line with the values of switches that may be None as tyro wants them: True for true."""
+    """The command line with the values of switches as tyro wants them: True for true, and none where None cannot be."""
     kinds_of = typing.get_type_hints
-    sections = {name: kinds_of(kind) for name, kind in kinds_of(Config).items() if is_dataclass(kind)}
-    kinds = {f"{section}.{name}": kind for section, own in sections.items() for name, kind in own.items()}
+    of_config = {name: kinds_of(kind) if is_dataclass(kind) else kind for name, kind in kinds_of(Config).items()}
+    kinds = kinds_of(RunOptions) | flat(of_config)
     spelled = list(argv)
     for i, argument in enumerate(argv):
         option, equals, value = argument.partition("=")
-        if kinds.get(_key(option)) != bool | None:
-            continue
-        value = (value if equals else "".join(argv[i + 1 : i + 2])).capitalize()
-        if value not in ("True", "False", "None"):
-            raise ValueError(f"{option} takes a value; use {option} True or False")
-        spelled[i : i + 2 - bool(equals)] = [f"{option}={value}"] if equals else [option, value]
+        kind, value = kinds.get(_key(option)), value if equals else "".join(argv[i + 1 : i + 2])
+        if kind is bool and value.capitalize() in ("True", "False"):
+            section, dot, name = option.removeprefix("--").rpartition(".")
+            off = f"--{section}{dot}no-{name}"
+            raise ValueError(f"{option} takes no value, found {value!r}; use {option} or {off}")
+        if kind == bool | None:
+            if value.capitalize() not in ("True", "False", "None"):
+                raise ValueError(f"{option} takes a value; use {option} True or False")
+            value = value.capitalize()
+            spelled[i : i + 2 - bool(equals)] = [f"{option}={value}"] if equals else [option, value]
     return spelled
-
-
-def _switch_with_value(argv: list[str], value: str) -> str:
-    """What is wrong with `--model.compile true` and `--model.compile=true`."""
-    pairs = itertools.pairwise([*argv, ""])
-    switch = next(name.partition("=")[0] for name, after in pairs if value in (name.partition("=")[2], after))
-    section, dot, name = switch.lstrip("-").rpartition(".")
-    return f"{switch} takes no value, found {value!r}; use --{section}{dot}{name} or --{section}{dot}no-{name}"

@@ -254,6 +254,7 @@ def test_a_run_goes_on_in_its_own_folder_alone(tmp_path, capsys):
         ),
         ("--model.compile --seed 1", "--model.compile takes a value; use --model.compile True or False"),
         ("surplus", "unknown option surplus; --help shows them all"),
+        ("true", "unknown option true; --help shows them all"),
         (
             "--rollout.cuda-graph=true",
             "--rollout.cuda-graph takes no value, found 'true'; use --rollout.cuda-graph or --rollout.no-cuda-graph",
