@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -238,7 +237,11 @@ def prepare_base(
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
     try:
         train_base(base, task, staging, seed=seed, device=device, progress=progress)
-        os.rename(staging, folder)
+        try:
+            staging.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another run made it meanwhile
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -167,6 +168,18 @@ def test_training_leaves_the_callers_random_state_as_it_was(task, tmp_path):
 def test_a_cached_model_is_not_trained_again(task, folder, monkeypatch):
     monkeypatch.setattr(base_room, "train_base", lambda *_, **__: pytest.fail("trained again"))
     assert prepare(task, folder.parent) == folder
+
+
+def test_of_two_runs_that_make_the_same_model_the_second_takes_what_the_first_made(task, folder, tmp_path, monkeypatch):
+    train = base_room.train_base
+
+    def beaten(*arguments, **options):
+        train(*arguments, **options)
+        shutil.copytree(folder, tmp_path / folder.name)
+
+    monkeypatch.setattr(base_room, "train_base", beaten)
+    assert prepare(task, tmp_path) == tmp_path / folder.name
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_an_interrupted_training_leaves_nothing_behind(task, tmp_path, monkeypatch):
