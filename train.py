@@ -24,8 +24,8 @@ from grpo.command_line import Command, parse_command
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS
+from grpo.first_batch import check_first_batch
 from grpo.live import print_any_text
-from grpo.logprobs import check_packing, check_sampler, make_yardstick
 from grpo.metrics import completion_records, length_metrics, training_seconds
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
@@ -78,7 +78,8 @@ def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[
     config, world, objective = run.config, run.world, run.updater.objective
     groups = world.mine(everyones)
     if step == run.first_step:
-        check_first_batch(run, groups)
+        with run.policy.at_hand():
+            run.log.say(check_first_batch(run.module, groups, world.device, run.layout))
     penalty = penalty_for_length(run, everyones)
     advantages = advantages_of(run, scores, penalty)
     silent = None if objective.hears_all else world.mine(without_spread(advantages)).tolist()
@@ -96,17 +97,6 @@ def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[
     if objective.overlong_share:
         metrics["overlong_penalty"] = penalty.mean().item()
     return advantages, metrics | {"lr": lr}
-
-
-def check_first_batch(run: Run, groups: list[Group]) -> None:
-    """Sampler, packed rows and padded rows compute one and the same, but for rounding. ValueError where they do not."""
-    with run.policy.at_hand():
-        yardstick = make_yardstick(run.module, groups, run.world.device)
-        found = f"the sampler's are off by {check_sampler(run.module, yardstick):.1g} nats"
-        if run.layout == "packed":
-            mean, largest = check_packing(run.module, yardstick)
-            found += f", those of packed rows by {mean:.1g}, {largest:.1g} at most"
-    run.log.say(f"log-probs of the first batch beside padded rows: {found}")
 
 
 def advantages_of(run: Run, scores: Scores, penalty: Tensor | float = 0.0) -> Tensor:

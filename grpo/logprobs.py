@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.attention import SHARED_PREFIX
-from grpo.batch import packed_row, padded_rows
-from grpo.layers import attention_mode, checkpoint_layers, compiled_layers, in_fp32, using_forwards, using_weights
+from grpo.layers import attention_mode, checkpoint_layers, compiled_layers, using_forwards, using_weights
 from grpo.policy import Policy
-from grpo.records import Batch, Group, MicroBatch, TokenColumns
+from grpo.records import Batch, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
-
-YARDSTICK_SIZE = 3  # completions of one group: one after the prompt, one after another, one between two
 
 # (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
 TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
@@ -201,76 +197,3 @@ def frozen_logprobs(
         with reference.at_hand(batch.micro_batches[0].input_ids.device):
             for micro_batch in batch.micro_batches:
                 micro_batch.tokens.ref = reference(micro_batch)[0]
-
-
-class Yardstick(NamedTuple):
-    """A few completions of a first batch in padded rows, and their log-probs, [T] each: what checks compare with."""
-
-    groups: list[Group]
-    rows: MicroBatch
-    own: Tensor  # in the policy's own precision
-    truth: Tensor  # of the working copy, computed in fp32
-
-
-@torch.no_grad()
-def make_yardstick(policy: PolicyModule, groups: list[Group], device: torch.device) -> Yardstick:
-    """Up to YARDSTICK_SIZE different completions of the smallest group that has two, if any, and as many of the next
-    smallest."""
-    differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
-    group = min(differing or groups, key=_num_tokens)
-    pair = [group, *sorted((other for other in groups if other is not group), key=_num_tokens)[:1]]
-    first_of: dict[tuple[int, ...], int] = {}
-    for s, completion in enumerate(group.completions):
-        first_of.setdefault(tuple(completion.ids), s)
-    members = [(0, s) for s in list(first_of.values())[:YARDSTICK_SIZE]]
-    members += [(g, s) for g, other in enumerate(pair[1:], 1) for s in range(len(other.completions[:YARDSTICK_SIZE]))]
-    rows = padded_rows(pair, members, device)
-    own = truth = policy(rows)[0]
-    if policy.working.dtype.itemsize < 4:
-        options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
-        with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
-            truth = LogprobModel(policy.working, **options)(rows)[0]
-    return Yardstick(pair, rows, own, truth)
-
-
-def _num_tokens(group: Group) -> int:
-    return len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)
-
-
-def check_sampler(policy: PolicyModule, yardstick: Yardstick) -> float:
-    """Mean error of the sampler's log-probs, in nats; ValueError where rounding does not explain it.
-
-    A model whose attention does what rollout does not know of would be sampled otherwise than it is trained.
-    """
-    found = (yardstick.rows.tokens.sampler, yardstick.own)
-    error, rounding = ((logprobs - yardstick.truth).abs().double().mean().item() for logprobs in found)
-    # In bf16 the sampler's logits are rounded as well, as those of the training head are not: one of 20 by 0.03.
-    allowed = 4 * rounding + (1e-2 if policy.working.dtype.itemsize >= 4 else 0.1)
-    if not error <= allowed:  # also where it is NaN
-        raise ValueError(
-            f"the sampler's log-probs are off by {error:.2g} nats in the mean, where rounding explains {allowed:.2g}: "
-            f"rollout does not compute what {type(policy.working).__name__} computes; use another model"
-        )
-    return error
-
-
-@torch.no_grad()
-def check_packing(policy: PolicyModule, yardstick: Yardstick) -> tuple[float, float]:
-    """Mean and largest error of packed log-probs, in nats; ValueError where rounding explains neither.
-
-    Error: distance from the padded log-probs of the working copy, computed in fp32. Allowed: four times that of padded
-    rows in the policy's own precision, and a little. A completion that saw another, or missed its prompt, is off by far
-    more; nor must one group see the other, though their prompts may begin alike.
-    """
-    rows, pair = yardstick.rows, yardstick.groups
-    packed = policy(packed_row(pair, rows.sequences, rows.source.device))[0]
-    error, rounding = ((logprobs - yardstick.truth).abs().double() for logprobs in (packed, yardstick.own))
-    found = (error.mean().item(), error.max().item())
-    allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)
-    if not (found[0] <= allowed[0] and found[1] <= allowed[1]):  # also where one is NaN
-        raise ValueError(
-            f"packed log-probs of groups {[group.index for group in pair]} are off by {found[0]:.2g} nats in the mean "
-            f"and {found[1]:.2g} at most, where rounding explains {allowed[0]:.2g} and {allowed[1]:.2g}: completions "
-            "of this model do not see exactly their prompt and themselves; use batch.layout=padded"
-        )
-    return found

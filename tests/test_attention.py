@@ -24,7 +24,8 @@ from grpo.attention import (
     two_part,
 )
 from grpo.batch import LAYOUTS, lay_out, packed_row, padded_rows
-from grpo.logprobs import LogprobModel, PolicyModule, check_packing, make_yardstick
+from grpo.first_batch import check_packing, make_yardstick
+from grpo.logprobs import LogprobModel, PolicyModule
 from grpo.policy import Policy
 from grpo.records import Group, SharedPrefix
 from tests.test_update import distance

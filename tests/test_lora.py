@@ -21,7 +21,8 @@ from grpo import config_check, lora
 from grpo.batch import LAYOUTS, pack
 from grpo.config import BatchConfig, Config, LoraConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from grpo.dry_run import memory_estimate, model_facts
-from grpo.logprobs import PolicyModule, check_packing, make_yardstick
+from grpo.first_batch import check_packing, make_yardstick
+from grpo.logprobs import PolicyModule
 from grpo.metrics import read_metrics
 from grpo.policy import MovingReference, Policy, bf16_copy, load_model_config, load_reference
 from grpo.rewards import Reward

@@ -18,7 +18,8 @@ import train
 from grpo import config_check, layers, lora
 from grpo.config import BatchConfig, Config, LoraConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from grpo.dry_run import memory_estimate, model_facts
-from grpo.logprobs import PolicyModule, check_packing, make_yardstick
+from grpo.first_batch import check_packing, make_yardstick
+from grpo.logprobs import PolicyModule
 from grpo.policy import MovingReference, Policy, bf16_copy, load_model_config, load_reference
 from grpo.rewards import Reward
 from grpo.rollout import Sampler

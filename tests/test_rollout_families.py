@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.logprobs import PolicyModule, check_sampler, make_yardstick
+from grpo.first_batch import check_sampler, make_yardstick
+from grpo.logprobs import PolicyModule
 from grpo.policy import Policy
 from grpo.rollout import attention, draw
 from tests.rollout_helpers import FAMILIES, PAD, problems, sampler, tiny_model

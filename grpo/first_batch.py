@@ -1,0 +1,102 @@
+"""The first batch of a run: do sampler, packed rows and padded rows compute one and the same, but for rounding?
+
+Log-probs of a few completions are compared with those of padded rows in fp32, which every model can do. Called by
+train.py once in a process, before the first update.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo.batch import packed_row, padded_rows
+from grpo.layers import in_fp32
+from grpo.logprobs import LogprobModel, PolicyModule
+from grpo.records import Group, MicroBatch
+
+YARDSTICK_SIZE = 3  # completions of one group: one after the prompt, one after another, one between two
+
+
+def check_first_batch(policy: PolicyModule, groups: list[Group], device: torch.device, layout: str) -> str:
+    """What was found, as a sentence; ValueError where rounding does not explain it."""
+    yardstick = make_yardstick(policy, groups, device)
+    found = f"the sampler's are off by {check_sampler(policy, yardstick):.1g} nats"
+    if layout == "packed":
+        mean, largest = check_packing(policy, yardstick)
+        found += f", those of packed rows by {mean:.1g}, {largest:.1g} at most"
+    return f"log-probs of the first batch beside padded rows: {found}"
+
+
+class Yardstick(NamedTuple):
+    """A few completions of a first batch in padded rows, and their log-probs, [T] each: what checks compare with."""
+
+    groups: list[Group]
+    rows: MicroBatch
+    own: Tensor  # in the policy's own precision
+    truth: Tensor  # of the working copy, computed in fp32
+
+
+@torch.no_grad()
+def make_yardstick(policy: PolicyModule, groups: list[Group], device: torch.device) -> Yardstick:
+    """Up to YARDSTICK_SIZE different completions of the smallest group that has two, if any, and as many of the next
+    smallest."""
+    differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
+    group = min(differing or groups, key=_num_tokens)
+    pair = [group, *sorted((other for other in groups if other is not group), key=_num_tokens)[:1]]
+    first_of: dict[tuple[int, ...], int] = {}
+    for s, completion in enumerate(group.completions):
+        first_of.setdefault(tuple(completion.ids), s)
+    members = [(0, s) for s in list(first_of.values())[:YARDSTICK_SIZE]]
+    members += [(g, s) for g, other in enumerate(pair[1:], 1) for s in range(len(other.completions[:YARDSTICK_SIZE]))]
+    rows = padded_rows(pair, members, device)
+    own = truth = policy(rows)[0]
+    if policy.working.dtype.itemsize < 4:
+        options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
+        with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
+            truth = LogprobModel(policy.working, **options)(rows)[0]
+    return Yardstick(pair, rows, own, truth)
+
+
+def _num_tokens(group: Group) -> int:
+    return len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)
+
+
+def check_sampler(policy: PolicyModule, yardstick: Yardstick) -> float:
+    """Mean error of the sampler's log-probs, in nats; ValueError where rounding does not explain it.
+
+    A model whose attention does what rollout does not know of would be sampled otherwise than it is trained.
+    """
+    found = (yardstick.rows.tokens.sampler, yardstick.own)
+    error, rounding = ((logprobs - yardstick.truth).abs().double().mean().item() for logprobs in found)
+    # In bf16 the sampler's logits are rounded as well, as those of the training head are not: one of 20 by 0.03.
+    allowed = 4 * rounding + (1e-2 if policy.working.dtype.itemsize >= 4 else 0.1)
+    if not error <= allowed:  # also where it is NaN
+        raise ValueError(
+            f"the sampler's log-probs are off by {error:.2g} nats in the mean, where rounding explains {allowed:.2g}: "
+            f"rollout does not compute what {type(policy.working).__name__} computes; use another model"
+        )
+    return error
+
+
+@torch.no_grad()
+def check_packing(policy: PolicyModule, yardstick: Yardstick) -> tuple[float, float]:
+    """Mean and largest error of packed log-probs, in nats; ValueError where rounding explains neither.
+
+    Error: distance from the padded log-probs of the working copy, computed in fp32. Allowed: four times that of padded
+    rows in the policy's own precision, and a little. A completion that saw another, or missed its prompt, is off by far
+    more; nor must one group see the other, though their prompts may begin alike.
+    """
+    rows, pair = yardstick.rows, yardstick.groups
+    packed = policy(packed_row(pair, rows.sequences, rows.source.device))[0]
+    error, rounding = ((logprobs - yardstick.truth).abs().double() for logprobs in (packed, yardstick.own))
+    found = (error.mean().item(), error.max().item())
+    allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)
+    if not (found[0] <= allowed[0] and found[1] <= allowed[1]):  # also where one is NaN
+        raise ValueError(
+            f"packed log-probs of groups {[group.index for group in pair]} are off by {found[0]:.2g} nats in the mean "
+            f"and {found[1]:.2g} at most, where rounding explains {allowed[0]:.2g} and {allowed[1]:.2g}: completions "
+            "of this model do not see exactly their prompt and themselves; use batch.layout=padded"
+        )
+    return found
