@@ -9,13 +9,14 @@ there once, in the precision of the forward pass. Over several ranks the masters
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo.sharding import fill, fill_all, for_writer
+from grpo.sharding import fill, fill_all, for_writer, share_of
 
 ADAPTER_CONFIG = "adapter_config.json"  # the file that tells a folder in PEFT's format
 
@@ -59,11 +60,11 @@ class Policy:
         fill_all((whole, own) for whole, own in pairs if own is not whole and whole.untyped_storage().nbytes())
 
     @torch.no_grad()
-    def keep_shares(self, share_of: Callable[[Tensor], Tensor]) -> None:
-        """Keep share_of(master) of each master that is trained. In fp32 it is a part of the working copy; in bf16 the
+    def keep_shares(self, mesh: DeviceMesh) -> None:
+        """Keep this rank's share of each master that is trained. In fp32 it is a part of the working copy; in bf16 the
         masters are then without memory: what is left of them has their shape and gets their gradients."""
         for name, master in list(self.own.items()):
-            share = share_of(master.detach())
+            share = share_of(master.detach(), mesh)
             if self.model is not self.masters:
                 share = share.clone()
                 master.data = master.new_zeros(()).expand(master.shape)

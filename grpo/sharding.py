@@ -180,5 +180,5 @@ def distribute(module: nn.Module, policies: list[Policy], world: World, strategy
             module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
     if strategy != "ddp":
         for policy in policies:
-            policy.keep_shares(lambda master: share_of(master, mesh))
+            policy.keep_shares(mesh)
     return module
