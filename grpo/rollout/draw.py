@@ -30,12 +30,7 @@ class Draw:
     """Columns of what was sampled are [N, max_new_tokens + 1], a row per sequence: i of problem p is p * G + i."""
 
     def __init__(
-        self,
-        sampler: Sampler,
-        step: DecodeStep,
-        run_step: Callable,
-        problems: list[Problem],
-        training_step: int,
+        self, sampler: Sampler, step: DecodeStep, run_step: Callable, problems: list[Problem], training_step: int
     ):
         self.sampler, self.problems, self.training_step = sampler, problems, training_step
         self.step, self.run_step, self.group_size = step, run_step, sampler.rollout.group_size

@@ -63,26 +63,25 @@ class Prompter:
     def _ask(self, problem: Problem) -> tuple[str, list[int]]:
         """Text and token ids of the prompt, however long."""
         shots = [shot for shot in self._candidates if shot.question != problem.question][: self.prompt.shots]
-        if self.prompt.style == "plain":
-            text = self.task.plain_prompt(problem.question, shots)
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"plain_prompt of task {self.task.name!r} returned {text!r:.80}; return the prompt's text"
-                )
-            ids = self.tokenizer(text)["input_ids"]
-            if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token):
-                ids = ids[:-1]  # of a tokenizer that closes every text (add_eos_token): the completion is still to come
-        else:
-            messages, options = _messages(self.task, problem, shots), self._template_options
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=False, **options
-                )
-            except Exception as error:  # a template may raise, and asks Jinja to
-                message = f"the chat template of the tokenizer cannot take problem {problem.id}: {error}"
-                raise ValueError(f"{message}; use --prompt.style plain, or another number of shots") from error
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
+        return (self._plain if self.prompt.style == "plain" else self._chat)(problem, shots)
+
+    def _plain(self, problem: Problem, shots: Sequence[Problem]) -> tuple[str, list[int]]:
+        text = self.task.plain_prompt(problem.question, shots)
+        if not isinstance(text, str):
+            raise ValueError(f"plain_prompt of task {self.task.name!r} returned {text!r:.80}; return the prompt's text")
+        ids = self.tokenizer(text)["input_ids"]
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token):
+            ids = ids[:-1]  # of a tokenizer that closes every text (add_eos_token): the completion is still to come
         return text, ids
+
+    def _chat(self, problem: Problem, shots: Sequence[Problem]) -> tuple[str, list[int]]:
+        messages, how = _messages(self.task, problem, shots), {"add_generation_prompt": True, "tokenize": False}
+        try:
+            text = self.tokenizer.apply_chat_template(messages, **how, **self._template_options)
+        except Exception as error:  # a template may raise, and asks Jinja to
+            message = f"the chat template of the tokenizer cannot take problem {problem.id}: {error}"
+            raise ValueError(f"{message}; use --prompt.style plain, or another number of shots") from error
+        return text, self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
 
     def fitting(
         self, problems: Sequence[Problem], *, drop: bool = False, say: Callable[[str], None] = print
