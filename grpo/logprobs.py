@@ -129,25 +129,19 @@ class PolicyModule(nn.Module):
     options: those of LogprobModel.
     """
 
+    compute: LogprobModel  # what runs
+    working: PreTrainedModel  # what samples
+
     def __init__(self, policy: Policy, *, checkpointing: bool = False, **options: object):
         super().__init__()
         self.masters = policy.masters
         model = policy.masters if policy.is_sampler_only else policy.model
-        compute = LogprobModel(model, **options)
-        # A tuple, so that the working copy is not registered as parameters too.
-        self._hidden_from_ddp = (compute, policy.model)
+        # Past nn.Module, so that the working copy is not registered as parameters too.
+        vars(self).update(compute=LogprobModel(model, **options), working=policy.model)
         self._shares_weights = model is policy.masters
         self._weights: dict[str, Tensor] = {}
         if checkpointing:
             checkpoint_layers(model, context_fn=self._checkpoint_contexts)
-
-    @property
-    def compute(self) -> LogprobModel:
-        return self._hidden_from_ddp[0]
-
-    @property
-    def working(self) -> PreTrainedModel:
-        return self._hidden_from_ddp[1]
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         """Log-probs and entropy, each [T]; or, given `token_loss`, the weighted loss summed over the micro-batch
