@@ -5,7 +5,7 @@ import torch
 
 from grpo.config import RolloutConfig
 from grpo.config_check import outside_intervals
-from grpo.rollout.sampling import philox, refuse_large_words, uniforms
+from grpo.rollout.philox import philox, refuse_large_words, uniforms
 
 ONES = 0xFFFFFFFF
 KNOWN_ANSWERS = [  # counter, key, words: kat_vectors of Random123 (Salmon et al., SC 2011), philox4x32 with 10 rounds

@@ -1,6 +1,6 @@
 """Problems -> groups of completions, sampled with the policy's own weights."""
 
 from grpo.rollout.engine import Sampler
-from grpo.rollout.sampling import EVALUATION, TRAINING
+from grpo.rollout.philox import EVALUATION, TRAINING
 
 __all__ = ["EVALUATION", "TRAINING", "Sampler"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from grpo.records import Completion, Problem, common_length
-from grpo.rollout.sampling import uniforms
+from grpo.rollout.philox import uniforms
 from grpo.rollout.schedule import SHRINK_BELOW, Rows, prefill_chunks, seat
 from grpo.rollout.slab import Decode, Prefill
 from grpo.rollout.step import DecodeStep, forward

@@ -21,7 +21,7 @@ from grpo.rollout import graphs
 from grpo.rollout.attention import refuse_unservable, sampling_mode
 from grpo.rollout.draw import Draw
 from grpo.rollout.graphs import Graphs
-from grpo.rollout.sampling import TRAINING, refuse_large_words
+from grpo.rollout.philox import TRAINING, refuse_large_words
 from grpo.rollout.schedule import bucket
 from grpo.rollout.slab import GIB, MEMORY_SHARE, KVSlab, LayerShape, Plan, Probe, is_kept, make_plan, total_memory
 from grpo.rollout.step import DecodeStep, forward
