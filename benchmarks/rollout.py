@@ -66,7 +66,8 @@ class NoText:
     """The tokenizer of a model without words: its end-of-sequence token is never drawn."""
 
     eos_token_id = -1
-    all_special_tokens = ()
+    all_special_ids = all_special_tokens = ()
+    added_tokens_decoder = {}
 
     def batch_decode(self, sequences: list[list[int]], **options: object) -> list[str]:
         return [""] * len(sequences)
