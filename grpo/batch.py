@@ -336,13 +336,7 @@ def kl_by_completion(batch: Batch) -> Tensor:
 
 
 def weigh(
-    batch: Batch,
-    advantages: Tensor,
-    counted: Tensor,
-    *,
-    aggregation: str,
-    max_new_tokens: int,
-    sum_over_ranks: Reduce,
+    batch: Batch, advantages: Tensor, counted: Tensor, *, aggregation: str, max_new_tokens: int, sum_over_ranks: Reduce
 ) -> None:
     """Write advantage, counted, active and the final weight of every token, in place.
 

@@ -101,9 +101,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, target: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        def one(found: RowStatistics, rows: slice) -> tuple[Tensor, None]:
-            return torch.ones_like(found.logprobs), None
-
+        one = lambda found, rows: (torch.ones_like(found.logprobs), None)
         logprobs, entropy, (unit, _, _) = _fold(head, hidden, target, one, (True, False, False))
         ctx.save_for_backward(unit)
         ctx.mark_non_differentiable(entropy)
