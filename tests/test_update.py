@@ -19,7 +19,15 @@ from grpo.objectives import resolve, token_loss
 from grpo.policy import Policy
 from grpo.records import Scores, TokenColumns, merge_scores
 from grpo.sharding import distribute, whole_of
-from grpo.update import NonFiniteLoss, Updater, learning_rate, make_optimizer, token_statistics, update_policy
+from grpo.update import (
+    NonFiniteLoss,
+    Updater,
+    learning_rate,
+    make_optimizer,
+    summarise,
+    token_statistics,
+    update_policy,
+)
 from tests.ranks import run_ranks
 from tests.tiny import made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
 
@@ -281,6 +289,20 @@ def test_statistics_of_tokens_are_sums_over_the_counted_by_hand():
         "ratio_max": 2,
         "mismatch_max": 0.5,
     }
+
+
+def test_a_summary_is_means_over_tokens_but_for_loss_norm_and_maxima():
+    totals = {"tokens": 10, "optimizer_steps": 2, "skipped_steps": 1, "teaching_tokens": 4, "entropy": 5.0, "active": 8}
+    totals |= {"loss": 0.5, "grad_norm": 3.0, "ratio_max": 7.0}
+    assert summarise(dict(totals)) == {
+        "skipped_steps": 1,
+        "entropy": 0.5,
+        "active": 0.8,
+        "loss": 0.25,
+        "grad_norm": 1.5,
+        "ratio_max": 7.0,
+    }
+    assert math.isnan(summarise(totals | {"tokens": 0})["entropy"])
 
 
 def test_nan_stops_the_update_before_the_weights_move_and_names_step_and_sequence():
