@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 from grpo.live import Progress, can_show
 from grpo.records import Group, Scores
@@ -339,18 +340,35 @@ def draw_curves(run_dir: Path, *, start_accuracy: float | None = None, supervise
     from matplotlib.figure import Figure
 
     rows = read_metrics(run_dir)
-    figure = Figure(figsize=(15, 8), layout="constrained")
+    figure = Figure(figsize=(11, 6.2), layout="constrained")  # to be read at the width of a page
     accuracy_axes, *others = figure.subplots(2, 3).flat
     _draw_accuracy(accuracy_axes, rows, start_accuracy, supervised)
     for axes, (title, key) in zip(others, PANELS.items(), strict=True):
         for name in sorted({name for row in rows for name in row if name.split("/")[0] == key}):
-            axes.plot(*_points(rows, name), label=name)
+            _draw_line(axes, *_points(rows, name), name)
         axes.set(title=title, xlabel="training step")
+        axes.yaxis.set_major_formatter("{x:,g}")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-        if len(axes.get_lines()) > 1:
-            axes.legend()
-    figure.savefig(run_dir / "curves.png", dpi=100)
+        axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if not axes.get_lines():
+            axes.text(0.5, 0.5, "not recorded in this run", ha="center", va="center", transform=axes.transAxes)
+        elif len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(fontsize="small")
+    figure.savefig(run_dir / "curves.png", dpi=140)
+
+
+def _draw_line(axes: Any, steps: list[int], values: list[float], name: str) -> None:
+    """As it is; of many steps a running mean of a fiftieth of them, over the values themselves in the background."""
+    width = len(steps) // 50 | 1  # odd: as many on either side
+    if width < 5:
+        axes.plot(steps, values, marker="." if len(steps) < 5 else None, label=name)
+        return
+    row = torch.tensor([values], dtype=torch.float64)
+    means = avg_pool1d(row, width, 1, width // 2, count_include_pad=False)[0].tolist()
+    (line,) = axes.plot(steps, means, label=name, zorder=3)
+    axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.5)
 
 
 def _draw_accuracy(axes: Any, rows: list[dict[str, Any]], start_accuracy: float | None, supervised: Points) -> None:
@@ -361,10 +379,13 @@ def _draw_accuracy(axes: Any, rows: list[dict[str, Any]], start_accuracy: float 
         places = [at_step[step] for step in places]
     if start_accuracy is not None:
         places, accuracies = [0, *places], [start_accuracy, *accuracies]
-    axes.plot(places, accuracies, marker="o", label="GRPO")
+    if places:
+        axes.plot(places, accuracies, marker=".", label="GRPO")
     if supervised:
-        axes.plot(*zip(*supervised, strict=True), marker="o", label="supervised training, same seconds")
-    axes.set(title="validation accuracy", xlabel="training seconds" if supervised else "training step", ylim=(0, 1))
+        axes.plot(*zip(*supervised, strict=True), marker=".", label="supervised training, same seconds")
+    axes.set(title="validation accuracy", xlabel="training seconds" if supervised else "training step")
+    axes.set(ylim=(-0.03, 1.03), yticks=[0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter("{x:.0%}")
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

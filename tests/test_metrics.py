@@ -215,6 +215,28 @@ def test_curves_show_each_panel_and_both_lines_on_one_axis_of_seconds(logger, tm
     assert lines["kl"] == [[1, 0.01], [2, 0.01], [3, 0.01]]
 
 
+def drawn_lines(logger, tmp_path, monkeypatch, steps):
+    """Each line of the chart of so many steps: label, marker and values."""
+    figure, charts = pytest.importorskip("matplotlib.figure"), []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: charts.append(self))
+    rows = [row(step, reward=step % 2) for step in range(1, steps + 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics.draw_curves(tmp_path)
+    axes = charts[0].axes
+    assert [text.get_text() for text in axes[0].texts] == ["not recorded in this run"], "no validation"
+    return [(line.get_label(), line.get_marker(), line.get_ydata().tolist()) for line in axes[1].get_lines()]
+
+
+def test_curves_of_one_step_are_points_that_can_be_seen(logger, tmp_path, monkeypatch):
+    assert ("reward", ".", [1]) in drawn_lines(logger, tmp_path, monkeypatch, 1)
+
+
+def test_curves_of_many_steps_have_a_running_mean(logger, tmp_path, monkeypatch):
+    (mean, raw, *_) = drawn_lines(logger, tmp_path, monkeypatch, 250)
+    assert mean[0] == "reward" and raw[2] == [1, 0] * 125
+    assert mean[2][100] == pytest.approx(3 / 5) and mean[2][0] == pytest.approx(2 / 3), "of 5 values, of 3 at the edge"
+
+
 def test_curves_png_is_a_picture(logger, tmp_path):
     pytest.importorskip("matplotlib")
     logger.log(row(1))
