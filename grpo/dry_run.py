@@ -73,7 +73,7 @@ def dry_run_report(config: Config, world_size: int, model: ModelFacts) -> str:
 
 def _by_strategy(config: Config, model: ModelFacts, ranks: tuple[int, ...] = (1, 8)) -> list[str]:
     """The total on 1 and 8 ranks under each `distributed.strategy`, as a table."""
-    lines = ["such totals by distributed.strategy" + "".join(f"{size:>7} rank{'s'[: size > 1]}" for size in ranks)]
+    lines = ["total by distributed.strategy      " + "".join(f"{size:>7} rank{'s'[: size > 1]}" for size in ranks)]
     for strategy in ("ddp", "zero1", "fsdp"):
         asked = replace(config, distributed=replace(config.distributed, strategy=strategy))
         totals = [sum(memory_estimate(asked, size, model).values()) / 2**30 for size in ranks]

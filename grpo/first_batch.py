@@ -22,11 +22,11 @@ YARDSTICK_SIZE = 3  # completions of one group: one after the prompt, one after 
 def check_first_batch(policy: PolicyModule, groups: list[Group], device: torch.device, layout: str) -> str:
     """What was found, as a sentence; ValueError where rounding does not explain it."""
     yardstick = make_yardstick(policy, groups, device)
-    found = f"the sampler's are off by {check_sampler(policy, yardstick):.1g} nats"
+    found = f"the sampler differs by {check_sampler(policy, yardstick):.1g} nats"
     if layout == "packed":
         mean, largest = check_packing(policy, yardstick)
-        found += f", those of packed rows by {mean:.1g}, {largest:.1g} at most"
-    return f"log-probs of the first batch beside padded rows: {found}"
+        found += f", packed rows by {mean:.1g} (at most {largest:.1g})"
+    return f"log-probs of the first batch, compared with padded rows: {found}"
 
 
 class Yardstick(NamedTuple):

@@ -6,9 +6,11 @@ phases the screen is clean, so anything may print there. Nothing is written wher
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 INTERVAL_S = 0.1  # between two drawings, of about 20 microseconds each
 RECENT_STEPS = 20  # that the time left is estimated from
 BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 30  # of the bar and of a sparkline; less on a narrow terminal, where the numbers come first
 CURVES = {"reward": "reward {:.3f}", "validation/accuracy": "validation accuracy {:.1%}"}
 
 
@@ -33,6 +36,12 @@ def print_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def fold(text: str, width: float) -> str:
+    """Lines wider than this broken between words, where a terminal would break within one."""
+    how = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, int(width), **how) if len(line) > width else line for line in text.split("\n"))
 
 
 class Progress:
@@ -59,9 +68,10 @@ class Progress:
         seconds = time.monotonic() - self._begun_at
         share = done / max(total, 1)
         left = f", {_clock(seconds / share - seconds)} left" if share else ""
-        bar = ("━" * round(30 * share)).ljust(30, "─")
-        line = f"{self._phase:<10} {bar} {share:4.0%}  {done:,}/{total:,}{left}  {note}"
-        self._show([line, *self._standing])
+        numbers = f"{share:4.0%}  {done:,}/{total:,}{left}  {note}".rstrip()
+        width = _fitting(_columns() - len(f"{self._phase:<10}  {numbers}"))
+        bar = ("━" * round(width * share)).ljust(width, "─")
+        self._show([f"{self._phase:<10} {bar} {numbers}", *self._standing])
 
     def step_done(self, row: Mapping[str, Any]) -> None:
         """Takes a row of metrics.jsonl into what is shown below the bar."""
@@ -75,7 +85,9 @@ class Progress:
         if len(self._ends) > 1:
             mean = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
             left = f", {mean:.2f} s a step, {_clock(mean * (self.num_steps - row['step']))} left"
-        curves = [f"{sparkline(v)} {CURVES[key].format(v[-1])}" for key, v in self._curves.items() if v]
+        said = {key: CURVES[key].format(values[-1]) for key, values in self._curves.items() if values}
+        width = _fitting((_columns() - len("   ".join(f" {text}" for text in said.values()))) // max(1, len(said)))
+        curves = [f"{sparkline(self._curves[key], width)} {text}" for key, text in said.items()]
         phases = {key.removeprefix("seconds/"): row[key] for key in row if key.startswith("seconds/")}
         seconds = "seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in phases.items())
         self._standing = [f"step {row['step']} of {self.num_steps}{left}", "   ".join(curves), seconds]
@@ -86,21 +98,32 @@ class Progress:
             self._show([])
 
     def _show(self, lines: list[str]) -> None:
-        """These lines in the place of those that are on the screen."""
-        width = shutil.get_terminal_size().columns - 1  # a line that wraps would be two to erase
-        erasing = f"\x1b[{self._num_lines}F\x1b[J" if self._num_lines else ""
-        sys.stdout.write(erasing + "".join(line[:width] + "\n" for line in lines))
+        """These lines over those that are on the screen; erased is only what is left of them, so nothing flickers."""
+        back = f"\x1b[{self._num_lines}F" if self._num_lines else ""
+        rewritten = "".join(f"{line[: _columns()]}\x1b[K\n" for line in lines)
+        sys.stdout.write(f"{back}{rewritten}\x1b[J")
         sys.stdout.flush()
         self._num_lines, self._drawn_at = len(lines), time.monotonic()
 
 
-def sparkline(values: Sequence[float], width: int = 30) -> str:
-    """At most `width` bars from the lowest value to the highest, each the mean of as many values."""
-    size = -(-len(values) // width)
-    means = [fmean(values[i : i + size]) for i in range(0, len(values), size)]
+def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
+    """At most `width` bars from the lowest value to the highest, each the mean of about as many values."""
+    count = min(width, len(values))
+    edges = [i * len(values) // count for i in range(count + 1)]
+    means = [fmean(values[start:end]) for start, end in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
+
+
+def _columns() -> int:
+    """Of the terminal, less one: a line that wraps would be two to rewrite."""
+    return shutil.get_terminal_size().columns - 1
+
+
+def _fitting(room: int) -> int:
+    """The width of a drawing where so many columns are left for it."""
+    return min(WIDTH, max(room, 8))
 
 
 def _clock(seconds: float) -> timedelta:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from grpo.live import Progress, can_show
+from grpo.live import Progress, can_show, fold
 from grpo.records import Group, Scores
 from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
@@ -137,7 +137,7 @@ class RunLogger:
         """Print on rank 0, at once."""
         if self.is_writer:
             self.progress.close()
-            print(text, flush=True)
+            print(fold(text, self._width), flush=True)
 
     def log(self, row: dict[str, float | int | None]) -> None:
         """One training step: a line in metrics.jsonl, scalars for the trackers, a row of the table on the console."""

@@ -49,6 +49,7 @@ def finish(run: Run) -> None:
         for text in texts:
             log.say(f"\n{name}: {text['question']} (answer {text['answer']})\n  {text['completion'].strip()!r}")
     log.say(f"\neverything is in {run_dir}: curves.png, metrics.jsonl, summary.json, completions/, checkpoints/")
+    log.say(f"to look at it in a browser: python -m grpo.report {run_dir}")
 
 
 def samples_of(result: Evaluation, count: int = 2) -> list[dict[str, str]]:

@@ -13,18 +13,21 @@ from grpo.metrics import PhaseTimer, RunLogger
 
 
 def screen(written: str) -> list[str]:
-    """The lines of a terminal that understands `cursor n lines up` and `erase below`, and nothing else."""
-    lines = [""]
-    for part in re.split(r"(\n|\x1b\[\d+F|\x1b\[J)", written):
+    """The lines of a terminal that understands `n lines up`, `erase the rest of the line` and `erase below` alone."""
+    lines, row, column = [""], 0, 0
+    for part in re.split(r"(\n|\x1b\[\d+F|\x1b\[J|\x1b\[K)", written):
         if part == "\n":
-            lines.append("")
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
         elif up := re.fullmatch(r"\x1b\[(\d+)F", part):
-            assert lines[-1] == "" and int(up[1]) < len(lines), "goes back over whole lines only"
-            kept = len(lines) - 1 - int(up[1])
-        elif part == "\x1b[J":
-            lines = lines[:kept] + [""]
+            assert column == 0 and int(up[1]) <= row, "goes back over whole lines only"
+            row -= int(up[1])
+        elif part in ("\x1b[J", "\x1b[K"):
+            lines[row] = lines[row][:column]
+            lines = lines[: row + 1] if part == "\x1b[J" else lines
         else:
-            lines[-1] += part
+            lines[row] = lines[row][:column] + part + lines[row][column + len(part) :]
+            column += len(part)
     return lines[:-1]
 
 
@@ -131,4 +134,37 @@ def test_nothing_is_written_where_there_is_no_terminal(capsys):
 def test_a_sparkline_goes_from_the_lowest_mean_to_the_highest():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert sparkline([5.0, 5.0]) == "▁▁"
-    assert sparkline([0, 2, 8, 6, 1], width=3) == "▁█▁", "means 1, 7 and 1"
+    assert sparkline([0, 8, 6, 2, 1], width=3) == "▁█▃", "means 0, 7 and 1.5"
+    assert [len(sparkline(range(count))) for count in (30, 31, 59, 1000)] == [30] * 4, "its width stays"
+
+
+def test_a_view_is_never_blank_while_it_is_redrawn(clock, capsys):
+    progress = Progress(is_shown=True, num_steps=9)
+    progress.step_done({"step": 1, "reward": 0.5, "seconds/rollout": 1.0})
+    progress.begin("rollout")
+    before = capsys.readouterr().out
+    clock[0] += 1
+    progress(1, 2)
+    drawn = capsys.readouterr().out
+    rewritten = [screen(before + drawn[: end.end()]) for end in re.finditer("\n", drawn)]
+    assert [lines[1:] for lines in rewritten] == [["step 1 of 9", "▁ reward 0.500", "seconds: rollout 1.00"]] * 4
+    assert rewritten[0][0].split() == ["rollout", "━" * 15 + "─" * 15, "50%", "1/2,", "0:00:01", "left"]
+
+
+def test_numbers_come_before_drawings_on_a_narrow_terminal(clock, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    progress = Progress(is_shown=True, num_steps=900)
+    for step in range(100):
+        progress.step_done({"step": step, "reward": 0.5, "validation/accuracy": step / 100})
+    progress.begin("evaluation")
+    clock[0] += 10
+    progress(100, 1000, "worked")
+    bar, _, curves, _ = screen(capsys.readouterr().out)
+    assert bar.endswith("─  10%  100/1,000, 0:01:30 left  worked")
+    assert "reward 0.500" in curves and curves.endswith(" validation accuracy 99.0%")
+
+
+def test_lines_are_broken_between_words_and_where_they_are_too_wide_only():
+    text = "kept:  as  it is\nthis goes over the edge"
+    assert live.fold(text, 16) == "kept:  as  it is\nthis goes over\n    the edge"
+    assert live.fold(text, float("inf")) == text
