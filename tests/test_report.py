@@ -256,6 +256,17 @@ def test_a_browser_draws_a_run_of_a_great_many_steps(folders, tmp_path):
     assert look(data, SHOW.replace("FOUND", titles), tmp_path) == ["reward"]
 
 
+def test_a_browser_draws_values_that_differ_by_rounding_alone(folders, tmp_path):
+    """The mean of three seeds is off by the last bit: so small a range, far from 0, had endlessly many ticks."""
+    data = collect(folders)
+    data["groups"] = [[0, 1, 2]]
+    data["definitions"] |= {"mismatch_kl": "", "tiny": ""}
+    for run in data["runs"]:
+        run["metrics"] |= {"mismatch_kl": [-1e-8, -1e-8], "tiny": [5e-324, 0.0]}
+    marks = "[...document.querySelectorAll('#more [data-keys=mismatch_kl] text')].map(text => text.textContent)"
+    assert "0" in look(data, SHOW.replace("FOUND", marks), tmp_path)
+
+
 def test_a_browser_shows_the_last_step_of_the_first_run_where_another_went_on(folders, tmp_path):
     data = collect([folders[0], write_run(tmp_path / "longer", steps=3)])
     assert look(data, SHOW.replace("FOUND", "at('count').textContent"), tmp_path) == "4 completions in 2 groups"
