@@ -89,6 +89,11 @@ def training_seconds(seconds: Mapping[str, float], prefix: str = "") -> float:
     return sum(seconds.get(prefix + phase, 0.0) for phase in TRAINING_PHASES)
 
 
+def rival_name(habit_steps: int) -> str:
+    """What stands beside the result on the embedded task: the model before `base.habit_steps`, else one trained on."""
+    return "before the habit" if habit_steps else "supervised instead"
+
+
 def table_row(row: Mapping[str, Any], width: float = math.inf) -> tuple[str, str]:
     """Heading and cells of one step, aligned. A missing value is left blank; the last columns beyond `width` are left
     out, so that no row of a terminal is two."""

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from grpo.config import flat
-from grpo.metrics import definition, read_metrics, read_records
+from grpo.metrics import definition, read_metrics, read_records, rival_name
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACE = "@DATA@"
@@ -65,7 +65,7 @@ def collect(folders: Sequence[Path], evals: Iterable[Path] = (), *, steps: int, 
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     configs = [flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))) for folder in folders]
-    runs = [_run(*pair, steps=steps, groups=groups) for pair in zip(names, folders, strict=True)]
+    runs = [_run(*these, steps=steps, groups=groups) for these in zip(names, folders, configs, strict=True)]
     keys = dict.fromkeys(key for config in configs for key in config)
     different = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     return {
@@ -77,7 +77,7 @@ def collect(folders: Sequence[Path], evals: Iterable[Path] = (), *, steps: int, 
     }
 
 
-def _run(name: str, folder: Path, *, steps: int, groups: int) -> dict[str, Any]:
+def _run(name: str, folder: Path, config: dict[str, Any], *, steps: int, groups: int) -> dict[str, Any]:
     rows = read_metrics(folder)
     if not rows:
         raise ValueError(f"{folder}/metrics.jsonl holds no step yet; leave this run out or wait for its first")
@@ -85,14 +85,16 @@ def _run(name: str, folder: Path, *, steps: int, groups: int) -> dict[str, Any]:
     summary, environment = (_json(folder / f"{part}.json") for part in ("summary", "env"))
     phases = [key.removeprefix("seconds/") for key in keys if key.startswith("seconds/")]
     spent = {phase: sum(row.get(f"seconds/{phase}") or 0.0 for row in rows) for phase in phases}
+    results, titles = summary.get("results", {}), {"supervised": rival_name(config.get("base.habit_steps", 0))}
+    facts = {key: environment.get(key) for key in ("commit", "seed", "world_size", "devices", "cpus", "platform")}
     return {
         "name": name,
         "metrics": {key: [row.get(key) for row in rows] for key in keys},
-        "accuracy": [{"when": when, **_accuracy(entry)} for when, entry in summary.get("results", {}).items()],
+        "accuracy": [{"when": titles.get(when, when), **_accuracy(row)} for when, row in results.items()],
         "best_step": summary.get("best_step"),
         "seconds": summary.get("seconds", spent),
         "tokens": sum(row.get("tokens") or 0 for row in rows),
-        "facts": {key: environment.get(key) for key in ("commit", "seed", "world_size", "devices", "cpus", "platform")},
+        "facts": facts | {"task": config.get("task"), "preset": config.get("objective.preset")},
         **_completions(folder, steps=steps, groups=groups),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from grpo import base, checkpoint
 from grpo.evaluation import Evaluation, describe_difference, result_table
-from grpo.metrics import training_seconds
+from grpo.metrics import rival_name, training_seconds
 from grpo.policy import load_policy
 from grpo.run import Run, evaluate_greedily, validate
 
@@ -40,7 +40,7 @@ def finish(run: Run) -> None:
     log.write_json("summary.json", summary | {"results": results, "samples": samples, "supervised_curve": curve})
     log.draw_curves(start_accuracy=run.before["validation"], supervised=curve)
     if num_problems:
-        rival = "before the habit" if run.config.base.habit_steps else "supervised instead"
+        rival = rival_name(run.config.base.habit_steps)
         log.say("\n" + result_table({rival if name == "supervised" else name: row for name, row in results.items()}))
         before, after = results.get("before", {}), results["after"]
         if len(before.get("correct", ())) == len(after["correct"]):  # not where a run goes on with other test_problems

@@ -204,19 +204,27 @@ const curve = () => document.querySelector("#curves [data-keys=reward] path[stro
 const seen = {panels: texts("#curves h3"), more: texts("#more h3"), config: texts("#config td"),
   bars: texts("#results .value"), accuracy: texts("#results td").slice(0, 5),
   spans: [...document.querySelectorAll("#results td svg path")].map(path => path.getAttribute("d")),
-  line: curve(), all: texts(".sample pre"), shown: at("shown").textContent,
+  line: curve(), all: texts(".sample pre"), shown: at("shown").textContent, title: document.title,
+  about: texts("#curves [data-keys=reward] details p")[0],
   bands: document.querySelectorAll("#curves [data-keys=reward] path[opacity='0.2']").length,
   grounds: [...document.querySelectorAll(".sample pre span")].slice(0, 2).map(span => span.style.background)};
 pick("smoothing", 0, "input");
 seen.unsmoothed = curve();
 document.querySelector("#curves [data-keys=reward] .chart").dispatchEvent(new MouseEvent("mousemove", {clientX: 0}));
 seen.tip = texts("#curves [data-keys=reward] .tip")[0];
+const chart = document.querySelector("#curves [data-keys=reward] .chart"), tips = [];
+for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft"]) {
+  chart.dispatchEvent(new KeyboardEvent("keydown", {key}));
+  tips.push(chart.querySelector(".tip").textContent.slice(0, 6));
+}
+seen.tips = tips; seen.reached = chart.tabIndex;
 pick("filter-low", 0.5, "input"); seen.paid = texts(".sample pre");
 pick("filter-low", "", "input"); pick("filter-status", "timeout", "change"); seen.late = texts(".sample");
 pick("filter-status", "", "change"); pick("filter-finish", "eos", "change"); seen.ended = at("count").textContent;
 pick("filter-step", "", "change"); seen.steps = at("count").textContent;
 pick("filter-text", "1 P/0", "input"); seen.search = texts(".sample pre"); pick("filter-run", 2, "change");
-seen.other = at("count").textContent;
+seen.other = at("count").textContent; seen.otherShown = at("shown").textContent;
+pick("filter-text", "nowhere", "input"); seen.none = texts("#completions");
 at("theme").click(); seen.theme = document.documentElement.style.colorScheme; at("theme").click();
 seen.again = document.documentElement.style.colorScheme; seen.scripts = document.scripts.length;
 document.body.replaceChildren(node("pre", {id: "seen"}, JSON.stringify(seen)));
@@ -267,6 +275,26 @@ def test_a_browser_draws_values_that_differ_by_rounding_alone(folders, tmp_path)
     assert "0" in look(data, SHOW.replace("FOUND", marks), tmp_path)
 
 
+def test_a_browser_shows_a_run_without_completions_and_validation(folders, tmp_path):
+    shutil.rmtree(folders[0] / "completions")
+    (folders[0] / "summary.json").unlink()
+    shown = "[at('completions').textContent, at('results').textContent, !!at('config')]"
+    found = look(collect(folders[:1]), SHOW.replace("FOUND", shown), tmp_path)
+    assert found == ["This run has recorded no completions.", "", False], "nor is there a config to differ from"
+
+
+def test_what_the_embedded_base_is_compared_with_has_its_name(folders):
+    path = folders[0] / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["results"]["supervised"] = summary["results"]["after"]
+    path.write_text(json.dumps(summary))
+    whens = lambda: [entry["when"] for entry in collect(folders[:1])["runs"][0]["accuracy"]]
+    assert whens() == ["after", "supervised instead"]
+    config = yaml.safe_load((folders[0] / "config.yaml").read_text()) | {"base": {"habit_steps": 40}}
+    (folders[0] / "config.yaml").write_text(yaml.safe_dump(config))
+    assert whens() == ["after", "before the habit"]
+
+
 def test_a_browser_shows_the_last_step_of_the_first_run_where_another_went_on(folders, tmp_path):
     data = collect([folders[0], write_run(tmp_path / "longer", steps=3)])
     assert look(data, SHOW.replace("FOUND", "at('count').textContent"), tmp_path) == "4 completions in 2 groups"
@@ -275,12 +303,16 @@ def test_a_browser_shows_the_last_step_of_the_first_run_where_another_went_on(fo
 def test_a_browser_draws_filters_and_keeps_text_as_text(seen):
     assert seen["panels"] == ["reward", "validation", "KL to the reference, nats", "seconds a step"]
     assert seen["more"] == ["novel", "tokens"], "a key that no panel names has a panel of its own"
-    assert seen["shown"].startswith("a0: 2 of 2 steps, at most 8 groups of each; a1: 2 of")
+    assert seen["shown"].startswith("a0: 2 of 2 steps, at most 8 groups of each; the run's folder")
+    assert seen["otherShown"].startswith("b: 2 of 2 steps")
+    assert seen["title"] == "a0, a1, b: GRPO report"
+    assert seen["about"].startswith("reward: mean weighted reward") and " Healthy: rises" in seen["about"]
+    assert seen["tips"] == ["step 2", "step 2", "step 1"] and seen["reached"] == 0, "by keyboard, too"
     assert seen["bands"] == 1, "two seeds are a band, one run is none"
     assert seen["line"] != seen["unsmoothed"]
     assert seen["tip"] == "step 1\na0, a1: 0.6 (0.5 to 0.7)\nb: 0.5"
     assert seen["config"] == ["optim.lr", "0.1", "0.1", "0.2", "seed", "0", "1", "0"]
-    assert seen["accuracy"] == ["a0, after", "", "75.0%", "50.0% to 90.0%", "8"] and len(seen["spans"]) == 3
+    assert seen["accuracy"] == ["a0, after", "75.0%", "50.0% to 90.0%", "8", ""] and len(seen["spans"]) == 3
     assert seen["spans"][0].startswith("M120 ") and "H214.4" in seen["spans"][0], "0.5 to 0.9 of 236 from 2"
     assert seen["bars"] == ["0", "40"]
     assert len(seen["all"]) == 4, "the last step is shown first"
@@ -288,9 +320,10 @@ def test_a_browser_draws_filters_and_keeps_text_as_text(seen):
     assert "0%" in seen["grounds"][0] and "75%" in seen["grounds"][1]
     assert seen["scripts"] == 3, "the data, the page's script and this probe: no other"
     assert len(seen["paid"]) == 2 and seen["paid"][1].startswith("2 p/1 0 ")
-    assert len(seen["late"]) == 1 and "format timeout; length" in seen["late"][0]
+    assert len(seen["late"]) == 1 and "format timeout; ended by length" in seen["late"][0]
     assert seen["ended"] == "3 completions in 2 groups"
     assert seen["steps"] == "6 completions in 4 groups"
     assert len(seen["search"]) == 2
-    assert seen["other"] == "2 completions in 1 groups"
+    assert seen["other"] == "2 completions in 1 group"
+    assert seen["none"] == ["No completion of this run passes these filters."]
     assert {seen["theme"], seen["again"]} == {"light", "dark"}
