@@ -30,7 +30,7 @@ from grpo.config import Config, DataConfig, RewardsConfig, RolloutConfig, load
 from grpo.config_check import outside_intervals, prompt_mistakes
 from grpo.distributed import World
 from grpo.evaluation import describe_difference, evaluate, result_table
-from grpo.live import Progress, can_show, print_any_text
+from grpo.live import Progress, can_show, fold, line_width, print_any_text
 from grpo.metrics import PhaseTimer, environment
 from grpo.records import Scores
 from grpo.rewards import score_groups
@@ -145,8 +145,19 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     return [path for path, _ in resolved], config
 
 
+def shots_told(shots: int) -> str:
+    """0 shots, 1 shot, 2 shots."""
+    return f"{shots} shot{'s'[: shots != 1]}"
+
+
 def evaluate_model(
-    path: str, options: argparse.Namespace, config: Config, task: Task, world: World, score: Callable[..., Scores]
+    name: str,
+    path: str,
+    options: argparse.Namespace,
+    config: Config,
+    task: Task,
+    world: World,
+    score: Callable[..., Scores],
 ) -> dict[int, dict]:
     """Summary by number of shots."""
     timer = PhaseTimer(Progress(world.is_writer and can_show()))
@@ -167,7 +178,7 @@ def evaluate_model(
         how = {"stop": prompters[shots].stop_strings, "stream": EVALUATION, "seed": options.seed}
         how |= {"impl": options.impl, "progress": timer.progress}
         sampler = Sampler(policy.model, policy.tokenizer, config.rollout, **how)
-        with timer(f"{Path(path).name}, {shots} shots"):
+        with timer(f"{Path(name).name or name}, {shots_told(shots)}"):
             results[shots] = evaluate(sampler, questions, score, world=world).summary()
     return results
 
@@ -176,7 +187,8 @@ def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
     """Accuracy by number of shots, a bar for each model, with 95 % intervals."""
     from matplotlib.figure import Figure
 
-    inches = max(1.5 + 1.6 * max(map(len, results.values())) * len(results) ** 0.5, 1 + 0.09 * max(map(len, results)))
+    widest = max(map(len, results.values()))
+    inches = max(4, 1.5 + 1.6 * widest * len(results) ** 0.5, 1 + 0.09 * max(map(len, results)))
     figure = Figure(figsize=(inches, 4 + 0.2 * len(results)), layout="constrained")  # the names stand above the bars
     axes = figure.subplots()
     width = 0.8 / len(results)
@@ -188,8 +200,9 @@ def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
         bars = axes.bar(places, heights, width, yerr=[below, above], capsize=3, label=model)
         axes.bar_label(bars, [f"{height:.0%}" for height in heights], padding=3)
     first = next(iter(results.values()))
-    axes.set(xticks=range(len(first)), xticklabels=[f"{shots} shots" for shots in first], ylabel="accuracy")
-    axes.set(yticks=[0, 0.25, 0.5, 0.75, 1], ylim=(0, 1.1))
+    axes.set(xticks=range(len(first)), xticklabels=map(shots_told, first), ylabel="accuracy")
+    axes.set(yticks=[0, 0.25, 0.5, 0.75, 1], ylim=(0, 1.1), xlim=(-0.6, len(first) - 0.4))
+    axes.set_title(f"{next(iter(first.values()))['problems']:,} problems, 95 % intervals", fontsize="medium")
     axes.yaxis.set_major_formatter("{x:.0%}")
     figure.legend(loc="outside upper left", frameon=False)
     figure.savefig(path, dpi=120)
@@ -219,17 +232,20 @@ def run(options: argparse.Namespace, world: World) -> None:
         scoring = {"require_finish": config.rewards.require_finish, "score": pool}
         score = partial(score_groups, rewards=task.rewards, **scoring)
         for name, path in loaded.items():
-            results[name] = evaluate_model(path, options, config, task, world, score)
+            results[name] = evaluate_model(name, path, options, config, task, world, score)
             if world.is_writer:  # after each: it is kept where a later one fails
                 output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if not world.is_writer:
         return
-    rows = {f"{name}, {shots} shots": entry for name, by_shots in results.items() for shots, entry in by_shots.items()}
-    print(result_table(rows))
+    rows = {
+        f"{name}, {shots_told(shots)}": entry for name, by_shots in results.items() for shots, entry in by_shots.items()
+    }
+    print(result_table(rows, line_width()))
     first, *others = results
     for name in others:
         for shots, entry in results[name].items():
-            print(f"{shots} shots: {describe_difference(name, entry, first, results[first][shots])}")
+            difference = describe_difference(name, entry, first, results[first][shots])
+            print(fold(f"{shots_told(shots)}: {difference}", line_width()))
     print(f"written: {output}")
     try:
         draw_chart(results, output.with_suffix(".png"))

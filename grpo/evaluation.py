@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -130,7 +131,7 @@ def describe_difference(name: str, result: dict, other_name: str, other: dict) -
     difference, (low, high) = paired_difference(result, other)
     interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     problems = f"the same {len(result['correct'])} problems"
-    return f"{name} less {other_name}: {100 * difference:+.1f} points of accuracy on {problems} ({interval})"
+    return f"{name} minus {other_name}: {100 * difference:+.1f} points of accuracy on {problems} ({interval})"
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -154,25 +155,27 @@ def majority_accuracy(groups: list[Group], correct: torch.Tensor, k: int) -> flo
     return wins / len(groups)
 
 
-def result_table(results: dict[str, dict]) -> str:
-    """An aligned table, one row per named summary: accuracy with its interval, pass@k and maj@k, rewards, length, and,
-    where some could not be scored, how many."""
+def result_table(results: dict[str, dict], width: float = math.inf) -> str:
+    """An aligned table, one row per named summary: accuracy with its interval, where some could not be scored how many,
+    pass@k and maj@k, rewards, length. The last columns beyond `width` are left out."""
     first = next(iter(results.values()))
     kinds = ("pass", "maj") if any(entry["maj_at_k"] for entry in results.values()) else ("pass",)
     ks = [(kind, k) for kind in kinds for k in first["pass_at_k"] if k != "1"]
     components = [key for key in first if key.startswith("reward/") and key != f"reward/{CORRECTNESS}"]
     names = [key.removeprefix("reward/") for key in components]
-    shares_at_end = ["truncated"] + ["unscored"] * any(entry["unscored"] for entry in results.values())
+    unscored = ["unscored"] * any(entry["unscored"] for entry in results.values())
     at_k = [f"{kind}@{k}" for kind, k in ks]
-    rows = [["", "accuracy", "95 % interval", *at_k, *names, "reward", "length", *shares_at_end]]
+    rows = [["", "accuracy", "95 % interval", *unscored, *at_k, *names, "reward", "length", "truncated"]]
     for name, entry in results.items():
         low, high = entry["interval"]
-        shares = [entry[f"{kind}_at_k"].get(k, 0.0) for kind, k in ks] + [entry[key] for key in components]
+        shares = [entry[key] for key in unscored] + [entry[f"{kind}_at_k"].get(k, 0.0) for kind, k in ks]
+        shares += [entry[key] for key in components]
         cells = ["" if share is None else f"{share:.1%}" for share in (entry["accuracy"], *shares)]
         cells.insert(1, f"{low:.1%} to {high:.1%}")
-        numbers = [f"{entry['reward']:.3f}", f"{entry['completion_length']:.1f}"]
-        numbers += [f"{entry[name]:.1%}" for name in shares_at_end]
-        rows.append([name, *cells, *numbers])
+        rows.append([name, *cells, f"{entry['reward']:.3f}", f"{entry['completion_length']:.1f}"])
+        rows[-1].append(f"{entry['truncated']:.1%}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align = lambda row: [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-    return "\n".join("  ".join(align(row)) for row in rows)
+    ends = accumulate(column + 2 for column in widths)
+    fitting = widths[: max(2, sum(end - 2 <= width for end in ends))]
+    cells_of = lambda row: (cell.rjust(column) for cell, column in zip(row[1:], fitting[1:], strict=False))
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *cells_of(row)]) for row in rows)

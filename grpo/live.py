@@ -7,6 +7,7 @@ phases the screen is clean, so anything may print there. Nothing is written wher
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -29,6 +30,11 @@ def can_show() -> bool:
     """Whether standard output is a terminal that can move its cursor and print the bars."""
     encodes = "utf" in (sys.stdout.encoding or "").lower()
     return sys.stdout.isatty() and encodes and os.environ.get("TERM") != "dumb"
+
+
+def line_width() -> float:
+    """Columns of the terminal; endless where standard output is none that can show the view."""
+    return shutil.get_terminal_size().columns if can_show() else math.inf
 
 
 def print_any_text() -> None:

@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from grpo.live import Progress, can_show, fold
+from grpo.live import Progress, can_show, fold, line_width
 from grpo.records import Group, Scores
 from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
@@ -122,10 +121,9 @@ class RunLogger:
         self.run_dir = run_dir
         self.is_writer = is_writer
         self._track, self._config = tuple(track), config or {}
-        is_terminal = can_show()
-        self.progress = Progress(is_writer and is_terminal, self._config.get("num_steps", 0))
+        self.progress = Progress(is_writer and can_show(), self._config.get("num_steps", 0))
         self.timer = PhaseTimer(self.progress)
-        self._width = shutil.get_terminal_size().columns if is_terminal else math.inf
+        self.width = line_width()  # of what is printed
         self._num_rows = 0  # of the table; its heading comes again every 20 rows
         self._trackers: dict[str, Tracker] = {}
         self._tracker_ids: dict[str, str] = {}
@@ -142,7 +140,7 @@ class RunLogger:
         """Print on rank 0, at once."""
         if self.is_writer:
             self.progress.close()
-            print(fold(text, self._width), flush=True)
+            print(fold(text, self.width), flush=True)
 
     def log(self, row: dict[str, float | int | None]) -> None:
         """One training step: a line in metrics.jsonl, scalars for the trackers, a row of the table on the console."""
@@ -159,7 +157,7 @@ class RunLogger:
             tracker.log(row["step"], scalars)
         self._last_step = row["step"]
         self.progress.step_done(row)
-        heading, cells = table_row(row, self._width)
+        heading, cells = table_row(row, self.width)
         self.say(f"{heading}\n{cells}" if self._num_rows % 20 == 0 else cells)
         self._num_rows += 1
 

@@ -41,7 +41,8 @@ def finish(run: Run) -> None:
     log.draw_curves(start_accuracy=run.before["validation"], supervised=curve)
     if num_problems:
         rival = rival_name(run.config.base.habit_steps)
-        log.say("\n" + result_table({rival if name == "supervised" else name: row for name, row in results.items()}))
+        rows = {rival if name == "supervised" else name: row for name, row in results.items()}
+        log.say("\n" + result_table(rows, log.width))
         before, after = results.get("before", {}), results["after"]
         if len(before.get("correct", ())) == len(after["correct"]):  # not where a run goes on with other test_problems
             log.say(describe_difference("after", after, "before", before))
