@@ -57,6 +57,7 @@ class Progress:
         self.is_shown = is_shown
         self.num_steps = num_steps  # of the run
         self._phase, self._begun_at, self._drawn_at = "", 0.0, 0.0
+        self._first = self._done = self._total = 0  # of the count under way: where its pace is measured from
         self._num_lines = 0  # on the screen
         self._standing: list[str] = []  # the lines below the bar
         self._curves: dict[str, list[float]] = {key: [] for key in CURVES}
@@ -66,14 +67,21 @@ class Progress:
         """A phase begins: its name is shown at once."""
         if self.is_shown:
             self._phase, self._begun_at = phase, time.monotonic()
+            self._first = self._done = self._total = 0
             self._show([phase, *self._standing])
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        if not self.is_shown or time.monotonic() - self._drawn_at < INTERVAL_S:
+        if not self.is_shown:
             return
-        seconds = time.monotonic() - self._begun_at
+        now = time.monotonic()
+        if self._total and (total != self._total or done < self._done):  # the phase counts something else from here
+            self._first, self._begun_at = done, now
+        self._done, self._total = done, total
+        if now - self._drawn_at < INTERVAL_S:
+            return
         share = done / max(total, 1)
-        left = f", {_clock(seconds / share - seconds)} left" if share else ""
+        each = (now - self._begun_at) / (done - self._first) if done > self._first else None
+        left = "" if each is None else f", {_clock(each * (total - done))} left"
         numbers = f"{share:4.0%}  {done:,}/{total:,}{left}  {note}".rstrip()
         width = _fitting(_columns() - len(f"{self._phase:<10}  {numbers}"))
         bar = ("━" * round(width * share)).ljust(width, "─")

@@ -60,6 +60,19 @@ def test_a_phase_shows_its_bar_and_leaves_the_screen_clean(clock, capsys):
     assert screen(begun + drawn + capsys.readouterr().out) == []
 
 
+def test_a_second_count_within_a_phase_has_its_own_pace(clock, capsys):
+    """The base model: 800 steps on worked solutions, then 40 of the habit, for which 30 minutes were foretold."""
+    progress = Progress(is_shown=True)
+    progress.begin("base")
+    for done in range(1, 801):
+        clock[0] += 0.5
+        progress(done, 800)
+    for done in range(1, 6):
+        clock[0] += 0.5
+        progress(done, 40)
+    assert screen(capsys.readouterr().out)[0].endswith(" 12%  5/40, 0:00:18 left")
+
+
 def test_the_lines_below_say_where_the_run_stands(clock, capsys):
     progress = Progress(is_shown=True, num_steps=50)
     for step in (1, 2, 3):
