@@ -117,8 +117,8 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     if run is None and not options.task:
         absent = [name for name in options.model if not Path(name).expanduser().is_dir()]
         found = f" (there is no folder {', '.join(absent)})" if absent else ""
-        message = f"--task is missing: no model is a run folder that would tell{found}; pass --task gsm8k, for example"
-        raise ValueError(message)
+        message = f"--task is missing, and no model is a run folder, which would name it{found}"
+        raise ValueError(f"{message}; pass --task gsm8k, for example")
     config = run or Config(rollout=RolloutConfig(max_new_tokens=400))
     if options.task and located(options.task) != config.task:
         names = ("functions", "weights", "format_weight", "correctness_weight")  # of the components of the run's task

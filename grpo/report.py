@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--evals", nargs="+", type=Path, default=[], metavar="FILE", help="JSON of eval.py: accuracy by shots")
     add("--csv", type=Path, metavar="DIR", help="write the same numbers there as CSV files")
     add("--steps", type=int, default=20, help="steps a run whose completions are shown, evenly spread (default: 20)")
-    add("--groups", type=int, default=8, help="groups of such a step that are shown, the first (default: 8)")
+    add("--groups", type=int, default=8, help="groups of each such step that are shown, the first ones (default: 8)")
     options = parser.parse_args(argv)
     if options.steps < 1 or options.groups < 1:
         parser.error(f"--steps {options.steps} and --groups {options.groups} must be 1 or more")

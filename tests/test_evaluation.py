@@ -290,7 +290,7 @@ def test_eval_scores_a_file_of_completions_and_loads_nothing(tmp_path, capsys):
         (["--model", "./nowhere", "--task", "gsm8k", "--top-p", "1.5"], "rollout.top_p=1.5 is outside (0, 1]"),
         (["--model", "./nowhere", "--task", "gsm9k"], "unknown task 'gsm9k'"),
         (["--model", "./nowhere"], "--task is missing"),
-        (["--model", "runs/nope"], "would tell (there is no folder runs/nope); pass --task gsm8k"),
+        (["--model", "runs/nope"], "would name it (there is no folder runs/nope); pass --task gsm8k"),
         (
             ["--model", "runs/nope", "--task", "word_problems"],
             "error: model 'runs/nope': no folder of that name is here",
