@@ -101,13 +101,15 @@ class Prompter:
         room = self.context_length - self.max_new_tokens - around
         is_short = lambda problem: num_bytes(problem) <= room
         if drop and not is_endless:
-            kept = [problem for problem in pool if is_short(problem) or self._leaves_room(self._ask(problem)[1])]
-            if len(kept) < len(pool):
-                first = next(problem for problem, fit in zip(pool, [*kept, None], strict=False) if problem is not fit)
-                if not kept:
-                    self(first)  # says what does not fit
+            kept, overlong = [], []
+            for problem in pool:
+                fits = is_short(problem) or self._leaves_room(self._ask(problem)[1])
+                (kept if fits else overlong).append(problem)
+            if overlong and not kept:
+                self(overlong[0])  # says what does not fit
+            if overlong:
                 why = f"their prompts leave no room for max_new_tokens={self.max_new_tokens} in the model's context"
-                say(f"left out: {len(pool) - len(kept)} of {len(pool)} problems, {first.id} the first: {why}")
+                say(f"left out: {len(overlong)} of {len(pool)} problems, {overlong[0].id} the first: {why}")
             return kept
         doubtful = [problem for problem in pool if not is_short(problem)]
         for problem in sorted(doubtful, key=num_tokens, reverse=True)[:QUESTIONS_TRIED]:
