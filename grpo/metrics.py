@@ -31,7 +31,7 @@ from grpo.live import Progress, can_show, fold, line_width
 from grpo.records import Group, Scores
 from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
-DEFINITIONS = Path(__file__).parents[1] / "docs" / "metrics.md"
+DEFINITIONS = Path(__file__).with_name("metrics.md")  # that of docs/
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "triton", "numpy", "tyro")
 GROUPS_WITH_TOKENS = 2  # of a step: all of them would make completions/ several times as large
 TRAINING_PHASES = ("rollout", "score", "update")

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,6 +201,18 @@ def test_a_planted_violation_is_caught(path, source):
 )
 def test_what_the_drawing_allows_passes(path, source):
     assert violations(path, source) == []
+
+
+def test_the_wheel_carries_every_file_that_the_package_reads():
+    from grpo import metrics, report
+    from grpo.tasks import rows
+
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folders = {package: ROOT / package.replace(".", "/") for package in table}
+    carried = {path for package, patterns in table.items() for name in patterns for path in folders[package].glob(name)}
+    files = {path for package in ("grpo", "kernels") for path in (ROOT / package).rglob("*.*") if path.is_file()}
+    assert carried == {path for path in files if path.suffix not in (".py", ".pyc")}
+    assert {metrics.DEFINITIONS, report.TEMPLATE, *rows.DATA.iterdir()} <= carried
 
 
 def test_transformers_saves_and_loads_a_model_beside_our_folder_named_kernels(tmp_path):
