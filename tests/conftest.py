@@ -18,6 +18,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """Triton's interpreter before 3.7 reads a loop's bound off an array of one element, as numpy 2.4 forbids."""
+    try:
+        return (yield)
+    except Exception as error:
+        if type(error).__name__ == "InterpreterError" and "only 0-dimensional arrays can be" in str(error):
+            pytest.skip("this triton cannot interpret a loop with this numpy: needs triton >= 3.7 or an older numpy")
+        raise
+
+
 @pytest.fixture
 def base(tmp_path):
     """A tiny base model in a folder."""
