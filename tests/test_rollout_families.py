@@ -106,7 +106,7 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, 
     "family, settings, message",
     [
         ("stablelm", {}, "StableLmAttention gets none of what its model is called with"),
-        ("diffllama", {}, "layer 0 attends twice in one pass"),
+        ("diffllama", {}, "layer 0 attends twice in one pass|attention be replaced"),  # transformers 5.5: the second
         ("doge", {"keep_window_size": 8}, "DogeAttention wants a mask of its own"),
         (
             "qwen2_moe",
