@@ -31,7 +31,8 @@ from grpo.live import Progress, can_show, fold, line_width
 from grpo.records import Group, Scores
 from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
-DEFINITIONS = Path(__file__).with_name("metrics.md")  # that of docs/
+CARRIED = Path(__file__).with_name("metrics.md")  # a link to that of docs/, in a wheel the file itself
+DEFINITIONS = CARRIED if CARRIED.is_file() else CARRIED.parents[1] / "docs" / CARRIED.name  # copies may lack links
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "triton", "numpy", "tyro")
 GROUPS_WITH_TOKENS = 2  # of a step: all of them would make completions/ several times as large
 TRAINING_PHASES = ("rollout", "score", "update")
