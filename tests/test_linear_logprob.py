@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kernels
 from grpo.objectives import resolve, token_loss
@@ -208,6 +210,36 @@ def test_no_more_logits_than_a_chunk_are_ever_held(inputs, monkeypatch):
     heights.clear()
     kernels.linear_logprob(hidden, weight, target, **options)[0].sum().backward()
     assert heights == 2 * [10, 10, 10, 7]
+
+
+def test_no_tensor_is_larger_than_the_logits_of_a_chunk(inputs, monkeypatch):
+    hidden, weight, bias, target = inputs
+    monkeypatch.setattr(modes, "CHUNK_ELEMENTS", {"cpu": (D + 1) * V})
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            nonlocal largest
+            result = operation(*args, **(kwargs or {}))
+            largest = max([largest, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))])
+            return result
+
+    options = {"temperature": 1.0, "bias": bias, "impl": "torch"}
+    with Sizes():
+        kernels.linear_logprob_loss(hidden, weight, target, surrogate, **options)[0].backward()
+        kernels.linear_logprob(hidden, weight, target, entropy_gradient=True, **options)[0].sum().backward()
+        kernels.linear_logprob(hidden, weight.detach(), target, **options | {"bias": None})[0].sum().backward()
+        with torch.no_grad():
+            kernels.linear_logprob(hidden, weight, target, **options)
+    assert largest == (D + 1) * V < T * V
+
+
+def test_a_folded_loss_without_gradients_is_its_value(inputs, chunk):
+    hidden, weight, _, target = inputs
+    with torch.no_grad():
+        loss, *columns = kernels.linear_logprob_loss(hidden, weight, target, surrogate, temperature=0.7, impl="torch")
+        expected = naive(hidden, weight, target, temperature=0.7)
+    close([loss, *columns], [surrogate(*expected, slice(None)).sum(), *expected])
 
 
 def test_an_empty_micro_batch_gives_empty_results_and_zero_gradients(inputs):

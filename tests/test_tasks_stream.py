@@ -38,8 +38,9 @@ def test_the_stream_depends_on_the_seed_and_not_on_the_size_of_the_takes():
 
 
 def test_an_endless_split_is_read_in_order_and_no_two_seeds_share_problems():
-    first, second = (ProblemStream(Endless(), seed=seed).take(3) for seed in (0, 1))
-    assert ids(first) == [str(ENDLESS_STRIDE + i) for i in range(3)]
+    streams = [ProblemStream(Endless(), seed=seed) for seed in (0, 1)]
+    first, second = (stream.take(3) for stream in streams)
+    assert ids([*first, *streams[0].take(2)]) == [str(ENDLESS_STRIDE + i) for i in range(5)]
     assert ids(second) == [str(2 * ENDLESS_STRIDE + i) for i in range(3)]
     assert [problem.index for problem in second] == [0, 1, 2]
 
