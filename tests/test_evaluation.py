@@ -140,9 +140,8 @@ def test_completions_whose_reward_fails_count_as_wrong_and_are_told():
 
 
 def test_a_terminal_gets_the_columns_of_the_table_that_fit():
-    summary = evaluate(
-        Scripted({0: ["5"]}), [Problem("0", "?", "5")], REWARDS, require_finish=True, world=ALONE
-    ).summary()
+    sampler, problems = Scripted({0: ["5"]}), [Problem(id="0", question="?", answer="5")]
+    summary = evaluate(sampler, problems, scored_by(REWARDS), world=ALONE).summary()
     whole = result_table({"model": summary}).splitlines()
     for width in range(len(whole[0]) + 2):
         shown = result_table({"model": summary}, width).splitlines()
