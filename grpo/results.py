@@ -49,7 +49,8 @@ def finish(run: Run) -> None:
     for name, texts in samples.items():
         for text in texts:
             log.say(f"\n{name}: {text['question']} (answer {text['answer']})\n  {text['completion'].strip()!r}")
-    log.say(f"\neverything is in {run_dir}: curves.png, metrics.jsonl, summary.json, completions/, checkpoints/")
+    made = ("curves.png", "metrics.jsonl", "summary.json", "completions/", "checkpoints/")  # the first by matplotlib
+    log.say(f"\neverything is in {run_dir}: {', '.join(name for name in made if (run_dir / name).exists())}")
     log.say(f"to look at it in a browser: python -m grpo.report {run_dir}")
 
 
