@@ -169,9 +169,9 @@ def evaluate_model(
         shots: Prompter(task, replace(config.prompt, shots=shots), policy.tokenizer, **lengths)
         for shots in options.shots or [config.prompt.shots]
     }
-    for prompter in prompters.values():  # each number of shots is asked the same problems
-        say = print if world.is_writer else lambda text: None
-        problems = prompter.fitting(problems, drop=config.data.drop_overlong, say=say)
+    say = print if world.is_writer else lambda text: None
+    for prompter in prompters.values() if config.data.drop_overlong else ():  # all shots are asked the same problems
+        problems = prompter.fitting(problems, drop=True, say=say)
     prompted = {shots: [prompter(problem) for problem in problems] for shots, prompter in prompters.items()}
     results = {}
     for shots, questions in prompted.items():

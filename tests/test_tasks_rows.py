@@ -194,8 +194,15 @@ def test_a_file_of_another_kind_and_a_missing_path_are_clear_errors(tmp_path):
         task("jsonl", "").split("train")
 
 
-@pytest.mark.parametrize(("path", "asked"), [("", ("openai/gsm8k", "main")), ("someone/sums", ("someone/sums", None))])
-def test_an_unreachable_hub_says_how_to_pass_a_local_folder(monkeypatch, path, asked):
+@pytest.mark.parametrize(
+    ("path", "subset", "asked"),
+    [
+        ("", "", ("openai/gsm8k", "main")),
+        ("", "socratic", ("openai/gsm8k", "socratic")),
+        ("someone/sums", "", ("someone/sums", None)),
+    ],
+)
+def test_an_unreachable_hub_says_how_to_pass_a_local_folder(monkeypatch, path, subset, asked):
     import datasets
 
     def unreachable(repo, configuration, split):
@@ -204,7 +211,7 @@ def test_an_unreachable_hub_says_how_to_pass_a_local_folder(monkeypatch, path, a
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(ValueError, match=r"from the hub \(ConnectionError: no route\).*--data.path DIR"):
-        task("gsm8k", path).split("train")
+        task("gsm8k", path, subset=subset).split("train")
 
 
 def test_hub_rows_become_the_same_problems_as_local_ones(monkeypatch, folder):

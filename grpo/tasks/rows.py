@@ -65,15 +65,14 @@ class RowTask(Task):
         """Of data.path: a file, a folder, a hub data set or one split of it; or of the task's own default."""
         self.check_path()
         data, name = self.data, "test" if split == "test" else "train"
-        repo, _, only_split = data.path.partition(":")
-        if not data.path:
-            rows, parts = read_hub(*self.hub, name), 1
-        elif Path(data.path).is_file():
+        if data.path and Path(data.path).is_file():
             rows, parts = read_file(Path(data.path)), 2
-        elif Path(data.path).is_dir():
+        elif data.path and Path(data.path).is_dir():
             rows, parts = read_folder(Path(data.path), name), 1
         else:
-            rows, parts = read_hub(repo, data.subset, only_split or name), 2 if only_split else 1
+            repo, own_subset = (data.path, "") if data.path else self.hub
+            repo, _, only_split = repo.partition(":")
+            rows, parts = read_hub(repo, data.subset or own_subset, only_split or name), 2 if only_split else 1
         if split == "test" and parts == 1:
             return rows
         held_out = hold_out(rows, self.question_column, data.validation_fraction, data.split_seed, parts=parts)
