@@ -237,7 +237,7 @@ def test_a_split_of_short_questions_is_checked_without_tokenizing_each(tokenizer
     )
     problems = [Problem(f"test/{i}", f"{i} + 1?", str(i + 1)) for i in range(1000)]
     assert ask.fitting(problems) == problems
-    assert len(tokenized) < 100
+    assert len(tokenized) == 1
     assert ask.fitting([]) == []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -95,10 +94,12 @@ class Prompter:
         pool = [problems[i] for i in range(QUESTIONS_TRIED)] if is_endless else problems
         num_bytes = lambda problem: len(problem.question.encode())
         num_tokens = lambda problem: len(self.tokenizer(problem.question)["input_ids"])
+        if not pool:
+            return problems
         # No token is less than a byte: what is short in bytes need not be tokenized, which takes minutes for a million.
-        shortest = heapq.nsmallest(QUESTIONS_TRIED, pool, key=num_bytes)
-        around = max((len(self._ask(problem)[1]) for problem in shortest), default=0)  # the question, at least
-        room = self.context_length - self.max_new_tokens - around
+        # Around a question stand the exemplars, and where it is one of them, another in its place: these are all cases.
+        cases = [min(pool, key=num_bytes), *self._candidates]
+        room = self.context_length - self.max_new_tokens - max(len(self._ask(problem)[1]) for problem in cases)
         is_short = lambda problem: num_bytes(problem) <= room
         if drop and not is_endless:
             kept, overlong = [], []
