@@ -17,10 +17,10 @@ help:  ## Say what there is
 train: $(STAMP)  ## Train: python train.py $(ARGS); no CUDA device: the embedded demo, a few minutes
 	$(RUN) -u train.py $(ARGS)
 
-test: $(STAMP)  ## Lint, format check and the CPU test suite, about 10 minutes on 2 cores
+test: $(STAMP)  ## Lint, format check and the CPU test suite, about 7 minutes on 2 cores
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 slow: $(STAMP)  ## The long proofs: kill points, seeds, studies
 	$(RUN) -m pytest -m slow $(ARGS)
