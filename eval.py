@@ -63,6 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--task", help=f"{', '.join(TASKS)} or file.py:ClassName; default: the task of the run folder")
     add("--completions", help="score the completions of this JSONL file (`completion`, `answer`) instead of generating")
     add("--data.path", "--data", dest="data_path", help="where the task's problems are (see train.py --help)")
+    add("--data.subset", dest="subset", help="subset of a hub data set (default: the run's, or the task's)")
     for name in ("prompt", "answer"):
         help_text = f"column of the {name} (task jsonl; default: the run's, or {name})"
         add(f"--data.{name}-column", dest=f"{name}_column", help=help_text)
@@ -124,7 +125,7 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
         names = ("functions", "weights", "format_weight", "correctness_weight")  # of the components of the run's task
         rewards = replace(config.rewards, **{name: getattr(RewardsConfig(), name) for name in names})
         config = replace(config, task=options.task, data=DataConfig(), rewards=rewards)
-    data = {name: getattr(options, name) for name in ("prompt_column", "answer_column", "drop_overlong")}
+    data = {name: getattr(options, name) for name in ("subset", "prompt_column", "answer_column", "drop_overlong")}
     told = options.template_options and tuple(options.template_options)
     given = {
         "data": {"path": options.data_path, **data},

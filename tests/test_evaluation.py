@@ -15,7 +15,7 @@ import torch
 import eval as eval_command
 from grpo import checkpoint
 from grpo import run as run_room
-from grpo.config import Config, RewardsConfig
+from grpo.config import Config, DataConfig, RewardsConfig
 from grpo.distributed import World
 from grpo.evaluation import (
     CORRECTNESS,
@@ -343,3 +343,13 @@ def test_another_task_than_the_runs_has_rewards_of_its_own(tmp_path):
     settings = lambda *more: eval_command.settings_of(eval_command.parse(["--model", str(tmp_path), *more]))[1]
     assert settings().rewards.weights == ("parses=0.3",)
     assert settings("--task", "gsm8k").rewards == RewardsConfig(timeout_s=9.0)
+
+
+def test_the_problems_are_those_of_the_run_but_for_what_the_command_line_says(tmp_path):
+    checkpoint.save(tmp_path, 2, lambda folder, state: None, {}, keep_last=1, best=None)
+    data = {"path": "owner/name", "subset": "main", "prompt_column": "question"}
+    (tmp_path / "config.yaml").write_text(json.dumps({"task": "jsonl", "data": data}))
+    settings = lambda *more: eval_command.settings_of(eval_command.parse(["--model", str(tmp_path), *more]))[1].data
+    assert settings() == DataConfig(**data)
+    told = settings("--data.subset", "hard", "--data.prompt-column", "query")
+    assert (told.path, told.subset, told.prompt_column) == ("owner/name", "hard", "query")
