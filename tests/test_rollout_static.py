@@ -5,7 +5,7 @@ import torch
 
 from grpo import layers
 from grpo.rollout import draw, engine, graphs
-from grpo.rollout.schedule import bucket, seat
+from grpo.rollout.schedule import bucket, ladder, seat
 from grpo.rollout.slab import KVSlab
 from tests import recorded_graph
 from tests.rollout_helpers import EOS, ids_of, problems, sampler, tiny_model
@@ -165,6 +165,19 @@ def test_what_cannot_be_compiled_is_run_as_it_is_and_said(model, monkeypatch, ca
     expected = ids_of(sampler(model).generate(made, step=1))
     assert ids_of(sampler(model, compile=True).generate(made, step=1)) == expected
     assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [
+        (1024, [1024, 768, 576, 448, 352, 288, 224, 192, 160, 128, 96, 64, 32, 16, 8]),
+        (96, [96, 64, 32, 16, 8]),
+        (16, [16, 8]),
+        (8, [8]),
+    ],
+)
+def test_a_step_is_prepared_for_few_numbers_of_rows_a_quarter_apart(most, sizes):
+    assert ladder(most) == sizes == [bucket(size) for size in sizes]
 
 
 def test_buckets_are_8_16_and_multiples_of_32():

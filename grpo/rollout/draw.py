@@ -67,9 +67,9 @@ class Draw:
         return [self.completions[sequence] for sequence in range(total)]
 
     def _pays_to_exchange(self, live: int) -> bool:
-        if self.sampler.is_static and live and not self.waiting:
-            return self.sampler.bucket(live) < self.rows.size
-        return live < SHRINK_BELOW * self.rows.size
+        """Whether rows come in, or steps become smaller."""
+        would_shrink = not live or self.sampler.bucket(live) < self.rows.size
+        return live < SHRINK_BELOW * self.rows.size and (would_shrink or bool(self.waiting))
 
     def _exchange(self) -> None:
         """Finished rows out, waiting groups in, and the rows that stay close together."""

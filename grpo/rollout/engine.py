@@ -22,7 +22,7 @@ from grpo.rollout.attention import refuse_unservable, sampling_mode
 from grpo.rollout.draw import Draw
 from grpo.rollout.graphs import Graphs
 from grpo.rollout.philox import TRAINING, refuse_large_words
-from grpo.rollout.schedule import bucket
+from grpo.rollout.schedule import bucket, ladder
 from grpo.rollout.slab import GIB, MEMORY_SHARE, KVSlab, LayerShape, Plan, Probe, is_kept, make_plan, total_memory
 from grpo.rollout.step import DecodeStep, forward
 from grpo.rollout.stops import Ending, eos_ids
@@ -133,7 +133,8 @@ class Sampler:
             self._shapes = self._probe()
         longest_prefix = max(len(problem.prompt_ids) for problem in problems) - 1
         num_problems, suffix_size, old = len(problems), self.rollout.max_new_tokens + 1, self.plan
-        has_rows_for_steps = old and self.bucket(old.num_rows) == old.num_rows  # not if it was made without buckets
+        round_up = bucket if self.is_static else lambda rows: rows
+        has_rows_for_steps = old and round_up(old.num_rows) == old.num_rows  # not if it was made without buckets
         if has_rows_for_steps and old.serves(num_problems, longest_prefix, suffix_size):
             return
         if old:
@@ -148,12 +149,12 @@ class Sampler:
             max_rows=self.rollout.max_sequences,
             longest_prefix=longest_prefix,
             suffix_size=suffix_size,
-            bucket=self.bucket,
+            bucket=round_up,
         )
 
     def bucket(self, rows: int) -> int:
         """Rows of the step that decodes so many."""
-        return bucket(rows) if self.is_static else rows
+        return min(size for size in ladder(self.plan.num_rows) if size >= rows) if self.is_static else rows
 
     def _token_bytes(self) -> int:
         return sum(shape.token_bytes for shape in self._shapes.values())

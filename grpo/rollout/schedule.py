@@ -12,12 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SHRINK_BELOW = 0.75  # of the rows still live, where rows come in any number: then move them together
+SHRINK_BELOW = 0.75  # of the rows still live: then move them together, into fewer
 
 
 def bucket(rows: int) -> int:
-    """The next of 8, 16, 32, 64, 96, ...: the numbers of rows for which a step is prepared ahead."""
+    """The next of 8, 16, 32, 64, 96, ...: numbers of rows that suit a device."""
     return next((size for size in (8, 16) if rows <= size), -(-rows // 32) * 32)
+
+
+def ladder(most: int) -> list[int]:
+    """The buckets for which a step is prepared ahead, where the largest is `most`: each some SHRINK_BELOW of the one
+    above. More of them would cost more, to make each step and to move rows each time, than a few rows less would save.
+    """
+    sizes = [most]
+    while (above := sizes[-1]) > 8:
+        sizes.append(min(bucket(int(SHRINK_BELOW * above)), above - 32 if above > 32 else above // 2))
+    return sizes
 
 
 def seat(group: Tensor, seats: int, size: int) -> tuple[Tensor, Tensor]:
