@@ -155,17 +155,16 @@ class Draw:
     def _stop_rows(self) -> None:
         """End the live rows whose text has come to a stop string. Saves time only: `Ending.finish` finds it anyway."""
         ending, step, size = self.sampler.ending, self.step, self.rows.size
-        back = torch.arange(1, STEPS_BETWEEN_STOPS + 1, device=self.device)
-        newest = step.ids[:size].gather(1, (step.length[:size, None] - back).clamp_min(0)).cpu()
-        ends = torch.tensor([x for x in newest.unique().tolist() if ending.may_complete(x)], dtype=torch.int64)
-        rows = (torch.isin(newest, ends).any(1) & step.alive[:size].cpu()).nonzero()[:, 0].to(self.device)
-        sequences = [ids[:n] for ids, n in zip(step.ids[rows].tolist(), step.length[rows].tolist(), strict=True)]
         # New tokens, and enough before them for a stop that began earlier, should each byte of it be a token.
         window = STEPS_BETWEEN_STOPS + 4 * max(map(len, ending.stop))
-        tails = ending.texts([ids[-window:] for ids in sequences])
-        stopped = [
-            ending.stop_at(tail) is not None and ending.stops(ids) for ids, tail in zip(sequences, tails, strict=True)
-        ]
+        places = step.length[:size, None] + torch.arange(-window, 0, device=self.device)
+        recent = step.ids[:size].gather(1, places.clamp_min(0)).cpu()  # of a short row the first token again and again
+        newest = recent[:, -STEPS_BETWEEN_STOPS:]
+        ends = torch.tensor([x for x in newest.unique().tolist() if ending.may_complete(x)], dtype=torch.int64)
+        rows = (torch.isin(newest, ends).any(1) & step.alive[:size].cpu()).nonzero()[:, 0]
+        rows = rows[list(map(ending.stops, ending.texts(recent[rows].tolist())))].to(self.device)
+        sequences = zip(step.ids[rows].tolist(), step.length[rows].tolist(), strict=True)
+        stopped = list(map(ending.stops, ending.texts([ids[:length] for ids, length in sequences])))
         step.alive[rows] = ~torch.tensor(stopped, dtype=torch.bool, device=self.device)
 
     def _collect(self, rows: Tensor, sequences: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,8 +59,11 @@ class Ending:
             raise ValueError(
                 f"stop strings {special} contain a special token, which text never shows; use eos_token_id"
             )
-        self.tokenizer, self.eos, self.stop = tokenizer, frozenset(eos), stop
+        self.eos, self.stop = frozenset(eos), stop
         self.may_complete = cache(self._may_complete)
+        backend = getattr(tokenizer, "backend_tokenizer", None)  # on all cores, and without a look at each id before
+        alone = partial(tokenizer.batch_decode, clean_up_tokenization_spaces=False)
+        self._decode = backend.decode_batch if backend else alone
 
     def _may_complete(self, token: int) -> bool:
         """Whether a stop string may end in this token: it says the last character of one, or a part of a character.
@@ -72,10 +75,8 @@ class Ending:
 
     def texts(self, sequences: list[list[int]]) -> list[str]:
         """Ids -> text, without special tokens and without the end-of-sequence token, special or not."""
-        if not sequences:  # batch_decode makes one empty text of this
-            return []
         bodies = [ids[:-1] if ids and ids[-1] in self.eos else ids for ids in sequences]
-        return self.tokenizer.batch_decode(bodies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._decode(bodies, skip_special_tokens=True) if bodies else []  # batch_decode makes "" of nothing
 
     def stop_at(self, text: str) -> int | None:
         """Where the first stop string in `text` begins."""
@@ -87,13 +88,13 @@ class Ending:
         A stop string may cross token borders, so it is looked for in the text. The last id kept is the first by which
         it is complete, maybe with more text behind it; the text kept ends before the stop.
         """
-        if self.stop_at(text) is None:
+        if not self.stops(text):
             return ids, text, "eos" if ids[-1] in self.eos else "length"
         counts = [n for n, token in enumerate(ids, 1) if n == len(ids) or self.may_complete(token)]
-        kept = counts[bisect_left(counts[:-1], True, key=lambda n: self.stops(ids[:n]))]
-        text = self.texts([ids[:kept]])[0]
-        return ids[:kept], text[: self.stop_at(text)], "stop"
+        text_of = cache(lambda n: self.texts([ids[:n]])[0])
+        kept = counts[bisect_left(counts[:-1], True, key=lambda n: self.stops(text_of(n)))]
+        return ids[:kept], text_of(kept)[: self.stop_at(text_of(kept))], "stop"
 
-    def stops(self, ids: list[int]) -> bool:
-        """Whether the text of `ids` holds a stop string."""
-        return self.stop_at(self.texts([ids])[0]) is not None
+    def stops(self, text: str) -> bool:
+        """Whether the text holds a stop string."""
+        return any(stop in text for stop in self.stop)
