@@ -78,15 +78,17 @@ class Ghost(Tensor):
 
     def to(self, *args: object, **options: object) -> Tensor:
         """Itself where nothing changes, as of any tensor; C++ would compare with its meta device."""
-        where, dtype, _, memory_format = torch._C._nn._parse_to(
+        where, dtype, non_blocking, memory_format = torch._C._nn._parse_to(
             *args, **{k: v for k, v in options.items() if k != "copy"}
         )
         stays = where is None or where.type == "cuda"
         if stays and not options.get("copy") and dtype in (None, self.dtype) and memory_format is None:
             return self
-        return super().to(
-            where or CUDA, dtype=dtype or self.dtype, copy=True, memory_format=memory_format or torch.preserve_format
-        )
+        options = {"copy": True, "memory_format": memory_format or torch.preserve_format}
+        if stays or not non_blocking:
+            return super().to(where or CUDA, dtype=dtype or self.dtype, **options)
+        with torch._C.DisableTorchFunctionSubclass():
+            return device.copy_later(self.host.to(dtype=dtype or self.dtype, **options))
 
     @property
     def data(self) -> Tensor:
@@ -113,12 +115,22 @@ class Device:
         self.graph: Graph | None = None  # the one that is being captured
         self.waits = Counter()  # of the host for the device, by operation
         self.launches = Counter()  # of Triton kernels, by name
+        self.copies: list[tuple[Tensor, Tensor]] = []  # to the host, under way, and what they will hold
 
     def wait(self, name: str) -> None:
         """The host waits for what the device has to do, or hands it memory that may change."""
         if self.graph is not None:
             raise not_permitted(name)
         self.waits[name] += 1
+        for copy, values in self.copies:
+            copy.copy_(values)
+        self.copies.clear()
+
+    def copy_later(self, values: Tensor) -> Tensor:
+        """What a copy that nobody waits for gives the host: until the next wait nothing that could be used."""
+        copy = ~values if values.dtype == torch.bool else torch.full_like(values, torch.iinfo(values.dtype).max)
+        self.copies.append((copy, values))
+        return copy
 
     def do(self, work: Callable[[], object], inputs: list[Tensor]) -> object:
         """Now; or, as part of a graph, at each replay."""
@@ -138,7 +150,7 @@ def run(func, args: tuple, kwargs: dict) -> object:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     to = kwargs.get("device")
     to_host = to is not None and to.type == "cpu"
-    _check(func, name, args, tensors, to_host)
+    _check(func, name, args, tensors, to_host, bool(kwargs.get("non_blocking")))
     real_args, real_kwargs = real_of(args), real_of(kwargs)
     if to is not None:
         real_kwargs["device"] = torch.device("cpu")
@@ -156,11 +168,21 @@ def run(func, args: tuple, kwargs: dict) -> object:
     return return_and_correct_aliasing(func, args, kwargs, ghost_of(result))
 
 
-def _check(func, name: str, args: tuple, tensors: list[Tensor], to_host: bool) -> None:
+def _pin(tensor: Tensor) -> Tensor:
+    pinned = tensor.clone()
+    pinned.is_in_pinned_memory = True
+    return pinned
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return getattr(tensor, "is_in_pinned_memory", False)
+
+
+def _check(func, name: str, args: tuple, tensors: list[Tensor], to_host: bool, non_blocking: bool) -> None:
     """RuntimeError for what CUDA refuses; counts what it waits for."""
     strangers = [tensor for tensor in tensors if not isinstance(tensor, Ghost) or tensor.is_away]
     if name == "_to_copy":
-        if to_host or strangers:
+        if to_host or (strangers and not (non_blocking and all(map(_is_pinned, strangers)))):
             device.wait("a copy between devices")
     elif name == "copy_":
         if strangers and any(tensor.dim() for tensor in strangers):
@@ -399,7 +421,7 @@ def ghost_cuda() -> Iterator[Device]:
     with contextlib.ExitStack() as stack:
         for name, value in names.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", _pin))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _tied(torch.nn.Module._apply)))
         stack.enter_context(mock.patch.object(InterpretedFunction, "run", _launch(InterpretedFunction.run)))
         # Else .to() gives parameters a ghost's looks only.

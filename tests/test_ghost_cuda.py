@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,11 @@ from grpo.attention import VARLEN_OPTIONS
 from grpo.config import RolloutConfig
 from grpo.metrics import read_metrics
 from grpo.records import Problem
-from grpo.rollout import Sampler
+from grpo.rollout import Sampler, engine
+from grpo.rollout.draw import Draw
+from grpo.rollout.graphs import Graphs
 from tests.ghost_cuda import CUDA, Ghost, ghost_cuda
+from tests.rollout_helpers import problems, sampler, syllable_tokenizer, tiny_model
 from tests.tiny import save_tiny_model, tiny_qwen2, word_tokenizer, write_gsm8k_files
 from tests.trainee import rows_without_clock
 
@@ -217,6 +221,40 @@ def test_the_sampler_captures_triton_kernels_and_draws_the_same(device):
     assert {"attend_prefix", "attend_suffix", "weigh_tiles", "pick"} == set(device.launches)
     for ours, theirs in zip(drawn["triton"], drawn["torch"], strict=True):
         assert ours.ids == theirs.ids and ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_rows_stop_while_the_device_is_kept_busy(device, monkeypatch):
+    """Beside an exchange of rows the host waits for copies only that were asked for eight steps ago."""
+    model, made = tiny_model("qwen2"), problems(9, 20, 4)
+    options = dict(tokenizer=syllable_tokenizer(), max_new_tokens=40, group_size=1)
+    free = sampler(model, **options).generate(made, step=0)
+    options["stop"] = tuple(group.completions[0].text[4:7] for group in free)  # three letters: never one token
+    expected = [group.completions for group in sampler(model, **options).generate(made, step=0)]
+    steps, begun, heeded, waits = [], [], [], Counter()
+
+    class Watched(Draw):
+        def _look(self, steps_before):
+            begun.append(len(steps))
+            return super()._look(steps_before)
+
+        def _heed(self, look):
+            heeded.append(len(steps))
+            before = Counter(device.waits)
+            live = super()._heed(look)
+            waits.update(device.waits - before)
+            return live
+
+    monkeypatch.setattr(engine, "Draw", Watched)
+    on_device = sampler(tiny_model("qwen2").to(CUDA), **options)
+    on_device.generate(made[:1], step=0)  # its graph is there from here on
+    run = Graphs.__call__
+    monkeypatch.setattr(Graphs, "__call__", lambda graphs, layout: (steps.append(1), run(graphs, layout))[1])
+    begun.clear(), heeded.clear(), waits.clear()
+    found = [group.completions for group in on_device.generate(made, step=0)]
+    assert [[c.ids for c in group] for group in found] == [[c.ids for c in group] for group in expected]
+    assert {c.finish for group in found for c in group} == {"stop"}
+    assert waits == {"synchronize": len(heeded)} and heeded[0] == begun[0] + 8
+    assert len(steps) == 16  # three letters that begin at the fifth are there at the first look, heeded at the second
 
 
 @pytest.mark.slow

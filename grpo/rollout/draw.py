@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,18 @@ from grpo.rollout.step import DecodeStep, forward
 if TYPE_CHECKING:
     from grpo.rollout.engine import Sampler
 
-STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # at which rows live: on CUDA to look is to wait for the device
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # at which rows live
+LOOKS_UNDER_WAY = {"cpu": 0, "cuda": 1}  # what was seen is heeded while a device is busy with the steps after it
 STEPS_BETWEEN_STOPS = 8  # to look for stop strings is to decode text
+
+
+class Look(NamedTuple):
+    """Rows as they were; of a CUDA device copies, complete once the event has come."""
+
+    alive: Tensor  # [rows] bool
+    length: Tensor  # [rows] int64
+    ids: Tensor  # [rows, longest] int64
+    is_there: torch.cuda.Event | None
 
 
 class Draw:
@@ -46,21 +56,23 @@ class Draw:
 
     def run(self) -> list[Completion]:
         """Of every sequence, in order."""
-        look = STEPS_BETWEEN_LOOKS[self.device.type]
         steps, total = 0, len(self.lengths)
+        looks: deque[Look] = deque()
         self._exchange()
         while self.rows.size:
             self.run_step(self.layout)
             self.layout.longest_suffix = min(self.layout.longest_suffix + 1, self.plan.suffix_size)
             steps += 1
-            if steps % look == 0:
-                self._read()  # here, because a CUDA device is busy with the steps since the last look
-            if self.sampler.ending.stop and steps % STEPS_BETWEEN_STOPS == 0:
-                self._stop_rows()
-            if steps % look == 0:
-                live = int(self.step.alive[: self.rows.size].sum())
+            if steps % STEPS_BETWEEN_LOOKS[self.device.type]:
+                continue
+            looks.append(self._look(steps))
+            self._read()
+            if len(looks) > LOOKS_UNDER_WAY[self.device.type]:
+                live = self._heed(looks.popleft())
                 self.sampler.progress(total - live - len(self.waiting) * self.group_size, total)
                 if self._pays_to_exchange(live):
+                    while looks:
+                        self._heed(looks.popleft())
                     self._exchange()
         self._read()
         self._refuse_broken()
@@ -152,20 +164,44 @@ class Draw:
             bounds = (int(rows.group[-1]) + 1, int(step.prefix[here].max()), int(step.length[here].max()) + 1)
         return Decode(rows.seats, step.place[here], step.prefix[here], step.stored[here], *bounds)
 
-    def _stop_rows(self) -> None:
-        """End the live rows whose text has come to a stop string. Saves time only: `Ending.finish` finds it anyway."""
-        ending, step, size = self.sampler.ending, self.step, self.rows.size
+    def _look(self, steps: int) -> Look:
+        """The rows after this many steps; their ids only where it is time to look for stop strings."""
+        size, is_cuda = self.rows.size, self.device.type == "cuda"
+        longest = steps if self.sampler.ending.stop and steps % STEPS_BETWEEN_STOPS == 0 else 0
+        columns = (self.step.alive[:size], self.step.length[:size], self.step.ids[:size, :longest])
+        copies = [column.to("cpu", non_blocking=True) for column in columns]
+        look = Look(*copies, torch.cuda.Event() if is_cuda else None)
+        if look.is_there:
+            look.is_there.record()
+        return look
+
+    def _heed(self, look: Look) -> int:
+        """End the rows that had come to a stop string; how many others were live.
+
+        Saves time only: `Ending.finish` finds a stop anyway.
+        """
+        if look.is_there:
+            look.is_there.synchronize()
+        stopped = self._stopped(look) if look.ids.numel() else look.length[:0]
+        if len(stopped):
+            look.alive[stopped] = False
+            stopped = stopped.pin_memory() if look.is_there else stopped
+            self.step.alive.index_fill_(0, stopped.to(self.device, non_blocking=True), False)
+        return int(look.alive.sum())
+
+    def _stopped(self, look: Look) -> Tensor:
+        """Live rows whose text holds a stop string."""
+        ending = self.sampler.ending
         # New tokens, and enough before them for a stop that began earlier, should each byte of it be a token.
         window = STEPS_BETWEEN_STOPS + 4 * max(map(len, ending.stop))
-        places = step.length[:size, None] + torch.arange(-window, 0, device=self.device)
-        recent = step.ids[:size].gather(1, places.clamp_min(0)).cpu()  # of a short row the first token again and again
+        places = look.length[:, None] + torch.arange(-window, 0)
+        recent = look.ids.gather(1, places.clamp_min(0))  # of a short row the first token again and again
         newest = recent[:, -STEPS_BETWEEN_STOPS:]
         ends = torch.tensor([x for x in newest.unique().tolist() if ending.may_complete(x)], dtype=torch.int64)
-        rows = (torch.isin(newest, ends).any(1) & step.alive[:size].cpu()).nonzero()[:, 0]
-        rows = rows[list(map(ending.stops, ending.texts(recent[rows].tolist())))].to(self.device)
-        sequences = zip(step.ids[rows].tolist(), step.length[rows].tolist(), strict=True)
-        stopped = list(map(ending.stops, ending.texts([ids[:length] for ids, length in sequences])))
-        step.alive[rows] = ~torch.tensor(stopped, dtype=torch.bool, device=self.device)
+        rows = (torch.isin(newest, ends).any(1) & look.alive).nonzero()[:, 0]
+        rows = rows[list(map(ending.stops, ending.texts(recent[rows].tolist())))]
+        sequences = zip(look.ids[rows].tolist(), look.length[rows].tolist(), strict=True)
+        return rows[list(map(ending.stops, ending.texts([ids[:length] for ids, length in sequences])))]
 
     def _collect(self, rows: Tensor, sequences: Tensor) -> None:
         """Results of rows that have finished."""
