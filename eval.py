@@ -173,7 +173,7 @@ def evaluate_model(
     say = print if world.is_writer else lambda text: None
     for prompter in prompters.values() if config.data.drop_overlong else ():  # all shots are asked the same problems
         problems = prompter.fitting(problems, drop=True, say=say)
-    prompted = {shots: [prompter(problem) for problem in problems] for shots, prompter in prompters.items()}
+    prompted = {shots: prompter.ask(problems) for shots, prompter in prompters.items()}
     results = {}
     for shots, questions in prompted.items():
         how = {"stop": prompters[shots].stop_strings, "stream": EVALUATION, "seed": options.seed}

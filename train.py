@@ -59,7 +59,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
         with timer("rollout"):
             problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
             with run.policy.at_hand():
-                mine = run.sampler.generate([run.prompter(problem) for problem in problems], step)
+                mine = run.sampler.generate(run.prompter.ask(problems), step)
             groups += world.everyones(mine)
         with timer("score"):
             scores.append(merge_scores(world.gather(run.score(mine))))

@@ -126,7 +126,7 @@ class Supervisor:
         limits = {"context_length": CONTEXT_LENGTH, "max_new_tokens": task.level.solution_tokens}
         self.prompter = Prompter(task, prompt, tokenizer, **limits)
         self.problems = self.solved_problems(first=seed * ENDLESS_STRIDE)
-        self.validation = [self.prompter(p) for p in task.split("validation")[: base.validation_problems]]
+        self.validation = self.prompter.ask(task.split("validation")[: base.validation_problems])
 
     def solved_problems(self, first: int) -> Iterator[Problem]:
         """Endless, from place `first` of `task.solved` on, less those with unseen words."""

@@ -214,7 +214,7 @@ def evaluate_greedily(
     run: Run, split: str, limit: int, *, step: int = 0, model: torch.nn.Module | None = None
 ) -> Evaluation:
     """The most likely completion of each of a split's first problems, by the policy or another model."""
-    problems = [run.prompter(replace(problem, index=i)) for i, problem in enumerate(run.problems[split][:limit])]
+    problems = run.prompter.ask([replace(problem, index=i) for i, problem in enumerate(run.problems[split][:limit])])
     sampler = make_sampler(run.config, model or run.policy.model, run.prompter, run.log, greedy=True)
     with run.policy.at_hand():
         return evaluate(sampler, problems, run.score, world=run.world, step=step)

@@ -8,7 +8,7 @@ from grpo.config import PromptConfig
 from grpo.records import Problem
 from grpo.rewards import format_reward, parse_number, score_texts
 from grpo.rewards.runner import weighted_total
-from grpo.tasks import Task
+from grpo.tasks import Task, prompts
 from grpo.tasks.gsm8k import EXEMPLARS
 from grpo.tasks.prompts import Prompter
 
@@ -129,6 +129,13 @@ def test_a_chat_prompt_has_shots_as_earlier_turns_and_one_special_token(chat_tok
     alone = prompter(Sums(), chat_tokenizer, style="chat", shots=0)(Problem("0", "2 + 2?", "4"))
     assert list(alone.prompt_ids) == ids and ids.count(chat_tokenizer.bos_token_id) == 1
     assert ask.stop_strings == ()
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_problems_that_are_asked_together_are_asked_as_each_alone(chat_tokenizer, style, monkeypatch):
+    monkeypatch.setattr(prompts, "TOKENIZED_TOGETHER", 5)
+    ask, problems = prompter(Sums(), chat_tokenizer, style=style, shots=2), Sums().split("test")
+    assert ask.ask(problems) == [ask(problem) for problem in problems] and ask.ask([]) == []
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENDLESS_POOL = 10_000  # exemplars from an endless training split come from its first problems
+TOKENIZED_TOGETHER = 256  # prompts: a tokenizer at work keeps some hundred bytes a token
 QUESTIONS_TRIED = 64  # of a split, for length: the longest in tokens (in characters, Chinese ones would seem short)
 
 
@@ -47,40 +48,51 @@ class Prompter:
 
     def __call__(self, problem: Problem) -> Problem:
         """The problem with `prompt` and `prompt_ids`; ValueError where no room is left for the completion."""
-        text, ids = self._ask(problem)
-        if not self._leaves_room(ids):
-            raise ValueError(
-                f"problem {problem.id}: a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} exceed "
-                f"the model's context of {self.context_length}; lower max_new_tokens or shots={self.prompt.shots}, or "
-                "leave such problems out: --data.drop-overlong"
-            )
-        return replace(problem, prompt=text, prompt_ids=tuple(ids))
+        return self.ask([problem])[0]
+
+    def ask(self, problems: Sequence[Problem]) -> list[Problem]:
+        """The same of several problems, whose prompts are tokenized together: on all cores."""
+        asked = []
+        for problem, (text, ids) in zip(problems, self._prompts(problems), strict=True):
+            if not self._leaves_room(ids):
+                raise ValueError(
+                    f"problem {problem.id}: a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} "
+                    f"exceed the model's context of {self.context_length}; lower max_new_tokens or "
+                    f"shots={self.prompt.shots}, or leave such problems out: --data.drop-overlong"
+                )
+            asked.append(replace(problem, prompt=text, prompt_ids=tuple(ids)))
+        return asked
 
     def _leaves_room(self, ids: Sequence[int]) -> bool:
         return len(ids) + self.max_new_tokens <= self.context_length
 
-    def _ask(self, problem: Problem) -> tuple[str, list[int]]:
-        """Text and token ids of the prompt, however long."""
-        shots = [shot for shot in self._candidates if shot.question != problem.question][: self.prompt.shots]
-        return (self._plain if self.prompt.style == "plain" else self._chat)(problem, shots)
+    def _prompts(self, problems: Sequence[Problem]) -> Iterator[tuple[str, list[int]]]:
+        """Text and token ids of each prompt, however long."""
+        is_plain, eos = self.prompt.style == "plain", self.tokenizer.eos_token_id
+        for start in range(0, len(problems), TOKENIZED_TOGETHER):
+            texts = [(self._plain if is_plain else self._chat)(p) for p in problems[start : start + TOKENIZED_TOGETHER]]
+            encoded = self.tokenizer(texts, add_special_tokens=is_plain)["input_ids"]  # a template wrote its own
+            for text, ids in zip(texts, encoded, strict=True):
+                if is_plain and len(ids) > 1 and ids[-1] == eos and not text.endswith(self.tokenizer.eos_token):
+                    ids = ids[:-1]  # of a tokenizer that closes every text (add_eos_token): the completion is to come
+                yield text, ids
 
-    def _plain(self, problem: Problem, shots: Sequence[Problem]) -> tuple[str, list[int]]:
-        text = self.task.plain_prompt(problem.question, shots)
+    def _shots(self, problem: Problem) -> list[Problem]:
+        return [shot for shot in self._candidates if shot.question != problem.question][: self.prompt.shots]
+
+    def _plain(self, problem: Problem) -> str:
+        text = self.task.plain_prompt(problem.question, self._shots(problem))
         if not isinstance(text, str):
             raise ValueError(f"plain_prompt of task {self.task.name!r} returned {text!r:.80}; return the prompt's text")
-        ids = self.tokenizer(text)["input_ids"]
-        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token):
-            ids = ids[:-1]  # of a tokenizer that closes every text (add_eos_token): the completion is still to come
-        return text, ids
+        return text
 
-    def _chat(self, problem: Problem, shots: Sequence[Problem]) -> tuple[str, list[int]]:
-        messages, how = _messages(self.task, problem, shots), {"add_generation_prompt": True, "tokenize": False}
+    def _chat(self, problem: Problem) -> str:
+        messages, how = _messages(self.task, problem, self._shots(problem)), {"add_generation_prompt": True}
         try:
-            text = self.tokenizer.apply_chat_template(messages, **how, **self._template_options)
+            return self.tokenizer.apply_chat_template(messages, **how, tokenize=False, **self._template_options)
         except Exception as error:  # a template may raise, and asks Jinja to
             message = f"the chat template of the tokenizer cannot take problem {problem.id}: {error}"
             raise ValueError(f"{message}; use --prompt.style plain, or another number of shots") from error
-        return text, self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
 
     def fitting(
         self, problems: Sequence[Problem], *, drop: bool = False, say: Callable[[str], None] = print
@@ -99,12 +111,12 @@ class Prompter:
         # No token is less than a byte: what is short in bytes need not be tokenized, which takes minutes for a million.
         # Around a question stand the exemplars, and where it is one of them, another in its place: these are all cases.
         cases = [min(pool, key=num_bytes), *self._candidates]
-        room = self.context_length - self.max_new_tokens - max(len(self._ask(problem)[1]) for problem in cases)
+        room = self.context_length - self.max_new_tokens - max(len(ids) for _, ids in self._prompts(cases))
         is_short = lambda problem: num_bytes(problem) <= room
         if drop and not is_endless:
             kept, overlong = [], []
             for problem in pool:
-                fits = is_short(problem) or self._leaves_room(self._ask(problem)[1])
+                fits = is_short(problem) or self._leaves_room(next(self._prompts([problem]))[1])
                 (kept if fits else overlong).append(problem)
             if overlong and not kept:
                 self(overlong[0])  # says what does not fit
@@ -113,8 +125,7 @@ class Prompter:
                 say(f"left out: {len(overlong)} of {len(pool)} problems, {overlong[0].id} the first: {why}")
             return kept
         doubtful = [problem for problem in pool if not is_short(problem)]
-        for problem in sorted(doubtful, key=num_tokens, reverse=True)[:QUESTIONS_TRIED]:
-            self(problem)
+        self.ask(sorted(doubtful, key=num_tokens, reverse=True)[:QUESTIONS_TRIED])
         return problems
 
 
