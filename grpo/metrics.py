@@ -247,9 +247,9 @@ def completion_records(
     component without a value is null; its status says why. The first GROUPS_WITH_TOKENS groups also have each token's
     text and log-prob as sampled, natural, to 3 decimals.
     """
-    for p, group in enumerate(groups):
-        for g, completion in enumerate(group.completions):
-            values = scores.components[p, g].tolist()
+    columns = (scores.components.tolist(), scores.status, scores.total.tolist(), advantages.tolist())
+    for p, (group, *rows) in enumerate(zip(groups, *columns, strict=True)):
+        for completion, values, status, reward, advantage in zip(group.completions, *rows, strict=True):
             record = {
                 "problem": group.problem.id,
                 "sample": completion.sample,
@@ -258,9 +258,9 @@ def completion_records(
                 "answer": group.problem.answer,
                 "finish_reason": completion.finish,
                 "rewards": {n: None if math.isnan(v) else v for n, v in zip(scores.names, values, strict=True)},
-                "status": dict(zip(scores.names, scores.status[p][g], strict=True)),
-                "reward": scores.total[p, g].item(),
-                "advantage": advantages[p, g].item(),
+                "status": dict(zip(scores.names, status, strict=True)),
+                "reward": reward,
+                "advantage": advantage,
             }
             if p < GROUPS_WITH_TOKENS:
                 record["tokens"] = [token_text(token) for token in completion.ids]
