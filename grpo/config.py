@@ -135,7 +135,7 @@ class RolloutConfig:
     prefill_tokens: Annotated[int, "[1, inf)"] = 16384
     """Prompt tokens per prefill pass."""
     kv_gib: Annotated[float | None, "(0, inf)"] = None
-    """Most memory for keys and values while sampling, in GiB; where it is short, sequences take turns. None: 30 % of the device's memory. Only what a rollout can use is allocated; on CUDA it stays between rollouts if it is at most 20 % of the memory."""
+    """Most memory for keys and values while sampling, in GiB; where it is short, sequences take turns. None: 30 % of the device's memory, on CPU of this rank's share of what the machine or its container has. Only what a rollout can use is allocated; on CUDA it stays between rollouts if it is at most 20 % of the memory."""
     cuda_graph: bool = True
     """Replay whole decode steps as CUDA graphs. Where a model cannot be captured, it says why and goes on without."""
 

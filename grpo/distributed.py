@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo.machine import cpu_share
+
 POLL_S = 0.5
 
 
@@ -169,10 +171,9 @@ def start(timeout_s: float = 1800.0) -> World:
         # On Hopper SDPA would prefer cuDNN's attention, which plans anew for every shape, for tenths of a second; ours
         # change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    elif size > 1 or "OMP_NUM_THREADS" not in os.environ:
-        # torchrun sets 1; share the cores among the local ranks instead
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    elif size > 1 or ("OMP_NUM_THREADS" not in os.environ and sys.platform == "linux"):
+        # torchrun sets 1. One process on macOS has torch's own number, which leaves out the slow cores.
+        torch.set_num_threads(cpu_share())
     if size == 1:
         return World(0, 1, device)
     timeout = timedelta(seconds=timeout_s)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
 from grpo.config import RewardsConfig
+from grpo.machine import cpu_share
 from grpo.records import ERROR, TIMEOUT
 from grpo.rewards.runner import Outcome, Reward, Table, log_once, take_rows
 from grpo.rewards.worker import READY, pack_function
@@ -137,7 +138,7 @@ class Pool:
     """
 
     def __init__(self, *, workers: int, timeout_s: float, step_timeout_s: float):
-        self.size = workers or default_workers()
+        self.size = workers or min(MAX_DEFAULT_WORKERS, cpu_share())
         self.timeout_s, self.step_timeout_s = timeout_s, step_timeout_s
         self.workers: list[Worker] = []
 
@@ -217,9 +218,3 @@ class Pool:
 def make_pool(rewards: RewardsConfig) -> Pool:
     """The pool that a config asks for."""
     return Pool(workers=rewards.workers, timeout_s=rewards.timeout_s, step_timeout_s=rewards.step_timeout_s)
-
-
-def default_workers() -> int:
-    """The cores that this process may use, shared with the other ranks of its machine."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)) // local_ranks))

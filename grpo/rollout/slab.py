@@ -7,13 +7,14 @@ planned from a memory budget before anything is allocated, and never exceeded.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from grpo.machine import memory_share
 
 MEMORY_SHARE = 0.3  # of the device's memory, the budget where none is given
 KEEP_BELOW = 0.2  # of a CUDA device's memory: the largest slab that stays between two calls
@@ -105,10 +106,8 @@ def make_plan(
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the device's memory; on CPU the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of the device's memory; on CPU this rank's share of the machine's."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_share()
 
 
 def is_kept(num_bytes: int, device: torch.device) -> bool:

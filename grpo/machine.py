@@ -1,0 +1,51 @@
+"""What a rank may use of the machine: CPUs and memory, by affinity and by the limits of a container or a batch system.
+
+Such limits are set on control groups (cgroups), and neither torch nor the system's own totals know them: more threads
+than the quota pays for wait for each other, and more memory than the limit ends the process. Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux; elsewhere nothing is limited
+
+
+def cpu_share() -> int:
+    """CPUs of this rank, at least 1: an even share of those that its machine lets the ranks have, quotas rounded up."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = _limits("cpu", ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    return max(1, min([cpus, *map(math.ceil, quotas)]) // _local_ranks())
+
+
+def memory_share() -> int:
+    """Bytes of this rank: an even share of the machine's memory, or of what its ranks may have of it."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min([whole, *_limits("memory", ("memory.max",), ("memory.limit_in_bytes",))])) // _local_ranks()
+
+
+def _local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _limits(controller: str, files: tuple[str, ...], files_of_v1: tuple[str, ...]) -> Iterator[float]:
+    """What the control groups of this process and those above them allow, in version 2 or 1 of their file system.
+
+    Two numbers, in one file or in two, are a quota of CPU time and its period: CPUs are the quotient.
+    """
+    for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else ():
+        _, controllers, group = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top, names = (CGROUPS / controller, files_of_v1) if controllers else (CGROUPS, files)
+        folder = top / group.lstrip("/")
+        # Up to the top in any case: in a container the group may be named as on the host, and only its own is mounted.
+        for above in (folder, *folder.parents):
+            with suppress(OSError):
+                limit, period = (*" ".join((above / name).read_text() for name in names).split(), 1)[:2]
+                if limit not in ("max", "-1"):
+                    yield int(limit) / int(period)

@@ -1,0 +1,99 @@
+"""What a process may use of the machine: fewer CPUs and less memory than are there, where a container says so."""
+
+import os
+
+import pytest
+import torch
+
+from grpo import distributed, machine
+from grpo.rewards.pool import MAX_DEFAULT_WORKERS, Pool
+
+MIB = 2**20
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Writes files of the control groups of a machine with 8 CPUs, where this process is in the groups `lines`."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    def write(lines: str, **texts: str) -> None:
+        machine.MEMBERSHIP.write_text(lines)
+        for name, text in texts.items():
+            path = machine.CGROUPS / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
+
+    return write
+
+
+def test_without_control_groups_all_is_the_process_s(files):
+    assert machine.cpu_share() == 8
+    assert machine.memory_share() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"), [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("5000 100000", 1)]
+)
+def test_a_quota_of_cpu_time_counts_as_so_many_cpus_rounded_up(files, quota, cpus):
+    files("0::/\n", **{"cpu.max": quota, "memory.max": "max"})
+    assert machine.cpu_share() == cpus
+
+
+def test_a_limit_of_a_group_above_binds_too(files):
+    """Slurm limits the job, a process is in a task of it."""
+    limits = {"job/cpu.max": "300000 100000", "job/memory.max": str(64 * MIB)}
+    files("0::/job/step/task\n", **limits, **{"job/step/task/cpu.max": "max 100000", "job/step/memory.max": "max"})
+    assert machine.cpu_share() == 3
+    assert machine.memory_share() == 64 * MIB
+
+
+@pytest.mark.parametrize("folder", ["docker/1f", "."], ids=["on the host", "inside, where only the top is mounted"])
+def test_control_groups_of_version_1_limit_as_well(files, folder):
+    limits = {"cpu.cfs_quota_us": "400000", "cpu.cfs_period_us": "100000"}
+    limits = {f"cpu/{folder}/{name}": text for name, text in limits.items()}
+    lines = "9:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n1:name=systemd:/docker/1f\n0::/docker/1f\n"
+    files(lines, **limits, **{f"memory/{folder}/memory.limit_in_bytes": str(96 * MIB)})
+    assert machine.cpu_share() == 4
+    assert machine.memory_share() == 96 * MIB
+
+
+def test_version_1_without_a_limit_says_so_by_numbers(files):
+    cpu = {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}
+    files("2:memory:/\n1:cpu:/\n", **cpu, **{"memory/memory.limit_in_bytes": str(2**63 - 4096)})
+    assert machine.cpu_share() == 8
+    assert machine.memory_share() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_where_the_system_knows_no_affinity_all_cpus_count(monkeypatch, files):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    assert machine.cpu_share() == 10
+
+
+def test_ranks_of_one_machine_share_evenly_and_none_gets_nothing(monkeypatch, files):
+    files("0::/\n", **{"cpu.max": "600000 100000", "memory.max": str(64 * MIB)})
+    for ranks, cpus in (("2", 3), ("4", 1), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert machine.cpu_share() == cpus
+        assert machine.memory_share() == 64 * MIB // int(ranks)
+
+
+@pytest.mark.parametrize(("platform", "chosen"), [("linux", [3]), ("darwin", [])])
+def test_torch_and_the_reward_workers_keep_to_the_quota(monkeypatch, files, platform, chosen):
+    """On macOS torch's own number is better: it leaves out the slow cores."""
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed.sys, "platform", platform)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    files("0::/\n", **{"cpu.max": "300000 100000"})
+    distributed.start()
+    assert threads == chosen
+    assert Pool(workers=0, timeout_s=1, step_timeout_s=1).size == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(200)), raising=False)
+    files("0::/\n", **{"cpu.max": "max 100000"})
+    assert Pool(workers=0, timeout_s=1, step_timeout_s=1).size == MAX_DEFAULT_WORKERS
