@@ -105,6 +105,20 @@ def test_a_late_worker_is_killed_with_its_process_group(pool):
     assert not is_running(f"sleep {nap}")
 
 
+def test_a_worker_that_has_died_is_replaced_where_its_group_cannot_be_killed_any_more(monkeypatch):
+    """macOS refuses to signal a process group of which nothing runs; Linux takes the signal."""
+
+    def killpg(group: int, number: int) -> None:
+        if "State:\tZ" in Path(f"/proc/{group}/status").read_text():
+            raise PermissionError(1, "Operation not permitted")
+        os.kill(group, number)
+
+    if sys.platform == "linux":
+        monkeypatch.setattr("grpo.rewards.pool.os.killpg", killpg)
+    with Pool(workers=1, timeout_s=5, step_timeout_s=60) as pool:
+        assert statuses(pool(["die", "a"], {}, IN_WORDS)) == [ERROR, OK]
+
+
 def test_a_component_that_was_late_once_costs_one_deadline_for_each_hanging_completion(monkeypatch):
     late, lose = [], Pool._lose
 

@@ -66,7 +66,7 @@ class Worker:
     def kill(self) -> None:
         """End it and every process of its group."""
         self.connection.close()
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):  # the latter is macOS's where nothing of the group runs
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
