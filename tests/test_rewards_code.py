@@ -7,10 +7,12 @@ import json
 import pytest
 
 import eval as eval_command
+import train
 from grpo.config import DataConfig, RewardsConfig
 from grpo.rewards import score_texts
 from grpo.rewards.code import extract_code, parses, read_tests
 from grpo.rewards.runner import weighted_total
+from grpo.rewards.sandbox import judge
 from grpo.tasks.code import Code
 from grpo.tasks.rows import read_file
 from tests.tiny import save_tiny_model
@@ -139,3 +141,11 @@ def test_a_row_that_cannot_be_judged_is_named(task, tmp_path, row, message):
     file.write_text(json.dumps(row))
     with pytest.raises(ValueError, match=message):
         Code(DataConfig(path=str(file)), RewardsConfig(timeout_s=6.0)).split("train")
+
+
+@pytest.mark.parametrize("sandbox", ["auto", "unsafe_subprocess"])
+def test_without_linux_the_task_is_refused_in_words(sandbox, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(judge.sys, "platform", "darwin")
+    command = ["--task", "code", "--model.path", str(tmp_path), "--rewards.sandbox", sandbox, "--dry-run"]
+    assert train.main([*command, "--rewards.timeout-s", "7"]) == 2  # no other test's: a sandbox found is remembered
+    assert "needs Linux, and this is darwin; use a Linux container" in capsys.readouterr().err

@@ -20,6 +20,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -200,6 +201,9 @@ def self_test(sandbox: Sandbox) -> list[str]:
 @lru_cache
 def find_sandbox(setting: str, wall_s: float) -> Sandbox:
     """The sandbox that config field rewards.sandbox asks for, tested once a process; ValueError where there is none."""
+    if sys.platform != "linux":
+        message = f"running programs of the model needs Linux, and this is {sys.platform}; use a Linux container"
+        raise ValueError(f"{message} or virtual machine, or another task")
     if setting == "unsafe_subprocess":
         logger.warning("rewards.sandbox=unsafe_subprocess: code of the model can reach your files and the network")
         return Sandbox(setting, wall_s)
