@@ -11,6 +11,7 @@ first. Written by grpo.run between steps; read by it, grpo.results, grpo.lora an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -125,7 +126,7 @@ def save(
         staging = target.with_name(f"{STAGING}{target.name}")
         try:
             for leftover in target.parent.glob(f"{STAGING}*"):  # of a kill during `save`
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
             (staging / "state").mkdir(parents=True)
             write_model(staging, state)
             _write_state(state, staging / "state" / "state.pt")
@@ -224,6 +225,9 @@ def _flush(*paths: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems flush files alone
+                raise
         finally:
             os.close(descriptor)
 
@@ -235,7 +239,7 @@ def _prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
         if step != best_step:
             # Renamed first: a kill during the removal must not leave half a folder under a good name.
             doomed = steps[step].rename(folder / f"{STAGING}removing-{step}")
-            shutil.rmtree(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # on NFS a file that is open stays: the next save tries again
 
 
 def _steps(folder: Path) -> dict[int, Path]:

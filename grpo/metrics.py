@@ -136,6 +136,8 @@ class RunLogger:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
             except BlockingIOError as error:
                 raise ValueError(f"run folder {run_dir} is in use by another process; use another --run-dir") from error
+            except OSError as error:  # Lustre, NFS and others may be mounted without locks
+                self.say(f"run folder {run_dir} cannot be locked ({error.strerror}): start no second run in it")
 
     def say(self, text: str) -> None:
         """Print on rank 0, at once."""

@@ -1,7 +1,9 @@
 """A checkpoint is whole or absent, the right ones are kept, and what does not work says so."""
 
+import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 import textwrap
@@ -161,3 +163,39 @@ def test_the_default_run_folder_follows_the_launcher_so_that_a_restart_finds_it(
     assert checkpoint.default_run_dir("demo") == checkpoint.default_run_dir("demo")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert checkpoint.default_run_dir("demo").name.startswith("demo-2")
+
+
+def test_a_file_system_that_cannot_flush_folders_is_written_to_all_the_same(tmp_path, monkeypatch):
+    """Some network file systems; what goes wrong with a file is still told."""
+    refused = [stat.S_ISDIR]
+
+    def fsync(descriptor: int) -> None:
+        if any(is_refused(os.fstat(descriptor).st_mode) for is_refused in refused):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.verify(save(tmp_path, 1))
+    refused.append(stat.S_ISREG)
+    with pytest.raises(OSError, match="could not write checkpoint .*step_2: .*Invalid argument"):
+        save(tmp_path, 2)
+
+
+def test_a_file_that_is_open_elsewhere_on_nfs_delays_its_removal_and_no_checkpoint(tmp_path, monkeypatch):
+    """There it gets another name instead of going, and its folder stays; after --resume state.pt may be such a file."""
+    unlink, is_open = os.unlink, [True]
+
+    def unlink_on_nfs(path: str, *, dir_fd: int) -> None:
+        if path == "state.pt" and is_open[0]:
+            os.rename(path, ".nfs01", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        elif path == ".nfs01" and is_open[0]:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        else:
+            unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink_on_nfs)
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=1)
+    assert {name for name in names(tmp_path) if not name.startswith(".")} == {"step_3"}
+    is_open[0] = False
+    save(tmp_path, 4, keep_last=1)
+    assert names(tmp_path) == {"step_4"}

@@ -1,6 +1,8 @@
 """Metrics are tested like losses: what is written, what is cut off at a resume, what the table and the curves show."""
 
+import errno
 import json
+import os
 import sys
 
 import pytest
@@ -69,6 +71,20 @@ def test_metrics_shorter_than_the_checkpoint_says_are_refused(logger):
 def test_a_second_writer_in_the_same_folder_is_refused(logger, tmp_path):
     with pytest.raises(ValueError, match="is in use by another process; use another --run-dir"):
         RunLogger(tmp_path, is_writer=True)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_folder_on_a_file_system_without_locks_is_used_with_a_word(error, tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(metrics.fcntl, "flock", flock)
+    logger = RunLogger(tmp_path, is_writer=True)
+    said = capsys.readouterr().out
+    assert f"{tmp_path} cannot be locked ({os.strerror(error)})" in said and "no second run" in said
+    logger.log(row(1))
+    logger.close()
+    assert metrics.read_metrics(tmp_path) == [row(1)]
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys, monkeypatch):
