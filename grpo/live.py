@@ -28,8 +28,8 @@ CURVES = {"reward": "reward {:.3f}", "validation/accuracy": "validation accuracy
 
 def can_show() -> bool:
     """Whether standard output is a terminal that can move its cursor and print the bars."""
-    encodes = "utf" in (sys.stdout.encoding or "").lower()
-    return sys.stdout.isatty() and encodes and os.environ.get("TERM") != "dumb"
+    encodes = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()  # there is none where it was closed
+    return encodes and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def line_width() -> float:

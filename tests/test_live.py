@@ -39,6 +39,13 @@ def test_what_a_stream_cannot_encode_is_printed_in_escapes(monkeypatch):
     assert stream.buffer.getvalue() == b"5 \\u2013 \\xeb\n"
 
 
+def test_without_a_standard_output_nothing_is_shown(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    live.print_any_text()
+    assert not live.can_show()
+    Progress(live.can_show()).begin("rollout")
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that the test sets."""
