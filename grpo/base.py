@@ -233,8 +233,12 @@ def prepare_base(
     folder = Path(cache_dir) / f"{task.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
+    except OSError as error:
+        remedy = "start from a folder that can be written to"
+        raise OSError(f"cannot keep the base model in {folder.parent}: {error.strerror}; {remedy}") from error
     try:
         train_base(base, task, staging, seed=seed, device=device, progress=progress)
         try:

@@ -196,6 +196,12 @@ def test_an_interrupted_training_leaves_nothing_behind(task, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_the_cache_cannot_be_written_the_remedy_is_named(task, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(OSError, match="cannot keep the base model in .*cache: File exists; .*folder that can be writ"):
+        prepare(task, tmp_path / "cache")
+
+
 def test_the_folder_is_a_hugging_face_model_with_the_tokenizer_that_it_was_trained_with(folder, task, tokenizer):
     text = task.plain_prompt(task.split("test")[0].question, [])
     reloaded = AutoTokenizer.from_pretrained(folder)
