@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.rollout_helpers import EOS, ids_of, problems, sampler, tiny_model
+from tests.rollout_helpers import EOS, ids_of, problems, sampler, syllable_tokenizer, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +30,20 @@ def test_graphs_draw_what_eager_steps_draw(model, limits):
     for group, other in zip(found, expected, strict=True):
         for completion, twin in zip(group.completions, other.completions, strict=True):
             assert completion.logprobs == pytest.approx(twin.logprobs, abs=1e-4)
+
+
+def test_rows_stop_where_their_text_does_and_their_neighbours_draw_on(model):
+    made, options = problems(*LENGTHS), dict(tokenizer=syllable_tokenizer(), max_new_tokens=100, group_size=8)
+    free = sampler(model, **options).generate(made, step=1)
+    texts = [completion.text for group in free for completion in group.completions]
+    stopped = sampler(model, **options, stop=tuple(text[3:6] for text in texts[::8] if len(text) > 5))
+    finishes = set()
+    for before, after in zip(free, stopped.generate(made, step=1), strict=True):
+        for long, short in zip(before.completions, after.completions, strict=True):
+            assert short.ids == long.ids[: len(short.ids)] and long.text.startswith(short.text)
+            assert short.logprobs == pytest.approx(long.logprobs[: len(short.ids)], abs=1e-4)
+            finishes.add(short.finish)
+    assert {"stop", "eos"} <= finishes
 
 
 def test_cpu_and_cuda_draw_the_same_tokens(model):
