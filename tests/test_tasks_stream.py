@@ -75,11 +75,11 @@ def test_solved_problems_are_left_out_of_later_epochs_until_none_is_left():
 
 def test_a_problem_is_visited_the_more_often_the_nearer_its_rate_is_to_the_target():
     # target 0.5: distances 0.5, 0.3, 0, 0.5 of at most 0.5 -> chances 0 (raised to 0.1), 0.4, 1, 0.1; a new one 1
-    rates, rng = [0.0, 0.2, 0.5, 1.0, None], random.Random(0)
-    kept = torch.tensor([target_rate(rates, 0.5, rng) for _ in range(4000)]).float().mean(0)
+    rates, rng = torch.tensor([0.0, 0.2, 0.5, 1.0, torch.nan]), random.Random(0)
+    kept = torch.stack([target_rate(rates, 0.5, rng) for _ in range(4000)]).float().mean(0)
     assert kept.tolist() == pytest.approx([0.1, 0.4, 1, 0.1, 1], abs=0.02)
     # target 0.8: of at most 0.8, rate 0 is 0.8 away, 0.4 half of it, 1 a quarter
-    kept = torch.tensor([target_rate([0.0, 0.4, 1.0], 0.8, rng) for _ in range(4000)]).float().mean(0)
+    kept = torch.stack([target_rate(torch.tensor([0.0, 0.4, 1.0]), 0.8, rng) for _ in range(4000)]).float().mean(0)
     assert kept.tolist() == pytest.approx([0.1, 0.5, 0.75], abs=0.02)
 
 

@@ -44,6 +44,7 @@ class RowTask(Task):
         super().__init__(data, rewards)
         if self.embedded and not self.data.path:
             self.data = replace(self.data, path=str(self.embedded), validation_fraction=0.25)
+        self._unread: dict[str, list[Row]] = {}  # splits of a file that was read for another of them
 
     @cached_property
     def exemplars(self) -> tuple[Problem, ...]:
@@ -55,14 +56,17 @@ class RowTask(Task):
         raise NotImplementedError(f"{type(self).__name__} does not define read_answer(text)")
 
     def load(self, split: str) -> list[Problem]:
-        rows = self._rows(split)
+        if split not in self._unread:
+            self._unread = self._rows(split)
+        rows = self._unread.pop(split)
         for _, where, columns in rows:
             if "completions" in columns:
                 raise ValueError(f"{where}: rewards get the sampled texts as 'completions'; rename this column")
         return [self._problem(*row) for row in rows]
 
-    def _rows(self, split: str) -> list[Row]:
-        """Of data.path: a file, a folder, a hub data set or one split of it; or of the task's own default."""
+    def _rows(self, split: str) -> dict[str, list[Row]]:
+        """Of a split, and of those that are held out of the same rows. They are those of data.path, a file, a folder, a
+        hub data set or one split of it, or of the task's own default."""
         self.check_path()
         data, name = self.data, "test" if split == "test" else "train"
         if data.path and Path(data.path).is_file():
@@ -74,9 +78,9 @@ class RowTask(Task):
             repo, _, only_split = repo.partition(":")
             rows, parts = read_hub(repo, data.subset or own_subset, only_split or name), 2 if only_split else 1
         if split == "test" and parts == 1:
-            return rows
+            return {split: rows}
         held_out = hold_out(rows, self.question_column, data.validation_fraction, data.split_seed, parts=parts)
-        return held_out[self.splits.index(split)]
+        return dict(zip(self.splits, held_out, strict=False))
 
     def check_path(self) -> None:
         """ValueError where data.path is missing, or neither here nor spelled like a hub id: owner/name[:split]."""
@@ -159,7 +163,8 @@ def read_file(path: Path) -> list[Row]:
         rows = [_object(row, f"{path} row {i}") for i, row in enumerate(_parse(path.read_bytes(), str(path)))]
     else:
         rows = read_jsonl(path)
-    return [(f"{path.stem}/{i}", where, row) for i, (where, row) in enumerate(rows)]
+    stem = path.stem
+    return [(f"{stem}/{i}", where, row) for i, (where, row) in enumerate(rows)]
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

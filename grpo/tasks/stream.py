@@ -1,47 +1,48 @@
 """The problem stream: which problems a training step works on, and what it remembers of them.
 
 A curriculum chooses, pure, which problems of a split an epoch visits. The order stays random, so that no step is all
-easy or all hard. A problem's rate is the share of its completions that were correct at its last visit, or None.
+easy or all hard. A problem's rate is the share of its completions that were correct at its last visit, NaN before it.
+What there is for each problem is a tensor: of a million, lists would hold up every step and every checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
-from grpo.records import Problem
+import torch
+from torch import Tensor
 
-Rates = Sequence[float | None]
+from grpo.records import Problem
 
 ENDLESS_STRIDE = 1 << 20  # problems of an endless split that one seed may call its own
 LEAST_CHANCE = 0.1  # one epoch in ten: a rate that is never measured again stays wrong while the policy moves on
 STATE = ("position", "seed", "epoch", "skipped", "queue", "rates")
 
 
-def drop_solved(rates: Rates, target: float, rng: random.Random) -> list[bool]:
+def drop_solved(rates: Tensor, target: float, rng: random.Random) -> Tensor:
     """Without those that every completion solved; all of them again where none is left."""
-    unsolved = [rate != 1.0 for rate in rates]
-    return unsolved if any(unsolved) else [True] * len(rates)
+    unsolved = rates != 1.0
+    return unsolved if unsolved.any() else torch.ones_like(unsolved)
 
 
-def target_rate(rates: Rates, target: float, rng: random.Random) -> list[bool]:
+def target_rate(rates: Tensor, target: float, rng: random.Random) -> Tensor:
     """Each with the chance 1 - |rate - target| / max(target, 1 - target), at least LEAST_CHANCE; 1 for a new one.
 
     A rate of 0 or 1 has no spread and teaches nothing; the spread is largest at 0.5.
     """
-    widest = max(target, 1 - target)
-    draws = [rng.random() for _ in rates]
-    nearness = [1.0 if rate is None else 1 - abs(rate - target) / widest for rate in rates]
-    return [draw < max(LEAST_CHANCE, near) for draw, near in zip(draws, nearness, strict=True)]
+    draws = torch.tensor([rng.random() for _ in range(len(rates))], dtype=torch.float64)
+    nearness = 1 - (rates - target).abs() / max(target, 1 - target)
+    return draws < nearness.nan_to_num(1.0).clamp_min(LEAST_CHANCE)
 
 
-CURRICULA: dict[str, Callable[[Rates, float, random.Random], list[bool]]] = {
-    "none": lambda rates, target, rng: [True] * len(rates),
+CURRICULA: dict[str, Callable[[Tensor, float, random.Random], Tensor]] = {  # rates [N] fp64 -> which are kept, [N] bool
+    "none": lambda rates, target, rng: torch.ones_like(rates, dtype=torch.bool),
     "drop_solved": drop_solved,
     "target_rate": target_rate,
 }
@@ -70,10 +71,10 @@ class ProblemStream:
                 f"data.curriculum={curriculum}: the training split of this task is endless, so that no problem ever "
                 "comes back; use none, or a task with a finite training split"
             )
-        self.rates: list[float | None] = [] if self.is_endless else [None] * len(problems)  # at the last visit
+        self.rates = torch.full((0 if self.is_endless else len(problems),), math.nan, dtype=torch.float64)
         self.data = "" if self.is_endless else digest(problems)
         self.epoch = self.skipped = 0  # epochs begun, and problems that the last of them leaves out
-        self.queue: list[int] = []  # what is left of it, as places in the split, the next one last
+        self.queue = torch.empty(0, dtype=torch.int64)  # what is left of it, as places in the split, the next one last
         self.taken: list[int] = []  # places of the last take
 
     def take(self, count: int) -> list[Problem]:
@@ -87,30 +88,34 @@ class ProblemStream:
         return [replace(self.problems[place], index=first + i) for i, place in enumerate(self.taken)]
 
     def _next(self) -> int:
-        while not self.queue:  # an epoch may be empty where target_rate is unlucky with a few problems
+        while not len(self.queue):  # an epoch may be empty where target_rate is unlucky with a few problems
             rng = random.Random(f"{self.seed}/{self.epoch}")
             order = list(range(len(self.problems)))
             rng.shuffle(order)
-            is_kept = self.curriculum(self.rates, self.target_rate, rng)
-            self.queue = [place for place in reversed(order) if is_kept[place]]
+            places = torch.tensor(order[::-1])
+            self.queue = places[self.curriculum(self.rates, self.target_rate, rng)[places]]
             self.epoch, self.skipped = self.epoch + 1, len(order) - len(self.queue)
-        return self.queue.pop()
+        place, self.queue = int(self.queue[-1]), self.queue[:-1]
+        return place
 
-    def remember(self, rates: Rates) -> None:
+    def remember(self, rates: Sequence[float | None]) -> None:
         """Pass rates of the problems of the last take, in their order; None where nothing could be judged."""
         if not self.is_endless:
             for place, rate in zip(self.taken, rates, strict=True):
-                self.rates[place] = self.rates[place] if rate is None else rate
+                if rate is not None:
+                    self.rates[place] = rate
 
     def metrics(self) -> dict[str, float]:
         """For the log, where the split is finite; docs/metrics.md defines the keys."""
         if self.is_endless:
             return {}
-        shares = {"solved": self.rates.count(1.0), "skipped": self.skipped}
+        shares = {"solved": int((self.rates == 1.0).sum()), "skipped": self.skipped}
         return {"problems/epoch": self.epoch} | {f"problems/{k}": n / len(self.rates) for k, n in shares.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: copy(getattr(self, name)) for name in STATE} | {"problems": len(self.rates), "data": self.data}
+        copies = {"queue": self.queue.clone(), "rates": self.rates.clone()}
+        state = {name: getattr(self, name) for name in STATE} | copies
+        return state | {"problems": len(self.rates), "data": self.data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on at the saved position; ValueError where the stream is not the one that was saved."""
@@ -122,3 +127,8 @@ class ProblemStream:
                     "resume with the same data and seed"
                 )
         vars(self).update({name: state[name] for name in STATE})
+        if isinstance(self.rates, list):  # as older checkpoints have it, and the queue
+            self.rates = [math.nan if rate is None else rate for rate in self.rates]
+        # Copies: the tensors of a checkpoint are mapped from its file.
+        self.rates = torch.as_tensor(self.rates, dtype=torch.float64).clone()
+        self.queue = torch.as_tensor(self.queue, dtype=torch.int64).clone()
