@@ -194,6 +194,14 @@ def test_prefix_chunks_cover_every_key_once_and_fill_the_device():
 
 
 @pytest.mark.parametrize(
+    "seats, repeats, element_size, shape",
+    [(20, 7, 2, (8, 8)), (20, 7, 4, (2, 8)), (3, 7, 2, (4, 8)), (1, 1, 2, (16, 1)), (9, 70, 2, (1, 128))],
+)
+def test_a_prefix_tile_has_16_rows_or_more_but_no_more_than_the_registers_hold(seats, repeats, element_size, shape):
+    assert kernel.tile_shape(seats, repeats, element_size) == shape
+
+
+@pytest.mark.parametrize(
     "width, dtype, reason",
     [
         (24, torch.float32, "head width 24 is none of"),

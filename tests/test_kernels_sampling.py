@@ -6,8 +6,11 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import kernels
+from kernels.sample_token import kernel
 from kernels.sample_token.reference import truncate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,6 +23,13 @@ def sample(logits, uniforms, *, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, 
     options = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     drawn = kernels.sample_token(logits, uniforms, **options, impl=impl)
     return drawn[0].cpu(), drawn[1].cpu()
+
+
+@triton.jit
+def call_first_above(weights, threshold, index, before, SIZE: tl.constexpr):
+    found, running = kernel._first_above(tl.load(weights + tl.arange(0, SIZE)), tl.load(threshold), SIZE)
+    tl.store(index, found)
+    tl.store(before, running)
 
 
 def draw(probs, uniforms, **options):
@@ -173,6 +183,28 @@ def test_the_kernel_takes_the_first_of_equal_maxima():
     logits = torch.zeros(1, 5000)
     logits[0, [4100, 4200]] = 1.0
     assert sample(logits, [0.9], temperature=0.0, impl="triton")[0].tolist() == [4100]
+
+
+@pytest.mark.parametrize(
+    "threshold, found, before",
+    [(0.0, 1, 0.0), (0.25, 3, 0.25), (0.9, 3, 0.25), (-1e-18, 1, 0.0), (1.0, 3, 0.25), (1.0 + 1e-9, 3, 0.25)],
+)
+def test_where_rounding_leaves_the_sums_the_kernel_still_finds_a_token_that_has_a_weight(threshold, found, before):
+    weights = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=DEVICE)
+    thresholds = torch.tensor([threshold], dtype=torch.float64, device=DEVICE)
+    index, running = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.zeros_like(thresholds)
+    call_first_above[(1,)](weights, thresholds, index, running, SIZE=8)
+    assert (index.item(), running.item()) == (found, before)
+
+
+def test_the_kernel_names_what_it_cannot_read_or_cut():
+    off = dict(temperature=1.0, top_p=1.0, top_k=0)
+    logits = torch.zeros(4, 5)
+    assert kernel.obstacle(logits, **off) is None and kernel.obstacle(logits, **off | {"top_k": 5}) is None
+    assert kernel.obstacle(logits, **off | {"top_k": 4, "temperature": 0.0}) is None
+    assert "top_k=4" in kernel.obstacle(logits, **off | {"top_k": 4})
+    assert kernel.obstacle(logits.double(), **off) == "logits are torch.float64"
+    assert "side by side" in kernel.obstacle(logits.T, **off)
 
 
 def test_auto_resolves_to_torch_on_a_cpu_and_says_why():
