@@ -112,6 +112,7 @@ def test_gathered_keys_equal_the_dense_mask(window, common, has_gqa, monkeypatch
                 torch.arange(num_rows)[:, None] + num_keys - num_rows - torch.arange(num_keys)
             )  # from the bottom right
             left, right = window_size
+            assert left >= -1  # which is no limit
             visible = (age >= -right) & ((age <= left) if left >= 0 else torch.tensor(True))
             q, k, v = (tensor.transpose(0, 1) for tensor in (query[rows], key[keys], value[keys]))
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale).transpose(0, 1))
@@ -315,6 +316,12 @@ def test_the_model_gets_its_own_attention_back_also_after_an_error():
         assert model.config._attn_implementation == SHARED_PREFIX
         raise RuntimeError
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_where_a_layer_names_no_scale_it_is_the_root_of_the_width():
+    tensors = heads(layout := ragged_layout())
+    output, _ = shared_prefix_attention(nn.Identity(), *tensors, None, shared_prefix=layout)
+    assert torch.allclose(output.transpose(1, 2), dense(*tensors, layout, 8**-0.5, None), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("name, value", [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("dropout", 0.1)])
