@@ -304,7 +304,7 @@ def test_eval_scores_a_file_of_completions_and_loads_nothing(tmp_path, capsys):
         (["--model", "m", "--task", "jsonl", "--prompt.template-options", "a=1"], "prompt.style=plain: use chat"),
         (["--model", "./nowhere", "--task", "word_problems", "--output", "."], "--output . is a folder"),
         (["--model", "./nowhere", "--task", "word_problems", "--output", "a.png"], "or the chart's own name"),
-        (["--model", "./nowhere", "--task", "word_problems", "--output", "/proc/a.json"], "directory: '/proc/a.json'"),
+        (["--model", "./nowhere", "--task", "word_problems", "--output", "a" * 300], "File name too long: 'aaa"),
     ],
 )
 def test_eval_says_what_is_wrong(arguments, message, capsys):

@@ -31,6 +31,7 @@ from tests.rollout_helpers import problems, sampler, syllable_tokenizer, tiny_mo
 from tests.tiny import save_tiny_model, tiny_qwen2, word_tokenizer, write_gsm8k_files
 from tests.trainee import rows_without_clock
 
+pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="here is a real CUDA device")
 

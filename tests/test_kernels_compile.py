@@ -4,10 +4,11 @@ Specialised as their launchers do for Qwen2.5; `make slow` adds the shapes that 
 """
 
 import pytest
-import triton
 
-from kernels.decode_attention.kernel import block_size, prefix_warps, tile_shape
-from tests.compile_only import SHARED_MEMORY, Kernel, Report, build, faults
+triton = pytest.importorskip("triton")
+
+from kernels.decode_attention.kernel import block_size, prefix_warps, tile_shape  # noqa: E402
+from tests.compile_only import SHARED_MEMORY, Kernel, Report, build, faults  # noqa: E402
 
 SIZE = {"bf16": 2, "fp32": 4}
 QUERY = {"query": "*{0}:16", "stride_query_row": "i32:16", "stride_query_head": "i32:16"}

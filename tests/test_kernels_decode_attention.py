@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.decode_attention import kernel, reference
+pytest.importorskip("triton")
+
+import kernels  # noqa: E402
+from kernels.decode_attention import kernel, reference  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []

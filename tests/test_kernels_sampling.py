@@ -13,6 +13,8 @@ import kernels
 from kernels.sample_token import kernel
 from kernels.sample_token.reference import truncate
 
+pytest.importorskip("triton")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])

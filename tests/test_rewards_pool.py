@@ -190,6 +190,7 @@ def test_a_path_to_no_function_is_named(path, message):
         load_object(path)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker ends with its parent only between two calls")
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     code = (
         "from grpo.rewards.pool import Pool; from grpo.rewards import Reward; from tests.reward_functions import *\n"

@@ -37,9 +37,11 @@ def start(folder: Path, arguments: list[str], *, ranks: int = 1, dies_in: tuple[
     return processes
 
 
-def first_cores(count: int) -> list[int]:
-    """Of those that this process may use: a rank takes as many threads as it has cores, and sums depend on them."""
-    return sorted(os.sched_getaffinity(0))[:count]
+def stay_on_first_cores(count: int) -> None:
+    """Of those that this process may use: a rank takes as many threads as it has cores, and sums depend on them.
+    macOS cannot do so."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 def wait(processes: list, *, at_most_s: float) -> int | None:
@@ -84,7 +86,7 @@ def _train(folder: Path, environment: dict, arguments: list[str], dies_in: tuple
     os.environ |= environment
     os.chdir(folder)
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, first_cores(int(environment["WORLD_SIZE"])))  # several ranks: a thread each
+    stay_on_first_cores(int(environment["WORLD_SIZE"]))  # several ranks: a thread each
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
