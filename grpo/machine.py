@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,8 +26,14 @@ def cpu_share() -> int:
 
 def memory_share() -> int:
     """Bytes of this rank: an even share of the machine's memory, or of what its ranks may have of it."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min([whole, *_limits("memory", ("memory.max",), ("memory.limit_in_bytes",))])) // _local_ranks()
+    limits = _limits("memory", ("memory.max",), ("memory.limit_in_bytes",))
+    return int(min([_installed_memory(), *limits])) // _local_ranks()
+
+
+def _installed_memory() -> int:
+    if sys.platform == "darwin":  # where not every Python knows SC_PHYS_PAGES
+        return int(subprocess.check_output(("/usr/sbin/sysctl", "-n", "hw.memsize")))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _local_ranks() -> int:

@@ -9,11 +9,14 @@ from grpo import distributed, machine
 from grpo.rewards.pool import MAX_DEFAULT_WORKERS, Pool
 
 MIB = 2**20
+INSTALLED = 1024 * MIB
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Writes files of the control groups of a machine with 8 CPUs, where this process is in the groups `lines`."""
+    """Writes files of the control groups of a machine with 8 CPUs and 1 GiB, where this process is in the groups
+    `lines`."""
+    monkeypatch.setattr(machine, "_installed_memory", lambda: INSTALLED)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
@@ -31,7 +34,7 @@ def files(tmp_path, monkeypatch):
 
 def test_without_control_groups_all_is_the_process_s(files):
     assert machine.cpu_share() == 8
-    assert machine.memory_share() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert machine.memory_share() == INSTALLED
 
 
 @pytest.mark.parametrize(
@@ -64,13 +67,21 @@ def test_version_1_without_a_limit_says_so_by_numbers(files):
     cpu = {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}
     files("2:memory:/\n1:cpu:/\n", **cpu, **{"memory/memory.limit_in_bytes": str(2**63 - 4096)})
     assert machine.cpu_share() == 8
-    assert machine.memory_share() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert machine.memory_share() == INSTALLED
 
 
 def test_where_the_system_knows_no_affinity_all_cpus_count(monkeypatch, files):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 10)
     assert machine.cpu_share() == 10
+
+
+def test_the_installed_memory_is_asked_of_each_system_in_its_own_way(monkeypatch):
+    assert machine._installed_memory() > INSTALLED
+    answers = {("/usr/sbin/sysctl", "-n", "hw.memsize"): b"8589934592\n"}
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    monkeypatch.setattr(machine.subprocess, "check_output", answers.get)
+    assert machine._installed_memory() == 8 * 1024 * MIB
 
 
 def test_ranks_of_one_machine_share_evenly_and_none_gets_nothing(monkeypatch, files):
