@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import PromptConfig
@@ -51,7 +52,7 @@ class Prompter:
         return self.ask([problem])[0]
 
     def ask(self, problems: Sequence[Problem]) -> list[Problem]:
-        """The same of several problems, whose prompts are tokenized together: on all cores."""
+        """The same of several problems, tokenized together."""
         asked = []
         for problem, (text, ids) in zip(problems, self._prompts(problems), strict=True):
             if not self._leaves_room(ids):
@@ -69,13 +70,17 @@ class Prompter:
     def _prompts(self, problems: Sequence[Problem]) -> Iterator[tuple[str, list[int]]]:
         """Text and token ids of each prompt, however long."""
         is_plain, eos = self.prompt.style == "plain", self.tokenizer.eos_token_id
-        for start in range(0, len(problems), TOKENIZED_TOGETHER):
-            texts = [(self._plain if is_plain else self._chat)(p) for p in problems[start : start + TOKENIZED_TOGETHER]]
-            encoded = self.tokenizer(texts, add_special_tokens=is_plain)["input_ids"]  # a template wrote its own
-            for text, ids in zip(texts, encoded, strict=True):
-                if is_plain and len(ids) > 1 and ids[-1] == eos and not text.endswith(self.tokenizer.eos_token):
-                    ids = ids[:-1]  # of a tokenizer that closes every text (add_eos_token): the completion is to come
-                yield text, ids
+        texts = map(self._plain if is_plain else self._chat, problems)
+        for text, ids in self._encoded(texts, add_special_tokens=is_plain):  # a template wrote its own
+            if is_plain and len(ids) > 1 and ids[-1] == eos and not text.endswith(self.tokenizer.eos_token):
+                ids = ids[:-1]  # of a tokenizer that closes every text (add_eos_token): the completion is still to come
+            yield text, ids
+
+    def _encoded(self, texts: Iterable[str], **how: bool) -> Iterator[tuple[str, list[int]]]:
+        """Each text and its token ids; many are tokenized together, because a tokenizer does so on all cores."""
+        texts = iter(texts)
+        while some := list(islice(texts, TOKENIZED_TOGETHER)):
+            yield from zip(some, self.tokenizer(some, **how)["input_ids"], strict=True)
 
     def _shots(self, problem: Problem) -> list[Problem]:
         return [shot for shot in self._candidates if shot.question != problem.question][: self.prompt.shots]
@@ -105,7 +110,6 @@ class Prompter:
         is_endless = getattr(problems, "endless", False)
         pool = [problems[i] for i in range(QUESTIONS_TRIED)] if is_endless else problems
         num_bytes = lambda problem: len(problem.question.encode())
-        num_tokens = lambda problem: len(self.tokenizer(problem.question)["input_ids"])
         if not pool:
             return problems
         # No token is less than a byte: what is short in bytes need not be tokenized, which takes minutes for a million.
@@ -113,10 +117,11 @@ class Prompter:
         cases = [min(pool, key=num_bytes), *self._candidates]
         room = self.context_length - self.max_new_tokens - max(len(ids) for _, ids in self._prompts(cases))
         is_short = lambda problem: num_bytes(problem) <= room
+        doubtful = [problem for problem in pool if not is_short(problem)]
         if drop and not is_endless:
-            kept, overlong = [], []
+            kept, overlong, prompts = [], [], self._prompts(doubtful)
             for problem in pool:
-                fits = is_short(problem) or self._leaves_room(next(self._prompts([problem]))[1])
+                fits = is_short(problem) or self._leaves_room(next(prompts)[1])
                 (kept if fits else overlong).append(problem)
             if overlong and not kept:
                 self(overlong[0])  # says what does not fit
@@ -124,8 +129,9 @@ class Prompter:
                 why = f"their prompts leave no room for max_new_tokens={self.max_new_tokens} in the model's context"
                 say(f"left out: {len(overlong)} of {len(pool)} problems, {overlong[0].id} the first: {why}")
             return kept
-        doubtful = [problem for problem in pool if not is_short(problem)]
-        self.ask(sorted(doubtful, key=num_tokens, reverse=True)[:QUESTIONS_TRIED])
+        num_tokens = [len(ids) for _, ids in self._encoded(problem.question for problem in doubtful)]
+        order = sorted(range(len(doubtful)), key=num_tokens.__getitem__, reverse=True)
+        self.ask([doubtful[i] for i in order[:QUESTIONS_TRIED]])
         return problems
 
 
