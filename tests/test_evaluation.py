@@ -107,6 +107,14 @@ def test_evaluate_counts_accuracy_format_and_length():
     assert "unscored" not in result_table({"model": summary})
 
 
+def test_length_and_truncation_are_means_over_completions():
+    group = group_of(["5", "5", "5"])
+    group.completions.append(Completion([3] * 8, [-1.0] * 8, "so", "length", 3))
+    sampler = SimpleNamespace(generate=lambda problems, step: [group])
+    result = evaluate(sampler, [group.problem], scored_by(REWARDS), world=ALONE)
+    assert (result.truncated, result.completion_length) == (1 / 4, (3 * 2 + 8) / 4)
+
+
 def test_a_component_that_abstains_has_its_mean_over_what_it_judged():
     def on_fives(completions, **columns):
         return [1.0 if "5" in text else None for text in completions]
@@ -189,9 +197,9 @@ def test_accuracy_is_the_share_itself_as_the_json_shows_it():
 
 
 def test_pass_at_k_covers_powers_of_two_and_the_number_of_samples():
-    correct = torch.ones(1, 6, dtype=torch.bool)
-    result = Evaluation([group_of(["5"] * 6)], correct, {"format": 1.0}, 1.5, 2.0, 0.0, 0.0)
-    assert list(result.summary()["pass_at_k"]) == ["1", "2", "4", "6"]
+    correct = torch.ones(1, 40, dtype=torch.bool)
+    result = Evaluation([group_of(["5"] * 40)], correct, {"format": 1.0}, 1.5, 2.0, 0.0, 0.0)
+    assert list(result.summary()["pass_at_k"]) == ["1", "2", "4", "8", "16", "32", "40"]
     assert not any(math.isnan(value) for value in result.summary()["interval"])
 
 
