@@ -33,6 +33,8 @@ from grpo.rewards.matching import (
         ("1.5 x 10^-3", "3/2000"),
         ("2*10^{3}", "2000"),
         ("1,234.5", "2469/2"),
+        ("1,234,567", "1234567"),
+        ("1e300", f"1{300 * '0'}"),
         (".5", "1/2"),
         ("7.", "7"),
     ],
@@ -42,7 +44,8 @@ def test_numbers_in_many_forms_have_their_exact_value(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["", ".", "-", "1/0", "1e999", "1e99999999", "nan", "12,34", "1 2", "٣", "1/2/3", "%", "e5"]
+    "text",
+    ["", ".", "-", "1/0", "1e301", "1e-301", "1e99999999", "nan", "12,34", "1 2", "٣", "1/2/3", "%", "e5"],
 )
 def test_anything_else_has_none(text):
     assert parse_value(text) is None
@@ -51,6 +54,7 @@ def test_anything_else_has_none(text):
 def test_numbers_match_by_value_and_an_answer_that_is_none_abstains():
     texts = ["0.75", "75%", f"so\n{FINAL_PREFIX}3/4", "0.7500001", "0.76", "three quarters"]
     assert numeric_match(texts, answer=["3/4"] * 6) == [1, 1, 1, 1, 0, 0]
+    assert numeric_match(["2.000002", "1.9999979"], answer=["2"] * 2) == [1, 0]  # a millionth, of the answer
     assert numeric_match(["0", "1e-9"], answer=["0"] * 2) == [1, 0]
     assert numeric_match(["1"], answer=["one"]) == [None]
 
