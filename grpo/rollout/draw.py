@@ -37,7 +37,7 @@ class Look(NamedTuple):
 
 
 class Draw:
-    """Columns of what was sampled are [N, max_new_tokens + 1], a row per sequence: i of problem p is p * G + i."""
+    """Sequence i of problem p is number p * G + i."""
 
     def __init__(
         self, sampler: Sampler, step: DecodeStep, run_step: Callable, problems: list[Problem], training_step: int
@@ -45,18 +45,15 @@ class Draw:
         self.sampler, self.problems, self.training_step = sampler, problems, training_step
         self.step, self.run_step, self.group_size = step, run_step, sampler.rollout.group_size
         self.device, self.plan = sampler.model.device, step.slab.plan
-        shape = (len(problems) * self.group_size, self.plan.suffix_size)
-        self.ids = torch.zeros(shape, dtype=torch.int64)
-        self.logprobs = torch.zeros(shape, dtype=torch.float32)
-        self.lengths = torch.zeros(shape[0], dtype=torch.int64)
         self.completions: dict[int, Completion] = {}
-        self.unread: list[int] = []  # sequences that have ended and are not among the completions yet
+        # What has ended and is not among the completions yet: sequences, lengths, [n] each, ids, log-probs.
+        self.unread: list[tuple[Tensor, ...]] = []
         self.waiting = deque(range(len(problems)))
         self.rows = Rows.none()
 
     def run(self) -> list[Completion]:
         """Of every sequence, in order."""
-        steps, total = 0, len(self.lengths)
+        steps, total = 0, len(self.problems) * self.group_size
         looks: deque[Look] = deque()
         self._exchange()
         while self.rows.size:
@@ -75,7 +72,6 @@ class Draw:
                         self._heed(looks.popleft())
                     self._exchange()
         self._read()
-        self._refuse_broken()
         return [self.completions[sequence] for sequence in range(total)]
 
     def _pays_to_exchange(self, live: int) -> bool:
@@ -206,27 +202,28 @@ class Draw:
     def _collect(self, rows: Tensor, sequences: Tensor) -> None:
         """Results of rows that have finished."""
         rows, step = rows.to(self.device), self.step
-        self.ids[sequences], self.logprobs[sequences] = step.ids[rows].cpu(), step.logprobs[rows].cpu()
-        self.lengths[sequences] = step.length[rows].cpu()
-        self.unread += sequences.tolist()
+        self.unread.append((sequences, *(column[rows].cpu() for column in (step.length, step.ids, step.logprobs))))
 
     def _read(self) -> None:
         """Completions of what has been collected: decoded, and cut where they stop."""
-        sequences, self.unread = self.unread, []
-        sampled = [self.ids[sequence, : self.lengths[sequence]].tolist() for sequence in sequences]
-        for sequence, ids, text in zip(sequences, sampled, self.sampler.ending.texts(sampled), strict=True):
-            ids, text, finish = self.sampler.ending.finish(ids, text)
-            logprobs, sample = self.logprobs[sequence, : len(ids)].tolist(), sequence % self.group_size
-            self.completions[sequence] = Completion(ids, logprobs, text, finish, sample)
+        unread, self.unread = self.unread, []
+        for sequences, lengths, ids, logprobs in unread:
+            self._refuse_broken(sequences, lengths, logprobs)
+            sampled = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
+            rows = zip(sequences.tolist(), sampled, self.sampler.ending.texts(sampled), logprobs, strict=True)
+            for sequence, drawn, text, row in rows:
+                kept, text, finish = self.sampler.ending.finish(drawn, text)
+                sample = sequence % self.group_size
+                self.completions[sequence] = Completion(kept, row[: len(kept)].tolist(), text, finish, sample)
 
-    def _refuse_broken(self) -> None:
+    def _refuse_broken(self, sequences: Tensor, lengths: Tensor, logprobs: Tensor) -> None:
         """FloatingPointError for the first log-prob that is not finite."""
-        sampled = torch.arange(self.ids.shape[1]) < self.lengths[:, None]
-        broken = (sampled & ~self.logprobs.isfinite()).nonzero()
+        sampled = torch.arange(logprobs.shape[1]) < lengths[:, None]
+        broken = (sampled & ~logprobs.isfinite()).nonzero()
         if len(broken):
-            sequence, token = broken[0].tolist()
-            problem, sample = divmod(sequence, self.group_size)
+            row, token = broken[0].tolist()
+            problem, sample = divmod(int(sequences[row]), self.group_size)
             raise FloatingPointError(
-                f"step {self.training_step}: log-prob {self.logprobs[sequence, token].item()} at token {token} of "
-                f"sample {sample} of problem {self.problems[problem].id!r}; the weights or logits are not finite"
+                f"step {self.training_step}: log-prob {logprobs[row, token].item()} at token {token} of sample "
+                f"{sample} of problem {self.problems[problem].id!r}; the weights or logits are not finite"
             )
