@@ -69,6 +69,17 @@ def test_ids_are_cut_where_a_loop_over_all_their_beginnings_first_finds_a_stop()
         assert (len(kept), finish) == ((stops[0], "stop") if stops else (40, "length"))
 
 
+def test_a_cut_decodes_few_beginnings_and_none_twice(monkeypatch):
+    ending, decoded = Ending(byte_tokenizer(), [EOS], ("Question:",)), []
+    ids = of_bytes("a: b: c: d: e: f: g: Question: h")
+    text, original = ending.texts([ids])[0], ending.texts
+    monkeypatch.setattr(ending, "texts", lambda some: decoded.extend(map(len, some)) or original(some))
+    assert bytes(ending.finish(ids, text)[0]) == b"a: b: c: d: e: f: g: Question:"
+    # Of 8 colons bisection tries 4; the single tokens are looked at once, to see whether a stop may end in them.
+    tried = [length for length in decoded if length > 1]
+    assert len(tried) == len(set(tried)) <= 4
+
+
 @pytest.mark.parametrize(
     "template, ends",
     [

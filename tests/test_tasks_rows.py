@@ -7,7 +7,7 @@ import pytest
 
 from grpo.config import DataConfig, RewardsConfig
 from grpo.records import Problem
-from grpo.tasks import Task, make_task
+from grpo.tasks import Task, make_task, rows
 from grpo.tasks.rows import RowTask, hold_out
 
 REASONING = "Half of 48 is <<48/2=24>>24.\nIn all 48 + 24 = <<48+24=72>>72 clips.\n#### 72"
@@ -75,6 +75,17 @@ def test_every_format_gives_the_same_problems(folder, tmp_path_factory, suffix):
     write(other / f"test{suffix}", gsm8k_rows(5, start=2000))
     for split in ("train", "validation", "test"):
         assert task("gsm8k", other).split(split) == task("gsm8k", folder).split(split)
+
+
+def test_what_several_splits_are_held_out_of_is_read_once(folder, monkeypatch):
+    """Reading is most of what a start with a million rows takes."""
+    names, original = ("validation", "train", "test"), rows.read_file
+    for source, files in ((folder / "train.jsonl", ["train.jsonl"]), (folder, ["train.jsonl", "test.jsonl"])):
+        each_alone, read, together = [task("gsm8k", source).split(name) for name in names], [], task("gsm8k", source)
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "read_file", lambda path, read=read: read.append(path.name) or original(path))
+            assert [together.split(name) for name in names] == each_alone
+        assert read == files and together._unread == {}, "nothing is kept twice"
 
 
 def test_shards_are_read_in_order(folder, tmp_path_factory):

@@ -1,5 +1,6 @@
 """The problem stream: epochs are permutations, a curriculum leaves problems out, and its state is enough to go on."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -104,6 +105,20 @@ def test_a_loaded_stream_remembers_what_the_saved_one_knew(curriculum):
     resumed.load_state_dict(stream.state_dict())
     assert visit(resumed, 40, rate_of) == visit(stream, 40, rate_of)
     assert resumed.metrics() == stream.metrics()
+
+
+def test_a_state_has_no_list_of_all_problems_but_lists_of_older_checkpoints_are_gone_on_with():
+    """A checkpoint copies, pickles and reads back a list entry by entry: of a million for seconds."""
+    stream, resumed = (ProblemStream(TEN, seed=5, curriculum="drop_solved") for _ in range(2))
+    visit(stream, 14, lambda i: i % 3 / 2)
+    state = stream.state_dict()
+    assert not any(isinstance(value, list) for value in state.values())
+    rates = [None if math.isnan(rate) else rate for rate in state["rates"].tolist()]
+    resumed.load_state_dict(state | {"rates": rates, "queue": state["queue"].tolist()})
+    visit(stream, 20, lambda i: 1.0)
+    assert visit(resumed, 20, lambda i: 1.0) and resumed.metrics() == stream.metrics()
+    stream.load_state_dict(state)
+    assert stream.rates.data_ptr() != state["rates"].data_ptr(), "not the memory that is mapped from a file"
 
 
 def test_an_endless_split_has_no_curriculum():
