@@ -5,9 +5,10 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from grpo.advantages import normalise
-from grpo.records import ABSTAIN, ERROR, OK, Completion, Group, Problem
+from grpo.records import ABSTAIN, ERROR, OK, Completion, Group, Problem, Scores, merge_scores
 from grpo.rewards import (
     Reward,
     correctness_reward,
@@ -177,3 +178,16 @@ def test_interrupting_a_reward_is_not_swallowed():
 def test_no_groups_give_empty_scores():
     scores = score_groups([], GSM8K, require_finish=True)
     assert scores.components.shape == (0, 0, 2) and scores.total.shape == scores.scored.shape == (0, 0)
+
+
+def test_scores_of_all_ranks_come_in_the_order_of_the_problems_each_with_its_status():
+    def scores_of(*problems):  # of two completions each
+        column = torch.tensor([[10.0 * i, 10 * i + 1] for i in problems])
+        status = [[[f"{i}"], [f"{i}"]] for i in problems]
+        return Scores(("a",), (2.0,), column[..., None], status, total=2 * column, scored=column < 30)
+
+    merged = merge_scores([scores_of(0, 3), scores_of(1, 4), scores_of(2, 5)])  # problem i was on rank i mod 3
+    for found, expected in ((merged, scores_of(*range(6))), (merged.pick([4, 0]), scores_of(4, 0))):
+        assert found.status == expected.status
+        for name in ("components", "total", "scored"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from grpo.rollout import engine
+from grpo.rollout import engine, slab
 from grpo.rollout.schedule import bucket
 from grpo.rollout.slab import GIB, KVSlab, Plan, make_plan
 from tests.rollout_helpers import EOS, ids_of, problems, sampler, tiny_model
@@ -92,6 +92,12 @@ def test_the_slab_has_the_planned_size_and_is_freed_with_the_call(model, slabs):
     assert [size for size, _ in slabs] == [TOKEN_BYTES * (4 * 64 + 7 * 13)]
     gc.collect()
     assert slabs[0][1]() is None
+
+
+def test_a_slab_is_kept_on_cuda_alone_and_up_to_a_fifth_of_its_memory(monkeypatch):
+    monkeypatch.setattr(slab, "total_memory", lambda device: 100)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert slab.is_kept(20, cuda) and not slab.is_kept(21, cuda) and not slab.is_kept(1, cpu)
 
 
 def test_a_slab_that_is_kept_is_made_once_and_released_on_demand(model, slabs, monkeypatch):

@@ -237,6 +237,11 @@ def test_problems_that_leave_no_room_are_left_out_and_counted_where_that_is_aske
         ask.fitting([problems[1], problems[5]], drop=True)
 
 
+def test_an_endless_split_stays_endless_where_problems_may_be_left_out(tokenizer):
+    split = EndlessSums().split("train")
+    assert prompter(EndlessSums(), tokenizer, shots=0).fitting(split, drop=True) is split
+
+
 def test_a_split_of_short_questions_is_checked_without_tokenizing_each(tokenizer, monkeypatch):
     ask, tokenized, tokenize = prompter(Sums(), tokenizer, shots=0, context_length=200), [], type(tokenizer).__call__
     monkeypatch.setattr(

@@ -68,6 +68,17 @@ def test_a_task_of_ones_own_that_reads_no_pair_is_told(folder):
         OneText(DataConfig(path=str(folder))).split("train")
 
 
+def test_the_exemplars_of_a_task_of_ones_own_are_its_first_eight_training_problems(folder):
+    class Last(RowTask):
+        question_column, answer_column = "question", "answer"
+
+        def read_answer(self, text):
+            return text[-2:], text
+
+    own = Last(DataConfig(path=str(folder)))
+    assert own.exemplars == tuple(own.split("train")[:8])
+
+
 @pytest.mark.parametrize("suffix", [".json", ".parquet"])
 def test_every_format_gives_the_same_problems(folder, tmp_path_factory, suffix):
     other = tmp_path_factory.mktemp("other")

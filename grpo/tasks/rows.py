@@ -69,7 +69,7 @@ class RowTask(Task):
         hub data set or one split of it, or of the task's own default."""
         self.check_path()
         data, name = self.data, "test" if split == "test" else "train"
-        if data.path and Path(data.path).is_file():
+        if Path(data.path).is_file():
             rows, parts = read_file(Path(data.path)), 2
         elif data.path and Path(data.path).is_dir():
             rows, parts = read_folder(Path(data.path), name), 1
