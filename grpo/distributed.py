@@ -171,8 +171,9 @@ def start(timeout_s: float = 1800.0) -> World:
         # On Hopper SDPA would prefer cuDNN's attention, which plans anew for every shape, for tenths of a second; ours
         # change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    elif size > 1 or ("OMP_NUM_THREADS" not in os.environ and sys.platform == "linux"):
-        # torchrun sets 1. One process on macOS has torch's own number, which leaves out the slow cores.
+    is_told, computes = "OMP_NUM_THREADS" in os.environ, device.type == "cpu"
+    if (size > 1 and computes) or (not is_told and sys.platform == "linux"):
+        # torchrun tells 1. One process on macOS has torch's own number, which leaves out the slow cores.
         torch.set_num_threads(cpu_share())
     if size == 1:
         return World(0, 1, device)

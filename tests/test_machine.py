@@ -92,12 +92,16 @@ def test_ranks_of_one_machine_share_evenly_and_none_gets_nothing(monkeypatch, fi
         assert machine.memory_share() == 64 * MIB // int(ranks)
 
 
-@pytest.mark.parametrize(("platform", "chosen"), [("linux", [3]), ("darwin", [])])
-def test_torch_and_the_reward_workers_keep_to_the_quota(monkeypatch, files, platform, chosen):
+@pytest.mark.parametrize(
+    ("platform", "has_cuda", "chosen"), [("linux", False, [3]), ("linux", True, [3]), ("darwin", False, [])]
+)
+def test_torch_and_the_reward_workers_keep_to_the_quota(monkeypatch, files, platform, has_cuda, chosen):
     """On macOS torch's own number is better: it leaves out the slow cores."""
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
     monkeypatch.setattr(distributed.sys, "platform", platform)
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
