@@ -171,10 +171,10 @@ def start(timeout_s: float = 1800.0) -> World:
         # On Hopper SDPA would prefer cuDNN's attention, which plans anew for every shape, for tenths of a second; ours
         # change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    is_told, computes = "OMP_NUM_THREADS" in os.environ, device.type == "cpu"
-    if (size > 1 and computes) or (not is_told and sys.platform == "linux"):
-        # torchrun tells 1. One process on macOS has torch's own number, which leaves out the slow cores.
-        torch.set_num_threads(cpu_share())
+    if size > 1 and device.type == "cpu":
+        torch.set_num_threads(cpu_share())  # torchrun sets 1
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cpu_share()))  # torch's own number knows no quota
     if size == 1:
         return World(0, 1, device)
     timeout = timedelta(seconds=timeout_s)
