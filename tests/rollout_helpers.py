@@ -35,7 +35,7 @@ FAMILIES = {
         "gemma2",
         {
             "head_dim": 16,
-            "query_pre_attn_scalar": 16,
+            "query_pre_attn_scalar": 5,  # a scale of its own
             "sliding_window": 8,
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 8.0,
@@ -45,7 +45,13 @@ FAMILIES = {
     ),
     "gemma3, window 8": (
         "gemma3_text",
-        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_word_embeddings": False},
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 5,
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "tie_word_embeddings": False,
+        },
     ),
     "qwen3 moe": (
         "qwen3_moe",

@@ -318,10 +318,11 @@ def test_the_model_gets_its_own_attention_back_also_after_an_error():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_where_a_layer_names_no_scale_it_is_the_root_of_the_width():
+@pytest.mark.parametrize("named, scale", [({"scaling": 0.3}, 0.3), ({}, 8**-0.5)])
+def test_scores_are_scaled_as_the_layer_says_or_by_the_root_of_the_width(named, scale):
     tensors = heads(layout := ragged_layout())
-    output, _ = shared_prefix_attention(nn.Identity(), *tensors, None, shared_prefix=layout)
-    assert torch.allclose(output.transpose(1, 2), dense(*tensors, layout, 8**-0.5, None), rtol=0, atol=1e-14)
+    output, _ = shared_prefix_attention(nn.Identity(), *tensors, None, shared_prefix=layout, **named)
+    assert torch.allclose(output.transpose(1, 2), dense(*tensors, layout, scale, None), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("name, value", [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("dropout", 0.1)])

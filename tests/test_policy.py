@@ -17,7 +17,7 @@ from grpo.config import LoraConfig, OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve
-from grpo.policy import MovingReference, Policy, load_policy, load_reference, refuse_unsupported
+from grpo.policy import MovingReference, Policy, choose_precision, load_policy, load_reference, refuse_unsupported
 from grpo.update import Updater, make_optimizer, update_policy
 from tests.rollout_helpers import byte_tokenizer, tiny_model
 from tests.tiny import made_up_groups, tiny_qwen2, word_tokenizer
@@ -165,6 +165,12 @@ def test_the_bf16_copy_keeps_its_rotary_frequencies_in_fp32():
 def test_in_fp32_the_working_copy_is_the_masters():
     policy = Policy(tiny_qwen2(), word_tokenizer(), "fp32")
     assert policy.model is policy.masters
+
+
+def test_auto_precision_is_bf16_on_cuda_and_fp32_elsewhere_and_what_is_asked_for_stays():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert (choose_precision("auto", cuda), choose_precision("auto", cpu)) == ("bf16", "fp32")
+    assert (choose_precision("fp32", cuda), choose_precision("bf16", cpu)) == ("fp32", "bf16")
 
 
 def test_saved_in_hugging_face_layout_and_state_restores_masters_bit_for_bit(tmp_path):
