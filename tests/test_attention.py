@@ -24,10 +24,10 @@ from grpo.attention import (
     two_part,
 )
 from grpo.batch import LAYOUTS, lay_out, packed_row, padded_rows
-from grpo.first_batch import check_packing, make_yardstick
+from grpo.first_batch import check_first_batch, check_packing, make_yardstick
 from grpo.logprobs import LogprobModel, PolicyModule
 from grpo.policy import Policy
-from grpo.records import Group, SharedPrefix
+from grpo.records import Completion, Group, Problem, SharedPrefix
 from tests.test_update import distance
 from tests.tiny import VOCABULARY, made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
 
@@ -391,6 +391,42 @@ def test_the_first_batch_check_passes_exact_packing_and_stops_on_a_planted_leak(
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"are off by [\d.]+ nats in the mean"):
             patch.setattr(attention, "_parts", leak)
             check_packing(module, make_yardstick(module, groups, CPU))
+
+
+def test_packing_is_checked_where_rows_are_packed_and_the_sampler_always(monkeypatch):
+    module, groups = PolicyModule(Policy(tiny_qwen2(), word_tokenizer(), "fp32"), temperature=1.0, impl="torch"), []
+    for group in made_up_groups(2):
+        exact = module(padded_rows([group], [(0, s) for s in range(4)], CPU))[0].tolist()
+        logprobs = iter(exact)
+        drawn = [replace(c, logprobs=[next(logprobs) for _ in c.ids]) for c in group.completions]
+        groups.append(replace(group, completions=drawn))
+    assert re.search(
+        r"the sampler differs by .* nats, packed rows by", check_first_batch(module, groups, CPU, "packed")
+    )
+    assert "packed" not in check_first_batch(module, groups, CPU, "padded")
+    monkeypatch.setattr(attention, "_parts", see_other_completions)
+    with pytest.raises(ValueError, match="packed log-probs of groups"):
+        check_first_batch(module, groups, CPU, "packed")
+    assert "packed" not in check_first_batch(module, groups, CPU, "padded")
+    with pytest.raises(ValueError, match="the sampler's log-probs are off"):
+        check_first_batch(module, made_up_groups(2), CPU, "padded")
+
+
+def test_the_yardstick_is_the_smallest_group_whose_completions_differ_and_the_next_smallest():
+    def group(index, *ids):
+        completions = [Completion(list(row), [-1.0] * len(row), "", "eos", s) for s, row in enumerate(ids)]
+        return Group(Problem("", "", "", index=index, prompt_ids=(2, 3)), completions, 0)
+
+    groups = [
+        group(0, [5] * 9, [6] * 9),
+        group(1, [5], [5]),
+        group(2, [5, 5], [5, 5], [6], [7], [8]),
+        group(3, [4] * 30),
+    ]
+    module = PolicyModule(Policy(tiny_qwen2(), word_tokenizer(), "fp32"), temperature=1.0, impl="torch")
+    found = make_yardstick(module, groups, CPU)
+    assert [group.index for group in found.groups] == [2, 1]
+    assert found.rows.sequences == [(0, 0), (0, 2), (0, 3), (1, 0), (1, 1)]
 
 
 def test_a_nan_stops_the_check():
