@@ -245,6 +245,19 @@ def test_the_chart_has_room_for_the_names_of_its_models(models, shots, tmp_path)
     eval_command.draw_chart({name: dict.fromkeys(range(shots), entry) for name in names}, tmp_path / "chart.png")
 
 
+def test_the_bars_of_the_chart_are_accuracies_with_their_intervals(monkeypatch, tmp_path):
+    from matplotlib.axes import Axes
+
+    drawn, bar = [], Axes.bar
+    note = lambda self, *places, **how: drawn.append((*places[:2], how["yerr"])) or bar(self, *places, **how)
+    monkeypatch.setattr(Axes, "bar", note)
+    summary = lambda accuracy, *interval: {"accuracy": accuracy, "interval": interval, "problems": 7}
+    eval_command.draw_chart({"model": {0: summary(0.5, 0.2, 0.9), 8: summary(0.75, 0.5, 0.8)}}, tmp_path / "chart.png")
+    ((places, heights, (below, above)),) = drawn
+    assert (places, heights) == ([0, 1], [0.5, 0.75])
+    assert (below, above) == (pytest.approx([0.3, 0.25]), pytest.approx([0.4, 0.05]))
+
+
 def test_eval_takes_the_first_problems_of_an_endless_split(model_and_data):
     endless = ["--task", "word_problems", "--split", "train", "--shots", "0"]
     status, output = evaluate_on_command(model_and_data, *endless)
