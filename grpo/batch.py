@@ -329,7 +329,7 @@ def kl_by_completion(batch: Batch) -> Tensor:
     sums = torch.zeros(batch.lengths.shape)
     for micro_batch in batch.micro_batches:
         tokens = micro_batch.tokens
-        kl = sum_by_sequence(tokens.old - tokens.ref, tokens.sequence).cpu()
+        kl = sum_by_sequence(tokens.old - tokens.ref, tokens.sequence).to("cpu", sums.dtype)
         if micro_batch.sequences:
             sums[tuple(zip(*micro_batch.sequences, strict=True))] = kl[: len(micro_batch.sequences)]
     return sums

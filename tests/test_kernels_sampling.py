@@ -6,14 +6,13 @@ import os
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
-import kernels
-from kernels.sample_token import kernel
-from kernels.sample_token.reference import truncate
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
-pytest.importorskip("triton")
+import kernels  # noqa: E402
+from kernels.sample_token import kernel  # noqa: E402
+from kernels.sample_token.reference import truncate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
