@@ -98,7 +98,7 @@ def torchrun(folder: Path, run_dir: str, *options: str, cores: int) -> subproces
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: trainee.stay_on_first_cores(cores),
+        preexec_fn=lambda: trainee.stay_on_cores(cores),
     )
 
 

@@ -37,11 +37,15 @@ def start(folder: Path, arguments: list[str], *, ranks: int = 1, dies_in: tuple[
     return processes
 
 
-def stay_on_first_cores(count: int) -> None:
+def stay_on_cores(count: int) -> None:
     """Of those that this process may use: a rank takes as many threads as it has cores, and sums depend on them.
-    macOS cannot do so."""
+
+    Tests that run side by side begin at either end. macOS cannot do so.
+    """
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+        cores = sorted(os.sched_getaffinity(0))
+        is_second = os.environ.get("PYTEST_XDIST_WORKER") == "gw1"
+        os.sched_setaffinity(0, cores[-count:] if is_second else cores[:count])
 
 
 def wait(processes: list, *, at_most_s: float) -> int | None:
@@ -86,7 +90,7 @@ def _train(folder: Path, environment: dict, arguments: list[str], dies_in: tuple
     os.environ |= environment
     os.chdir(folder)
     torch.set_num_threads(1)
-    stay_on_first_cores(int(environment["WORLD_SIZE"]))  # several ranks: a thread each
+    stay_on_cores(int(environment["WORLD_SIZE"]))  # several ranks: a thread each
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
