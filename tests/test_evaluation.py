@@ -326,6 +326,11 @@ def test_eval_scores_a_file_of_completions_and_loads_nothing(tmp_path, capsys):
         (["--model", "./nowhere", "--task", "word_problems", "--output", "."], "--output . is a folder"),
         (["--model", "./nowhere", "--task", "word_problems", "--output", "a.png"], "or the chart's own name"),
         (["--model", "./nowhere", "--task", "word_problems", "--output", "a" * 300], "File name too long: 'aaa"),
+        pytest.param(
+            ["--model", "./nowhere", "--task", "word_problems", "--output", "/proc/a.json"],
+            "directory: '/proc/a.json'",
+            marks=pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no /proc, where nobody may write"),
+        ),
     ],
 )
 def test_eval_says_what_is_wrong(arguments, message, capsys):
