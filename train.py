@@ -26,7 +26,7 @@ from grpo.dry_run import dry_run_report, model_facts
 from grpo.evaluation import CORRECTNESS
 from grpo.first_batch import check_first_batch
 from grpo.live import print_any_text
-from grpo.metrics import completion_records, length_metrics, training_seconds
+from grpo.metrics import GROUPS_WITH_TOKENS, completion_lines, length_metrics, training_seconds
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
 from grpo.rewards import refuse_unscored
@@ -36,20 +36,20 @@ from grpo.update import fill_frozen, learning_rate, update_policy
 
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout and its optimizer steps. Steps count from 1."""
-    drawn, drawn_scores, drawn_advantages = draw(run, step)
+    groups, drawn, drawn_advantages = draw(run, step)
     used = fill_with_teaching(drawn_advantages, run.config.rollout.prompts_per_step)
-    groups, scores = [drawn[i] for i in used], drawn_scores.pick(used)
+    groups, scores = pick(run, groups, used, len(drawn_advantages)), drawn.pick(used)
     with run.log.timer("update"):
         advantages, metrics = learn(run, step, groups, scores)
-    run.log.log_completions(step, completion_records(groups, scores, advantages, run.token_text))
+    log_completions(run, step, groups, scores, advantages)
     drawing = {"zero_spread_groups": zero_spread_share(drawn_advantages)}
-    drawing |= {"groups_dropped": 1 - len(groups) / len(drawn), **run.stream.metrics()}
+    drawing |= {"groups_dropped": 1 - len(used) / len(drawn_advantages), **run.stream.metrics()}
     drawing |= length_metrics(drawn, training_seconds(run.log.timer.recent))
-    return {**drawn_scores.means(), **drawing, **metrics}
+    return {**drawn.means(), **drawing, **metrics}
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
-    """Everyone's groups, their scores and advantages: prompts_per_step of them, or more with dynamic sampling.
+    """This rank's groups, and everyone's scores and advantages: prompts_per_step, or more with dynamic sampling.
 
     A group that is drawn and not used is dropped: kept for later it would be off-policy.
     """
@@ -59,28 +59,36 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
         with timer("rollout"):
             problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
             with run.policy.at_hand():
-                mine = run.sampler.generate(run.prompter.ask(problems), step)
-            groups += world.everyones(mine)
+                new = run.sampler.generate(run.prompter.ask(problems), step)
+            groups += new
         with timer("score"):
-            scores.append(merge_scores(world.gather(run.score(mine))))
+            scores.append(merge_scores(world.gather(run.score(new))))
             refuse_unscored(scores[-1], config.rewards.max_unscored)
             run.stream.remember(scores[-1].pass_rates(CORRECTNESS))
         drawn = join_scores(scores)
         advantages = advantages_of(run, drawn)
-        teaching = len(groups) * (1 - zero_spread_share(advantages))
+        teaching = len(advantages) * (1 - zero_spread_share(advantages))
         if round(teaching) >= config.rollout.prompts_per_step:
             break
     return groups, drawn, advantages
 
 
-def learn(run: Run, step: int, everyones: list[Group], scores: Scores) -> tuple[Tensor, dict[str, float]]:
-    """The optimizer steps on everyone's groups. Returns the advantages, [P, G], and what is worth logging."""
+def pick(run: Run, groups: list[Group], used: list[int], num_drawn: int) -> list[Group]:
+    """This rank's share of the groups that are used, by their places among the drawn; `groups`: its share of those."""
+    if len(used) == num_drawn:
+        return groups
+    everyones = run.world.everyones(groups)
+    return run.world.mine([everyones[i] for i in used])
+
+
+def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Tensor, dict[str, float]]:
+    """The optimizer steps on this rank's groups, and everyone's scores. Returns the advantages, [P, G], and what is
+    worth logging."""
     config, world, objective = run.config, run.world, run.updater.objective
-    groups = world.mine(everyones)
     if step == run.first_step:
         with run.policy.at_hand():
             run.log.say(check_first_batch(run.module, groups, world.device, run.layout))
-    penalty = penalty_for_length(run, everyones)
+    penalty = overlong_penalty(scores.lengths, config.rollout.max_new_tokens, objective.overlong_share)
     advantages = advantages_of(run, scores, penalty)
     silent = None if objective.hears_all else world.mine(without_spread(advantages)).tolist()
     layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
@@ -105,12 +113,6 @@ def advantages_of(run: Run, scores: Scores, penalty: Tensor | float = 0.0) -> Te
     return normalise(run.updater.objective.advantages, scores.total + penalty, scores.scored, **by_component)
 
 
-def penalty_for_length(run: Run, groups: list[Group]) -> Tensor:
-    """What the objective adds to the rewards of everyone's groups for their lengths: [P, G], 0 or less."""
-    lengths = torch.tensor([[len(completion.ids) for completion in group.completions] for group in groups])
-    return overlong_penalty(lengths, run.config.rollout.max_new_tokens, run.updater.objective.overlong_share)
-
-
 def kl_penalty(run: Run, batch: Batch) -> Tensor:
     """What the rewards of everyone's groups lose for their distance from the reference: [P, G]."""
     mine = kl_by_completion(batch)
@@ -133,6 +135,16 @@ def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor,
         keep_high_entropy(batch, objective.entropy_share, world.gather)
     if objective.mismatch != "none":
         correct_mismatch(batch, objective.mismatch, level=objective.mismatch_level, cap=objective.mismatch_cap)
+
+
+def log_completions(run: Run, step: int, groups: list[Group], scores: Scores, advantages: Tensor) -> None:
+    """Each rank puts its groups into words, rank 0 writes them down. scores, advantages: everyone's."""
+    world = run.world
+    mine = list(world.mine(range(len(advantages))))
+    num_with_tokens = len(world.mine(range(GROUPS_WITH_TOKENS)))
+    facts = (scores.pick(mine), world.mine(advantages), run.token_text)
+    lines = completion_lines(groups, *facts, num_with_tokens=num_with_tokens)
+    run.log.log_completions(step, world.everyones(lines))
 
 
 def train(run: Run, stop: StopRequest) -> int:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -76,7 +76,7 @@ class World:
                 raise TimeoutError(f"another rank has ended; what it said is the cause: {reason}") from error
             raise TimeoutError(f"ranks wait {self.timeout_s:g} s (distributed.timeout_s) at most: {reason}") from error
 
-    def mine(self, items: list | Tensor) -> list | Tensor:
+    def mine(self, items: Sequence | Tensor) -> Sequence | Tensor:
         """This rank's share: item i goes to rank i mod size."""
         return items[self.rank :: self.size]
 

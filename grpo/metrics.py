@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import distributions
@@ -172,18 +172,17 @@ class RunLogger:
                 self._tracker_ids[name] = self._trackers[name].id
         return self._trackers
 
-    def log_completions(self, step: int, records: Iterable[dict[str, Any]]) -> None:
-        """completions/step_N.jsonl, one line a completion (see `completion_records`); trackers get the first groups."""
+    def log_completions(self, step: int, groups: Sequence[str]) -> None:
+        """completions/step_N.jsonl: the lines of each group (see `completion_lines`); trackers get the first groups."""
         if self.is_writer:
             folder = self.run_dir / "completions"
-            records = list(records)
-            rows = [[record[name] for name in COMPLETION_COLUMNS] for record in records if "tokens" in record]
+            records = [json.loads(line) for lines in groups[:GROUPS_WITH_TOKENS] for line in lines.split("\n")[:-1]]
+            rows = [[record[name] for name in COMPLETION_COLUMNS] for record in records]
             for tracker in self._open_trackers().values():
                 tracker.log_completions(step, rows)
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             with self._naming_the_folder():
                 folder.mkdir(exist_ok=True)
-                (folder / f"step_{step}.jsonl").write_text("".join(lines), encoding="utf-8")
+                (folder / f"step_{step}.jsonl").write_text("".join(groups), encoding="utf-8")
 
     @contextmanager
     def _naming_the_folder(self) -> Iterator[None]:
@@ -240,15 +239,21 @@ class RunLogger:
                 tracker.close()
 
 
-def completion_records(
-    groups: Sequence[Group], scores: Scores, advantages: Tensor, token_text: Callable[[int], str]
-) -> Iterator[dict[str, Any]]:
-    """One plain record a completion, in the order of groups. advantages: [P, G].
+def completion_lines(
+    groups: Sequence[Group],
+    scores: Scores,
+    advantages: Tensor,
+    token_text: Callable[[int], str],
+    *,
+    num_with_tokens: int,
+) -> list[str]:
+    """The lines of each group in completions/, a JSON object a completion. advantages: [P, G].
 
     `python -m grpo.rewards check` reads these lines again, for rewards that need no further column of the problem. A
-    component without a value is null; its status says why. The first GROUPS_WITH_TOKENS groups also have each token's
-    text and log-prob as sampled, natural, to 3 decimals.
+    component without a value is null; its status says why. The first num_with_tokens groups also have each token's text
+    and log-prob as sampled, natural, to 3 decimals.
     """
+    texts = [""] * len(groups)
     columns = (scores.components.tolist(), scores.status, scores.total.tolist(), advantages.tolist())
     for p, (group, *rows) in enumerate(zip(groups, *columns, strict=True)):
         for completion, values, status, reward, advantage in zip(group.completions, *rows, strict=True):
@@ -264,10 +269,11 @@ def completion_records(
                 "reward": reward,
                 "advantage": advantage,
             }
-            if p < GROUPS_WITH_TOKENS:
+            if p < num_with_tokens:
                 record["tokens"] = [token_text(token) for token in completion.ids]
                 record["logprobs"] = [round(logprob, 3) for logprob in completion.logprobs]
-            yield record
+            texts[p] += json.dumps(record, ensure_ascii=False) + "\n"
+    return texts
 
 
 def token_texts(tokenizer: Any) -> Callable[[int], str]:
@@ -277,15 +283,14 @@ def token_texts(tokenizer: Any) -> Callable[[int], str]:
     return cache(lambda token: tokenizer.decode([*before, token])[start:])
 
 
-def length_metrics(groups: Sequence[Group], seconds: float) -> dict[str, float]:
+def length_metrics(scores: Scores, seconds: float) -> dict[str, float]:
     """How much was written, how fast (`seconds` of rollout, scoring and update), and how much ran into the limit."""
-    completions = [completion for group in groups for completion in group.completions]
-    num_tokens = sum(len(completion.ids) for completion in completions)
+    num_tokens, num_completions = int(scores.lengths.sum()), scores.lengths.numel()
     return {
         "tokens": num_tokens,
         "tokens_per_second": num_tokens / seconds,
-        "completion_length": num_tokens / len(completions),
-        "truncated": sum(completion.finish == "length" for completion in completions) / len(completions),
+        "completion_length": num_tokens / num_completions,
+        "truncated": int(scores.truncated.sum()) / num_completions,
     }
 
 

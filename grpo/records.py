@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # reward workers import this module, and must start without l
 
 LEAST_COMMON = 32  # tokens; a shorter beginning does not pay for a further part of attention
 OK, ABSTAIN, TIMEOUT, ERROR = "ok", "abstain", "timeout", "error"
+BY_COMPLETION = ("components", "total", "scored", "lengths", "truncated")  # the tensors of Scores
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Scores:
     components: [P, G, K] fp32, unweighted; NaN where the status is not ok.   status: nested lists [P][G][K].
     total: [P, G] fp32, weighted sum (an abstaining component adds 0).   scored: [P, G] bool; False takes the
     completion out of its group's statistics (a weighted component timed out or failed, or all of them abstained).
+    lengths: [P, G] int64, tokens of each completion.   truncated: [P, G] bool, ended by `length`.
     """
 
     names: tuple[str, ...]
@@ -86,6 +88,8 @@ class Scores:
     status: list[list[list[str]]]
     total: Tensor
     scored: Tensor
+    lengths: Tensor
+    truncated: Tensor
 
     def means(self) -> dict[str, float]:
         """Mean total over what could be scored, and of each component over what it judged."""
@@ -101,7 +105,7 @@ class Scores:
 
     def pick(self, groups: list[int]) -> Scores:
         """Of these groups, in this order."""
-        columns = {name: getattr(self, name)[groups] for name in ("components", "total", "scored")}
+        columns = {name: getattr(self, name)[groups] for name in BY_COMPLETION}
         return replace(self, **columns, status=[self.status[g] for g in groups])
 
 
@@ -109,7 +113,7 @@ def join_scores(draws: list[Scores]) -> Scores:
     """Scores of one draw after another."""
     import torch
 
-    columns = {name: torch.cat([getattr(draw, name) for draw in draws]) for name in ("components", "total", "scored")}
+    columns = {name: torch.cat([getattr(draw, name) for draw in draws]) for name in BY_COMPLETION}
     return replace(draws[0], **columns, status=[row for draw in draws for row in draw.status])
 
 

@@ -1,13 +1,17 @@
-"""Run a function on several gloo ranks. Processes are forked from one server that has imported torch and transformers
-already: importing them costs 8 s a process."""
+"""Run a function on several gloo ranks, or on ranks that are threads. Processes are forked from one server that has
+imported torch and transformers already: importing them costs 8 s a process."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import socket
+import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "transformers", "transformers.models.qwen2.modeling_qwen2", "train"])
@@ -47,8 +51,6 @@ def _rank(results, rank: int, world_size: int, port: int, function: Callable, ar
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    import torch
-
     from grpo import distributed
 
     torch.set_num_threads(1)
@@ -59,3 +61,27 @@ def _rank(results, rank: int, world_size: int, port: int, function: Callable, ar
         raise
     finally:
         distributed.stop()
+
+
+class Ranks:
+    """W ranks as threads of this process: what a collective returns is what the real one would."""
+
+    def __init__(self, size):
+        self.size, self.barrier, self.items = size, threading.Barrier(size, timeout=20), [None] * size
+
+    def run(self, work):
+        with ThreadPoolExecutor(self.size) as pool:
+            return [future.result() for future in [pool.submit(work, rank) for rank in range(self.size)]]
+
+    def gather(self, rank, item):
+        self.items[rank] = item
+        self.barrier.wait()
+        everyones = list(self.items)
+        self.barrier.wait()
+        return everyones
+
+    def sum(self, rank, values):
+        return torch.stack(self.gather(rank, values.double())).sum(0)
+
+    def max(self, rank, values):
+        return torch.stack(self.gather(rank, values)).amax(0)

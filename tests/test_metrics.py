@@ -91,7 +91,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(metrics, "can_show", lambda: True)
     logger = RunLogger(tmp_path, is_writer=False)
     logger.log(row(1))
-    logger.log_completions(1, [{"completion": "x"}])
+    logger.log_completions(1, ['{"completion": "x"}\n'])
     logger.write_json("env.json", {})
     logger.say("hello")
     logger.draw_curves()
@@ -168,13 +168,15 @@ def test_completion_records_hold_what_the_reward_checker_reads():
     columns = {"tokens": 57, "status": "a column of this name is ours"}
     problem = Problem("train/7", "2+3?", "5", prompt="Question: 2+3?\nAnswer:", columns=columns)
     group = Group(
-        problem, [Completion([1], [-0.5], "5!", "stop", 0), Completion([2], [-0.1], "6", "length", 1)], step=3
+        problem, [Completion([1], [-0.5], "5!", "stop", 0), Completion([2], [-0.1], "6\u2028", "length", 1)], step=3
     )
     components = torch.tensor([[[1.0, float("nan")], [0.0, 0.0]]])
     status = [[["ok", "abstain"], ["ok", "ok"]]]
     total = torch.tensor([[0.5, 0.0]])
-    scores = Scores(("format", "style"), (0.5, 1.0), components, status, total, torch.ones(1, 2, dtype=torch.bool))
-    first, second = metrics.completion_records([group], scores, torch.tensor([[1.0, -1.0]]), "abc".__getitem__)
+    scores = Scores(("format", "style"), (0.5, 1.0), components, status, total, total >= 0, total.long(), total > 1)
+    facts = (scores, torch.tensor([[1.0, -1.0]]), "abc".__getitem__)
+    (lines,) = metrics.completion_lines([group], *facts, num_with_tokens=1)
+    first, second = map(json.loads, lines.removesuffix("\n").split("\n"))
     assert first == {
         "problem": "train/7",
         "sample": 0,
@@ -189,15 +191,16 @@ def test_completion_records_hold_what_the_reward_checker_reads():
         "tokens": ["b"],
         "logprobs": [-0.5],
     }
-    assert (second["completion"], second["finish_reason"], second["advantage"]) == ("6", "length", -1.0)
+    assert (second["completion"], second["finish_reason"], second["advantage"]) == ("6\u2028", "length", -1.0)
 
 
 def test_only_the_first_groups_of_a_step_are_recorded_token_by_token():
-    count = metrics.GROUPS_WITH_TOKENS + 1
+    count = 3
     groups = [Group(Problem(str(p), "", ""), [Completion([0], [-0.12345], "x", "eos", 0)], 1) for p in range(count)]
     shape = torch.zeros(count, 1)
-    scores = Scores(("format",), (1.0,), shape[..., None], [[["ok"]]] * count, shape, shape == 0)
-    *with_tokens, last = metrics.completion_records(groups, scores, shape, "a".__getitem__)
+    scores = Scores(("format",), (1.0,), shape[..., None], [[["ok"]]] * count, *[shape] * 4)
+    lines = metrics.completion_lines(groups, scores, shape, "a".__getitem__, num_with_tokens=2)
+    *with_tokens, last = map(json.loads, lines)
     assert [(record["tokens"], record["logprobs"]) for record in with_tokens] == [(["a"], [-0.123])] * (count - 1)
     assert not {"tokens", "logprobs"} & set(last)
 

@@ -65,6 +65,7 @@ def test_an_unfinished_completion_earns_nothing_and_is_not_shown_to_the_function
     scores = score_groups([group("a", "b"), cut], rewards, require_finish=True)
     assert scores.total.tolist() == [[2.0, 2.0], [0.0, 0.0]]
     assert scores.components[1].tolist() == [[0.0] * 3] * 2 and scores.scored.all()
+    assert scores.truncated.tolist() == [[False, False], [True, True]]
     paid = score_groups([cut], GSM8K, require_finish=False)
     assert paid.total.tolist() == [[1.5, 0.0]]
 
@@ -178,16 +179,18 @@ def test_interrupting_a_reward_is_not_swallowed():
 def test_no_groups_give_empty_scores():
     scores = score_groups([], GSM8K, require_finish=True)
     assert scores.components.shape == (0, 0, 2) and scores.total.shape == scores.scored.shape == (0, 0)
+    assert scores.lengths.shape == scores.truncated.shape == (0, 0)
 
 
 def test_scores_of_all_ranks_come_in_the_order_of_the_problems_each_with_its_status():
     def scores_of(*problems):  # of two completions each
         column = torch.tensor([[10.0 * i, 10 * i + 1] for i in problems])
         status = [[[f"{i}"], [f"{i}"]] for i in problems]
-        return Scores(("a",), (2.0,), column[..., None], status, total=2 * column, scored=column < 30)
+        others = {"lengths": column.long() + 1, "truncated": column > 30}
+        return Scores(("a",), (2.0,), column[..., None], status, total=2 * column, scored=column < 30, **others)
 
     merged = merge_scores([scores_of(0, 3), scores_of(1, 4), scores_of(2, 5)])  # problem i was on rank i mod 3
     for found, expected in ((merged, scores_of(*range(6))), (merged.pick([4, 0]), scores_of(4, 0))):
         assert found.status == expected.status
-        for name in ("components", "total", "scored"):
+        for name in ("components", "total", "scored", "lengths", "truncated"):
             assert torch.equal(getattr(found, name), getattr(expected, name))

@@ -11,14 +11,14 @@ from grpo.metrics import RunLogger
 
 RECORD = {"problem": "p/0", "sample": 0, "prompt": "2+3?", "completion": "5", "answer": "5", "finish_reason": "eos"}
 RECORD |= {"reward": 1.5, "advantage": 0.5, "tokens": ["5"], "logprobs": [-0.1]}
+LINES = json.dumps(RECORD) + "\n"
 TABLE_ROW = ["p/0", 0, "2+3?", "5", "5", "eos", 1.5, 0.5]
 
 
 def run_two_steps_die_and_go_on(name, folder):
     """Steps 1 and 2, a checkpoint behind step 1; a new process resumes there and repeats step 2."""
     first = RunLogger(folder, is_writer=True, track=[name], config={"optim.lr": 0.5})
-    without_tokens = {key: value for key, value in RECORD.items() if key not in ("tokens", "logprobs")}
-    first.log_completions(1, [RECORD, without_tokens])
+    first.log_completions(1, [LINES, "", "not of the first groups"])
     first.log({"step": 1, "reward": 0.25, "kl": float("nan")})
     state = first.state_dict()
     first.log({"step": 2, "reward": 9.0})
@@ -123,6 +123,6 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
 def test_other_ranks_open_no_tracker(place):
     logger = RunLogger(place, is_writer=False, track=["tensorboard"])
     logger.log({"step": 1, "reward": 1.0})
-    logger.log_completions(1, [RECORD])
+    logger.log_completions(1, [LINES])
     logger.close()
     assert list(place.iterdir()) == []

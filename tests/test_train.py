@@ -22,8 +22,9 @@ from grpo import checkpoint, run
 from grpo.config import from_dict
 from grpo.distributed import World
 from grpo.metrics import definition, read_metrics
-from tests.ranks import run_ranks
-from tests.tiny import save_tiny_model, write_gsm8k_files
+from grpo.rewards import Reward, score_groups
+from tests.ranks import Ranks, run_ranks
+from tests.tiny import made_up_groups, save_tiny_model, write_gsm8k_files
 from tests.trainee import rows_without_clock
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +225,40 @@ def test_a_curriculum_is_the_same_on_two_ranks_and_after_a_resume(workplace):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, *options.split(), "--run-dir", "odd2"], env=environment, check=True, timeout=200)
     assert visited(workplace / "odd2") == expected
+
+
+@pytest.mark.parametrize("used", [[1, 2, 4, 7], list(range(8))], ids=["some are dropped", "all"])
+def test_groups_that_are_used_go_to_their_ranks_and_into_the_file_in_order_however_many_ranks(used):
+    groups = made_up_groups(8, 2)
+    drawn = score_groups(groups, {"length": Reward(lengths_of_texts, 1.0)}, require_finish=True)
+    scores, advantages = drawn.pick(used), torch.arange(2.0 * len(used)).view(-1, 2)
+
+    def work_of(ranks):
+        class Rank(World):
+            def gather(self, item):
+                return ranks.gather(self.rank, item)
+
+        def work(rank):
+            world, written = Rank(rank, ranks.size, torch.device("cpu")), []
+            log = SimpleNamespace(log_completions=lambda step, lines: written.extend(lines))
+            of_rank = SimpleNamespace(world=world, log=log, token_text=str)
+            share = train.pick(of_rank, world.mine(groups), used, len(groups))
+            train.log_completions(of_rank, 1, share, scores, advantages)
+            return [group.index for group in share], written
+
+        return ranks.run(work)
+
+    (_, alone), *_ = work_of(Ranks(1))
+    records = [json.loads(line) for lines in alone for line in lines.splitlines()]
+    assert [record["advantage"] for record in records] == advantages.flatten().tolist()
+    assert ["tokens" in record for record in records] == [True] * 4 + [False] * (2 * len(used) - 4)
+    for size in (1, 2, 4):
+        for rank, (share, written) in enumerate(work_of(Ranks(size))):
+            assert share == used[rank::size] and written == alone
+
+
+def lengths_of_texts(completions, **columns):
+    return [float(len(text)) for text in completions]
 
 
 def test_gsm8k_from_local_files_with_a_local_model_takes_the_real_path(workplace):

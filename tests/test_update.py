@@ -64,7 +64,7 @@ def gathered(world, objective, batch, rewards, scored):
         return normalise(objective.advantages, rewards - objective.beta * kl, scored)
     if objective.advantages == "per_reward":
         components = torch.stack([rewards, rewards.flip(0)], -1)
-        shares = {"components": components, "total": rewards, "scored": scored}
+        shares = {"components": components, "total": rewards, "scored": scored, "lengths": rewards, "truncated": scored}
         shares = {name: world.mine(column) for name, column in shares.items()}
         status = [[["ok"] * 2] * GROUP_SIZE] * len(shares["total"])
         scores = merge_scores(world.gather(Scores(("a", "b"), (1.0, 2.0), status=status, **shares)))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -15,6 +13,7 @@ from hypothesis import strategies as st
 from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
 from grpo.objectives import PRESETS, resolve
 from grpo.update import weighted_loss
+from tests.ranks import Ranks
 from tests.tiny import VOCABULARY, made_up_groups
 
 NUM_GROUPS, GROUP_SIZE, MAX_NEW_TOKENS = 8, 4, 12
@@ -132,30 +131,6 @@ def test_kl_by_completion_sums_old_minus_ref():
     column = {0: [0.5, 0.25], 1: [1.0, 2.0, -0.5]}
     tokens.old = torch.cat([torch.tensor(column[sample]) for _, sample in sequences])
     assert kl_by_completion(batch).tolist() == [[0.75, 2.5]]
-
-
-class Ranks:
-    """W ranks as threads of this process: what a collective returns is what the real one would."""
-
-    def __init__(self, size):
-        self.size, self.barrier, self.items = size, threading.Barrier(size, timeout=20), [None] * size
-
-    def run(self, work):
-        with ThreadPoolExecutor(self.size) as pool:
-            return [future.result() for future in [pool.submit(work, rank) for rank in range(self.size)]]
-
-    def gather(self, rank, item):
-        self.items[rank] = item
-        self.barrier.wait()
-        everyones = list(self.items)
-        self.barrier.wait()
-        return everyones
-
-    def sum(self, rank, values):
-        return torch.stack(self.gather(rank, values.double())).sum(0)
-
-    def max(self, rank, values):
-        return torch.stack(self.gather(rank, values)).amax(0)
 
 
 def bigram(seed):

@@ -89,7 +89,7 @@ def score_texts(completions: list[str], columns: dict[str, list], rewards: dict[
 def score_groups(
     groups: list[Group], rewards: dict[str, Reward], *, require_finish: bool, score: Scorer = score_texts
 ) -> Scores:
-    """Scores of this rank's groups, each of the same size G: components [P, G, K], total and scored [P, G].
+    """Scores of this rank's groups, each of the same size G: components [P, G, K], all else [P, G].
 
     require_finish: a completion that ended by `length` is not shown to the functions. In every component it earns 0 or,
     where weights or values are negative, what the worst finished completion of its group earns: to run into the limit
@@ -100,7 +100,7 @@ def score_groups(
     texts = [completion.text for _, completion in pairs]
     rows = [{**p.columns, "answer": p.answer, "question": p.question, "prompt": p.prompt} for p, _ in pairs]
     is_paid = [not (require_finish and completion.finish == "length") for _, completion in pairs]
-    return _as_scores(score_paid(texts, rows, is_paid, rewards, score), is_paid, rewards, num_groups=len(groups))
+    return _as_scores(score_paid(texts, rows, is_paid, rewards, score), is_paid, rewards, groups)
 
 
 def score_paid(
@@ -220,10 +220,11 @@ def refuse_failed(status: list[list[str]], rewards: Mapping[str, Reward]) -> Non
             raise ValueError(f"reward {name!r} failed on every completion: {lines[-1]}{place}")
 
 
-def _as_scores(table: Table, is_paid: list[bool], rewards: dict[str, Reward], *, num_groups: int) -> Scores:
+def _as_scores(table: Table, is_paid: list[bool], rewards: dict[str, Reward], groups: list[Group]) -> Scores:
     """[N][K] outcomes of equally large groups, and which of the N may be paid -> Scores [P, G, K]."""
     import torch
 
+    num_groups, completions = len(groups), [completion for group in groups for completion in group.completions]
     group_size = len(table) // num_groups if num_groups else 0
     assert len(table) == num_groups * group_size, "groups differ in size"
     shape = (num_groups, group_size)
@@ -244,6 +245,8 @@ def _as_scores(table: Table, is_paid: list[bool], rewards: dict[str, Reward], *,
         status=[status[i * group_size : (i + 1) * group_size] for i in range(num_groups)],
         total=torch.tensor(totals, dtype=torch.float32).reshape(shape),
         scored=torch.tensor(scored, dtype=torch.bool).reshape(shape),
+        lengths=torch.tensor([len(c.ids) for c in completions], dtype=torch.int64).reshape(shape),
+        truncated=torch.tensor([c.finish == "length" for c in completions], dtype=torch.bool).reshape(shape),
     )
 
 
