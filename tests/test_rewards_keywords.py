@@ -75,7 +75,7 @@ def test_a_heading_may_come_again_and_order_holds_over_all_headings():
     assert pay(f"{therapy}\n{diagnosis}\nTherapy: And he needs much water.", groups, sections=sections) == 1.0
 
 
-@pytest.mark.parametrize("text", [" " * 100_000, "*" * 100_000, "a:" * 50_000, "#\t" * 50_000])
+@pytest.mark.parametrize("text", [" " * 100_000, "*" * 100_000, "a:" * 50_000, "#\t" * 50_000, "!" * 20_000 + "x"])
 def test_a_degenerate_completion_is_read_at_once(text):
     started = time.process_time()
     assert pay(text, sections=["Diagnosis", "Therapy", None, None]) == 0

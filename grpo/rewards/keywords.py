@@ -15,7 +15,7 @@ LIST_CREDIT = 0.5  # of a term outside a sentence
 SENTENCE_WORDS = 5  # fewer are a list item or a heading
 HEADING_CHARACTERS = 40  # at most, before the colon
 _WORD = re.compile(r"[^\W_]+")
-_SENTENCE_END = re.compile(r"[.!?]+(?=\s|\Z)|\n+")
+_SENTENCE_END = re.compile(r"[.!?]\s|\n+")
 _ENDINGS = (("ies", "y"), ("ing", ""), ("ed", ""), ("es", ""), ("s", ""), ("e", ""))
 
 Pieces = list[tuple[int, str]]  # of a text: how many of its words come before, and the piece
