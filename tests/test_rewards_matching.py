@@ -85,6 +85,30 @@ def test_boxed_answers_are_compared_as_mathematics():
     assert boxed_math([r"\boxed{4} or \boxed{5}", r"\boxed{5}, so \boxed{5}"], answer=["5"] * 2) == [0, 1]
 
 
+def test_mathematics_outside_the_box_is_not_read():
+    pytest.importorskip("math_verify")
+    hoped = "The final answer is $5$. I hope it is correct."
+    beside = [
+        r"\boxed{} $5$",
+        r"\boxed{?} \(5\)",
+        r"\boxed{?} \frac{5}{1}",
+        r"\boxed{?} [5] ",
+        r"\boxed{ $5$",
+        r"\boxed{4} " + hoped,
+    ]
+    assert boxed_math(beside, answer=["5"] * 6) == [0] * 6
+    boxed = [
+        r"\boxed{5} " + hoped.replace("5", "4"),
+        r"$x = \boxed{\frac{10}{2}}$",
+        r"{ \boxed{5}",
+        r"\boxed{4}. Wait: \boxed{5}",
+    ]
+    assert boxed_math(boxed, answer=["5"] * 4) == [1] * 4
+    braces = [r"\boxed{\{1, 2\}}", r"\boxed{\left\{1, 2\right\}}", r"\boxed{1} and $\boxed{2}$"]
+    assert boxed_math(braces, answer=[r"\{2, 1\}"] * 3) == [1] * 3
+    assert boxed_math([r"\boxed{" * 20_000, "{" * 100_000, r"\boxed{}" * 1000], answer=["5"] * 3) == [0] * 3
+
+
 def test_a_format_is_a_pattern_of_the_whole_text():
     pattern = r"<think>.*</think>\s*<answer>.*</answer>"
     texts = ["<think>a\nb</think> <answer>5</answer>", "x<think></think><answer></answer>"]

@@ -19,6 +19,8 @@ _DECIMAL = re.compile(
     re.ASCII,
 )
 _CHOICE = re.compile(r"(?:\b(?:answer|choice|option)\b(?: is)?:? *)?[(\[*]*([A-Z])[)\]*]*[.:]?", re.IGNORECASE)
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped character, which may be one
+_MATHEMATICS = re.compile(r"[^\w\s,]")
 
 
 def final_text(completion: str) -> str:
@@ -79,7 +81,7 @@ def _choice(completion: str) -> str:
 
 def boxed_math(completions: list[str], *, answer: list[str], **columns: list) -> list[float | None]:
     r"""1 where math-verify (extra `math`) finds the \boxed{...} equal to the answer, 0 without a box; abstains where it
-    cannot read the answer.
+    cannot read the answer. Of several boxes the last counts; those that "and", "or" or a comma joins are one set.
 
     Its own timeouts are off: the worker's deadline is the one that counts.
     """
@@ -88,14 +90,30 @@ def boxed_math(completions: list[str], *, answer: list[str], **columns: list) ->
     except ImportError as error:
         raise ValueError("reward boxed_math: math-verify is not installed; pip install -e '.[math]'") from error
 
-    # By itself it takes the last number of a text, boxed or not.
     boxes = {"extraction_config": [LatexExtractionConfig(boxed_match_priority=0)], "parsing_timeout": None}
-    found = [parse(text, **boxes) if r"\boxed{" in text else [] for text in completions]
+    found = [parse(_boxes(text), **boxes) for text in completions]
     golds = [parse(f"${text}$", parsing_timeout=None) for text in answer]
     return [
         float(verify(gold, value, timeout_seconds=None)) if gold else None
         for value, gold in zip(found, golds, strict=True)
     ]
+
+
+def _boxes(text: str) -> str:
+    r"""$\boxed{...}$ for each box that is closed, after the words before it. Of the whole text math-verify reads other
+    mathematics, where a box is empty or a sentence calls something else the final answer."""
+    kept, at = "", 0
+    while (start := text.find(r"\boxed{", at)) >= 0:
+        depth = 0
+        for brace in _BRACE.finditer(text, text.index("{", start)):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                break
+        else:
+            break
+        kept += f"{_MATHEMATICS.sub(' ', text[at:start])} ${text[start : brace.end()]}$ "
+        at = brace.end()
+    return kept
 
 
 def regex_format(completions: list[str], *, pattern: str, **columns: list) -> list[float]:
