@@ -71,9 +71,11 @@ def test_a_choice_is_one_letter_on_the_last_line(text):
     assert choice_match([text], answer=["C"]) == [0.0]
 
 
-@pytest.mark.parametrize("text", ["A or B", "B C", "", "Because", "B\nI am not sure", "ABCD"])
+@pytest.mark.parametrize(
+    "text", ["A or B", "B C", "", "Because", "B\nI am not sure", "ABCD", f"{'so ' * 29}the answer: B or C"]
+)
 def test_anything_but_one_letter_is_no_choice(text):
-    assert choice_match([text], answer=["B"]) == [0.0]
+    assert choice_match([text] * 3, answer=["B", "", "()"]) == [0.0] * 3
 
 
 def test_boxed_answers_are_compared_as_mathematics():

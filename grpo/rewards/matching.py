@@ -72,11 +72,11 @@ def choice_match(completions: list[str], *, answer: list[str], **columns: list) 
     return [float(_choice(c) == a.strip().strip("()").upper()) for c, a in zip(completions, answer, strict=True)]
 
 
-def _choice(completion: str) -> str:
+def _choice(completion: str) -> str | None:
     lines = final_text(completion).rsplit("\n", 1)
-    last = re.sub(r"^(?:so|the|correct|final| |,)*(?=answer|choice|option)", "", lines[-1].strip()[:100], flags=re.I)
+    last = re.sub(r"^(?:so|the|correct|final| |,)*(?=answer|choice|option)", "", lines[-1].strip(), flags=re.I)
     match = _CHOICE.fullmatch(last)
-    return match[1].upper() if match else ""
+    return match[1].upper() if match else None
 
 
 def boxed_math(completions: list[str], *, answer: list[str], **columns: list) -> list[float | None]:
