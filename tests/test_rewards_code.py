@@ -125,6 +125,11 @@ def test_no_text_stops_the_parser(text):
     assert parses([text], test_list=[["assert add(1) == 1"]]) == [0.0]
 
 
+def test_what_the_compiler_warns_of_in_a_program_is_not_said(recwarn):
+    assert parses(["def add(a, b): return 1or a"], test_list=[["assert add(1, 2) == 1"]]) == [1.0]
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -85,7 +86,8 @@ def _programs(completions: list[str], columns: dict[str, list]) -> list[tuple[st
 
 def _defines(program: str, tests: Tests) -> bool:
     try:
-        return set(tests.functions) <= _names([program], ast.Store)
+        with warnings.catch_warnings(action="ignore"):  # the compiler's, which would go to the terminal
+            return set(tests.functions) <= _names([program], ast.Store)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # a zero byte, or nesting without end
         return False
 
