@@ -78,13 +78,14 @@ def test_anything_but_one_letter_is_no_choice(text):
     assert choice_match([text] * 3, answer=["B", "", "()"]) == [0.0] * 3
 
 
-def test_boxed_answers_are_compared_as_mathematics():
+def test_boxed_answers_are_compared_as_mathematics(caplog):
     pytest.importorskip("math_verify")
     texts = [r"so \boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{2}", "no box"]
     assert boxed_math(texts, answer=["1/2"] * 4) == [1, 1, 0, 0]
     unboxed = ["the answer is 5", "1 2 3 4 5", "$5$", r"\boxed{} so 5", r"5, \boxed{", r"no \boxed{7} but 5"]
     assert boxed_math(unboxed, answer=["5"] * 6) == [0] * 6
     assert boxed_math([r"\boxed{4} or \boxed{5}", r"\boxed{5}, so \boxed{5}"], answer=["5"] * 2) == [0, 1]
+    assert not caplog.records
 
 
 def test_mathematics_outside_the_box_is_not_read():

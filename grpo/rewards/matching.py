@@ -5,6 +5,7 @@ Pure functions of text, like grpo.rewards.verifiers. What they look at is the co
 
 from __future__ import annotations
 
+import logging
 import re
 from fractions import Fraction
 
@@ -90,6 +91,7 @@ def boxed_math(completions: list[str], *, answer: list[str], **columns: list) ->
     except ImportError as error:
         raise ValueError("reward boxed_math: math-verify is not installed; pip install -e '.[math]'") from error
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # each worker would warn that the timeouts are off
     boxes = {"extraction_config": [LatexExtractionConfig(boxed_match_priority=0)], "parsing_timeout": None}
     found = [parse(_boxes(text), **boxes) for text in completions]
     golds = [parse(f"${text}$", parsing_timeout=None) for text in answer]
