@@ -88,6 +88,11 @@ def test_majority_ignores_completions_without_an_answer_and_takes_the_first_of_e
     assert majority_accuracy(groups, correct, 1) == 0
 
 
+def test_forms_of_one_number_vote_together():
+    group = group_of(["4", "5", "$5.00", "005 apples.", "4"])
+    assert majority_accuracy([group], torch.tensor([[False, True, True, True, False]]), 5) == 1
+
+
 @pytest.mark.parametrize("cut_off", [0, 1, 2])
 def test_a_completion_that_was_cut_off_votes_but_does_not_make_a_right_answer_wrong(cut_off):
     correct = torch.tensor([[sample != cut_off for sample in range(3)]])
