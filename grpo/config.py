@@ -209,7 +209,7 @@ class OptimConfig:
     lr: Annotated[float, "(0, inf)"] = 2e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or cosine to 0 at the last step."""
+    """After the warm-up: constant, or half a cosine that would reach 0 one step after the last."""
     warmup: Annotated[float, "[0, 1]"] = 0.1
     """Linear warm-up, as a fraction of num_steps."""
     betas: Annotated[tuple[float, float], "[0, 1)"] = (0.9, 0.99)
