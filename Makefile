@@ -25,10 +25,10 @@ test: $(STAMP)  ## Lint, format check and the CPU test suite, about 7 minutes on
 slow: $(STAMP)  ## The long proofs: kill points, seeds, studies
 	$(RUN) -m pytest -m slow $(ARGS)
 
-bench: $(STAMP)  ## Every benchmark, of kernels and of the whole, one after the other
+bench: $(STAMP)  ## Benchmarks of kernels and of the whole, one after the other
 	$(RUN) -m benchmarks
 
-gpu: $(STAMP)  ## GPU tests and every benchmark on one CUDA device, under 9 minutes
+gpu: $(STAMP)  ## GPU tests and benchmarks on one CUDA device, under 9 minutes
 	$(RUN) -m benchmarks.gpu $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""Every benchmark that runs on this machine, one after the other: python -m benchmarks (make bench)."""
+"""Benchmarks that need no GPU, no other trainer and no hour, one after the other: python -m benchmarks (make bench)."""
 
 from __future__ import annotations
 
