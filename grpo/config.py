@@ -31,7 +31,7 @@ class ModelConfig:
     reference_offload: bool = False
     """Keep the weights of the frozen reference in CPU memory; they come to the device for its pass alone, once a step."""
     compile: bool | None = None
-    """torch.compile the layers, in training and while decoding: norm, rotary and MLP arithmetic in fewer kernels, attention left alone; a minute or two at the start. None: on CUDA, but not with `deterministic`, gradient_checkpointing or distributed.strategy=fsdp, nor without a C compiler."""
+    """torch.compile the layers, in training and while decoding: norm, rotary and MLP arithmetic in fewer kernels, attention left alone; a minute or two at the start. None: on CUDA, but not with `deterministic`, gradient_checkpointing or distributed.strategy=fsdp, nor without a C compiler and Python's headers."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class DataConfig:
     answer_column: str = "answer"
     """Column that holds the reference answer (task `jsonl`)."""
     validation_fraction: Annotated[float, "(0, 1)"] = 0.1
-    """Share of the training file held out for validation, drawn with `split_seed`."""
+    """Share of the training file held out for validation, drawn with `split_seed`; of a single file or split as much again for test. The embedded rows of tasks `code` and `keywords` have a quarter for each."""
     split_seed: int = 0
     """Seed of the train/validation split. Apart from `seed`, so that runs with different seeds share one split."""
     drop_overlong: bool = False
