@@ -8,19 +8,23 @@ import shlex
 import subprocess
 import sys
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, GenerationConfig
+import torch
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config
 
 import eval as evaluation
 import train
+from grpo import dry_run
 from grpo.command_line import RunOptions, parse_command
-from grpo.config import known_keys
+from grpo.config import Config, known_keys
 from grpo.config_check import check
 from grpo.metrics import read_metrics
 from grpo.rewards.__main__ import main as rewards_main
 from grpo.rewards.sandbox import find_sandbox
+from grpo.run import state_objective
 from tests.tiny import save_tiny_model, write_gsm8k_files
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +194,56 @@ def test_a_sagemaker_job_gives_train_py_its_hyperparameters_and_started_again_go
     assert said() == options and not run.exists(), "interrupted before its first checkpoint: it begins again"
     (run / "checkpoints" / "step_20").mkdir(parents=True)
     assert said() == ["--resume", str(run)]
+
+
+QWEN = {  # width, layers, heads, heads of keys, MLP, vocabulary; the 7B does not tie its embeddings
+    "0.5B": (896, 24, 14, 2, 4864, 151_936),
+    "1.5B": (1536, 28, 12, 2, 8960, 151_936),
+    "7B": (3584, 28, 28, 4, 18_944, 152_064),
+}
+
+
+def on_a_card(monkeypatch, config: str, size: str, *options: str) -> tuple[Config, dry_run.ModelFacts]:
+    """What a dry run knows of a model of Qwen2.5's shape in bf16 on CUDA."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    shape = dict(zip((*names, "vocab_size"), QWEN[size], strict=True))
+    qwen = Qwen2Config(**shape, tie_word_embeddings=size != "7B")
+    monkeypatch.setattr(dry_run, "load_model_config", lambda path: qwen)
+    asked, _ = state_objective(parse_command(["--config", f"{ROOT}/configs/{config}.yaml", *options]).config)
+    return asked, dry_run.model_facts(asked, torch.device("cuda"))
+
+
+def gib(estimate: dict[str, int]) -> float:
+    return sum(estimate.values()) / 2**30
+
+
+def test_the_memory_of_every_recipe_is_what_a_dry_run_on_a_card_says(monkeypatch):
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 6
+    for config, told in rows:
+        asked, facts = on_a_card(monkeypatch, config, "0.5B")
+        assert round(gib(dry_run.memory_estimate(asked, 1, facts))) == int(told), config
+
+
+def test_what_fits_is_what_a_dry_run_on_a_card_says(monkeypatch):
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| [\d.]+B ", line)]
+    assert [size for size, *_ in rows] == 2 * list(QWEN)
+    saving = ("--model.gradient-checkpointing", "--model.reference-offload")
+    for size, *told in rows[:3]:
+        asked, facts = on_a_card(monkeypatch, "gsm8k", size, *saving)
+        found = []
+        for ranks, name in ((1, "ddp"), (8, "ddp"), (8, "zero1"), (8, "fsdp")):
+            shared = replace(asked, distributed=replace(asked.distributed, strategy=name))
+            found.append(f"{gib(dry_run.memory_estimate(shared, ranks, facts)):.1f}")
+        assert found == told
+    for size, *told in rows[3:]:
+        found = []
+        for name in ("none", "nf4"):
+            asked, facts = on_a_card(monkeypatch, "gsm8k_lora", size, saving[0], f"--lora.quantize={name}")
+            estimate = dry_run.memory_estimate(asked, 1, facts)
+            found.append(f"{estimate['frozen base'] / 2**30:.2f} ({gib(estimate):.1f})")
+        assert found == told
 
 
 STAND_INS = {
