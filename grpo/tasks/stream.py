@@ -58,8 +58,8 @@ class ProblemStream:
     """Problems without end, a pure function of (split, seed) and, with a curriculum, of the rates remembered.
 
     A finite split is permuted anew every epoch, less what the curriculum leaves out of it. An endless one is read in
-    order from (seed + 1) * ENDLESS_STRIDE: no two seeds share problems, and the first stride stays with supervised
-    training and exemplars. Its problems never come back, so ValueError with a curriculum.
+    order from (seed + 1) * ENDLESS_STRIDE: no two seeds share problems, and the first stride stays with exemplars. Its
+    problems never come back, so ValueError with a curriculum.
     """
 
     def __init__(self, problems: Sequence[Problem], *, seed: int, curriculum: str = "none", target_rate: float = 0.5):
