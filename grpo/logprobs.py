@@ -73,8 +73,8 @@ class LogprobModel(nn.Module):
         return self.folded_loss(hidden, micro_batch.tokens, token_loss)
 
     def folded_loss(self, hidden: Tensor, tokens: TokenColumns, token_loss: TokenLoss) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed loss, log-probs and entropy, given hidden states [T, D]. Tokens of weight 0 never reach the head:
-        their log-prob is NaN."""
+        """Summed loss, log-probs and entropy, given hidden states [T, D]. Tokens that are not counted never reach
+        the head: their log-prob is NaN."""
         rows = tokens.head_rows
         if rows is None:
             return self._head(linear_logprob_loss, hidden, tokens.target, token_loss)
@@ -145,7 +145,7 @@ class PolicyModule(nn.Module):
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         """Log-probs and entropy, each [T]; or, given `token_loss`, the weighted loss summed over the micro-batch
-        (a scalar) with detached log-probs and entropy, NaN where the weight is 0.
+        (a scalar) with detached log-probs and entropy, NaN where a token is not counted.
 
         With `token_loss` the head computes its logits once, chunk by chunk, so a token's loss may depend on no other
         token. A loss of whole sequences is made from the log-probs and costs the logits a second time.

@@ -379,7 +379,8 @@ def clipped_low_and_high(
     """Where the clip acts: ratio below 1 - clip_low with A < 0, or above 1 + clip_high with A > 0.
 
     The ratio is that of the sequence where the surrogate looks at whole ones. A bound that the surrogate does not
-    have clips nothing.  All [T].  Returns two [T] bool masks, low and high.
+    have clips nothing; that of cispo caps weights where A < 0, too, which is not told here.  All [T].  Returns two [T]
+    bool masks, low and high.
     """
     wants = find_surrogate(objective.surrogate).settings
     difference = logprobs - old

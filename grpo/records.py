@@ -149,7 +149,7 @@ class TokenColumns(Movable):
     weight: Tensor | None = None  # [T] fp32, 0 where the token is not active
     counted: Tensor | None = None  # [T] bool: in the denominators
     active: Tensor | None = None  # [T] bool: contributes a gradient
-    head_rows: Tensor | None = None  # int64: tokens of weight other than 0, ascending; None: all of them
+    head_rows: Tensor | None = None  # int64: counted tokens, ascending; None: all of them
 
 
 @dataclass(eq=False)  # not frozen: torch.compile of 2.11 looks into what is, and compiles for each number of groups
