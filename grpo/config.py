@@ -83,7 +83,7 @@ class PromptConfig:
     shots: Annotated[int, "[0, 8]"] = 8
     """Worked exemplars before the question, 0 to 8."""
     exemplars: Literal["builtin", "train"] = "builtin"
-    """builtin: eight short ones written for this project. train: drawn from the training split with `exemplar_seed`, never the problem itself."""
+    """builtin: the task's own eight; of gsm8k and jsonl short ones written for this project, of other rows the first of the training split. train: drawn from the training split with `exemplar_seed`, never the problem itself."""
     exemplar_seed: int = 0
     """Seed of the exemplars drawn from the training split."""
     template_options: tuple[str, ...] = ()
@@ -293,7 +293,7 @@ class Config:
     """Everything a run is made of. Written, resolved, into the run folder."""
 
     task: str = "word_problems"
-    """word_problems (embedded), gsm8k, jsonl (any file with a prompt and an answer column), code or keywords (rows with tests or key terms; small embedded sets)."""
+    """word_problems (embedded), gsm8k, jsonl (any file with a prompt and an answer column), code or keywords (rows with tests or key terms; small embedded sets), or path/to/file.py:ClassName."""
     seed: Annotated[int, "[0, 4294967295]"] = 0
     """Seeds initialisation, the order of problems and every sampled token."""
     num_steps: Annotated[int, "[1, inf)"] = 50
