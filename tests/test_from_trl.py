@@ -1,5 +1,6 @@
 """docs/from_trl.md names keys that exist here and, where TRL is installed, every field that exists there."""
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +23,8 @@ def test_every_key_of_our_objective_is_named():
     assert ours == {key for key in ours if f"`{key}`" in PAGE}
 
 
-def test_every_field_of_trl_has_a_row():
-    config = pytest.importorskip("trl").GRPOConfig
+def test_every_field_of_trl_and_every_argument_of_its_trainer_has_a_row():
+    trl = pytest.importorskip("trl")
     named = {name for theirs, _ in ROWS for name in re.findall(r"`([a-z_0-9]+)`", theirs)}
-    assert named == {field.name for field in fields(config)}
+    arguments = inspect.signature(trl.GRPOTrainer).parameters.keys() - {"args"}
+    assert named == {field.name for field in fields(trl.GRPOConfig)} | arguments
