@@ -10,10 +10,16 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from grpo.records import TIMEOUT
+from grpo.rewards import Reward
+from grpo.rewards.code import tests_passed as share_of_tests
+from grpo.rewards.pool import Pool
 from grpo.rewards.sandbox import Sandbox, SandboxError, Verdict, box, find_sandbox, judge, judge_program
 from grpo.rewards.sandbox.guest import decode, encode
 
@@ -239,6 +245,19 @@ def test_a_judge_that_is_killed_takes_the_program_with_it(sandbox):
     assert left_running(process.pid)
     os.kill(process.pid, 9)
     process.communicate()
+    expect_an_end()
+
+
+def test_a_late_worker_takes_the_program_with_it_that_has_cleared_its_death_signal(sandbox):
+    program = "import ctypes, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\ntime.sleep(1000)"
+    rewards = {"tests": Reward(partial(share_of_tests, sandbox=replace(sandbox, wall_s=100.0)), 1.0)}
+    with Pool(workers=1, timeout_s=3.0, step_timeout_s=60) as pool:
+        assert pool([program], {"test_list": [TESTS]}, rewards)[0][0].status == TIMEOUT
+    expect_an_end()
+
+
+def expect_an_end():
+    """Of all sandboxes of this process and of one that was killed, within five seconds."""
     for _ in range(100):
         if not left_running():
             return

@@ -51,7 +51,8 @@ class Sandbox:
         """A guest that has said hello, behind the walls; SandboxError without. At the end nothing of it is left."""
         command = [sys.executable, *ISOLATED, launcher.__file__, json.dumps(self._settings())]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        process = subprocess.Popen(command, **pipes, env={}, cwd="/")
+        # A session of its own: killed with the group of this process, the launcher could not kill what it started.
+        process = subprocess.Popen(command, **pipes, env={}, cwd="/", start_new_session=True)
         try:
             _wait_for_hello(process)
             yield process
