@@ -54,11 +54,25 @@ HOSTILE = {
     "disk filler": ("n = 0\nwhile True:\n    open(f'/tmp/{n}', 'wb').write(bytes(1 << 20)); n += 1", NOTHING),
     "one large file": ("open('/tmp/x', 'wb').write(bytes(1 << 23))", NOTHING),
     "memory file": ("import os\nos.write(os.memfd_create('x'), bytes(1 << 23)) == 1 << 23 or 1 / 0", NOTHING),
+    "memory of no process": (
+        "import ctypes\nif ctypes.CDLL(None).shmget(0, 1 << 20, 384) < 0: raise OSError\n" + ADD,
+        NOTHING,
+    ),
+    "semaphores": ("import ctypes\nif ctypes.CDLL(None).semget(0, 32000, 384) < 0: raise OSError\n" + ADD, NOTHING),
     "output flood": ("import os\nfor _ in range(30): print('x' * 10**6); os.write(2, b'x' * 10**6)\n" + ADD, HONEST),
     "answer flood": ("import os\nwhile True: os.write(4, bytes(1 << 16))", NOTHING),
     "flood of lines": ("import os\nwhile True: os.write(4, b'{}\\n' * (1 << 14))", NOTHING),
     # it looks around
     "network": ("import socket\nsocket.create_connection(('1.1.1.1', 53), timeout=1)\n" + ADD, NOTHING),
+    "host of a virtual machine": (
+        "import socket\nsocket.socket(getattr(socket, 'AF_VSOCK', 40), socket.SOCK_STREAM)\n" + ADD,
+        NOTHING,
+    ),
+    "keys of the user": (
+        "import ctypes, os\nkeyctl = 250 if os.uname().machine == 'x86_64' else 219\n"
+        "if ctypes.CDLL(None).syscall(keyctl, 0, -3, 1) < 0: raise OSError\n" + ADD,
+        NOTHING,
+    ),
     "environment": ("import os\nadd = lambda a, b: a + b if 'GRPO_PLANTED' in os.environ else 99", WRONG),
     "home": (
         "import os\nseen = [p for p in ('/home', '/var', '/etc/passwd', '/workspace') if os.path.exists(p)]\n"

@@ -13,8 +13,8 @@ import json
 import os
 import resource
 import signal
+import struct
 import sys
-from contextlib import suppress
 from io import TextIOBase
 
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
@@ -22,9 +22,20 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 1, 32, 4096, 16384, 1 << 18
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE, SYS_MOUNT_SETATTR = 2, -100, 0x8000, 442
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ALLOW, REFUSE = 22, 2, 0x7FFF0000, 0x50001  # the latter with EPERM
+LOAD, IS, IS_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06  # of classic BPF
+NUMBER, MACHINE, FIRST_ARGUMENT = 0, 4, 16  # where they stand in what a filter sees of a system call
+AF_UNIX, AF_NETLINK, X32 = 1, 16, 0x40000000
 ROOT = "/sys"  # a folder that exists everywhere and that nothing is read from: the new root is put together there
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 INSIDE_ID = 1000
+# Of each machine its name to a filter, the number of `socket`, and those of what no namespace and no limit contains:
+# shmget, semget, msgget and memfd_create (memory of no process), add_key, request_key and keyctl (keys of the user),
+# io_uring_setup (sockets past the filter).
+SYSTEM_CALLS = {
+    "x86_64": (0xC000003E, 41, (29, 64, 68, 319, 248, 249, 250, 425)),
+    "aarch64": (0xC00000B7, 198, (194, 190, 186, 279, 217, 218, 219, 425)),
+}
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"}
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -109,15 +120,32 @@ def set_limits(limits: dict[str, int]) -> None:
         resource.setrlimit(kind, (value, value))
 
 
+def filter_calls() -> None:
+    """Refuse the SYSTEM_CALLS from now on, and all sockets but AF_UNIX and AF_NETLINK, which bubblewrap needs.
+
+    The others belong to a network namespace, except AF_VSOCK, by which a virtual machine reaches its host.
+    """
+    machine = os.uname().machine
+    if machine not in SYSTEM_CALLS:
+        raise OSError(f"the system calls of {machine} are not known, only those of {', '.join(SYSTEM_CALLS)}")
+    name, socket, numbers = SYSTEM_CALLS[machine]
+    allow, refuse = (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)  # operation, steps to skip if so and if not, operand
+    steps = [(LOAD, 0, 0, MACHINE), (IS, 1, 0, name), refuse]  # a 32-bit program's numbers mean something else
+    steps += [(LOAD, 0, 0, NUMBER), (IS_AT_LEAST, 0, 1, X32), refuse]
+    steps += [step for number in numbers for step in ((IS, 0, 1, number), refuse)]
+    steps += [(IS, 1, 0, socket), allow, (LOAD, 0, 0, FIRST_ARGUMENT)]
+    steps += [(IS, 1, 0, AF_UNIX), (IS, 0, 1, AF_NETLINK), allow, refuse]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = struct.pack("HP", len(steps), ctypes.addressof(code))
+    system("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
+
+
 def run(settings: dict) -> None:
     """In the child: put the walls up, the privileges down, and become the command."""
     os.setsid()
     backend, command, is_root = settings["backend"], settings["command"], os.geteuid() == 0
     if backend == "namespaces":
         proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
-        with suppress(OSError):  # before Linux 5.19 these belong to the outer root, whatever the namespace
-            for name in ("shmall", "msgmni"):  # System V segments outlive what made them and count against no limit
-                write(proc, f"sys/kernel/{name}", "0")
         build_root(settings["folders"], settings["masked"], settings["quota_mib"])
         if is_root:
             become(settings["uid"])
@@ -131,6 +159,8 @@ def run(settings: dict) -> None:
     set_limits(settings["limits"])
     system("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     system("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if backend != "unsafe_subprocess":
+        filter_calls()
     os.execve(command[0], command, ENVIRONMENT)
 
 
