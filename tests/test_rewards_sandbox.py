@@ -194,6 +194,19 @@ def test_an_honest_program_passes_and_a_test_sees_plain_values_and_builtin_excep
     assert verdict(sandbox, program, tests, setup, ["area", "refuse"]) == Verdict(True, 3, 3)
 
 
+def test_no_exception_of_a_program_ends_a_loop_of_a_test_early(sandbox):
+    tests = [
+        "assert all(map(add, [1], [2])) and not any(map(add, [1], [-1]))",
+        "for _ in map(add, [1], [2]):\n    assert 0",
+    ]
+    assert verdict(sandbox, "def add(a, b): raise StopIteration", tests) == Verdict(False, 0, 2)
+
+
+def test_an_argument_that_cannot_be_sent_raises_nothing_that_a_test_may_expect(sandbox):
+    test = "try:\n    add(object(), 1)\nexcept TypeError:\n    pass\nelse:\n    assert False"
+    assert verdict(sandbox, "def add(a, b): return a", [test]) == Verdict(False, 0, 1)
+
+
 def test_a_fault_of_the_tests_or_of_the_walls_is_no_verdict(sandbox):
     with pytest.raises(ModuleNotFoundError):
         verdict(sandbox, ADD, setup="import no_such_module")

@@ -46,7 +46,7 @@ class Verdict:
 
 
 class ProgramError(Exception):
-    """The program raised an exception that is no builtin one, or answered what cannot be read."""
+    """The program raised an exception that is no builtin one, or its arguments or answer are no plain data."""
 
 
 class _Dead(BaseException):
@@ -86,7 +86,10 @@ def _stand_in(process: subprocess.Popen, name: str) -> Any:
     """A function that is called in the guest."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        message = {"function": name, "arguments": encode(list(arguments)), "keywords": encode(keywords)}
+        try:
+            message = {"function": name, "arguments": encode(list(arguments)), "keywords": encode(keywords)}
+        except TypeError as error:  # which a test might expect of the program
+            raise ProgramError(f"an argument of {name} cannot be sent: {error}") from None
         answer = _exchange(process, message)
         if "value" not in answer:
             raise _builtin_exception(answer.get("raised"))
@@ -109,9 +112,9 @@ def _exchange(process: subprocess.Popen, message: Any) -> dict:
 
 
 def _builtin_exception(name: Any) -> Exception:
-    """A test may expect a ValueError; an AssertionError would pass for the test's own."""
+    """A test may expect a ValueError; an AssertionError would pass for its own, a StopIteration end its `map` early."""
     kind = getattr(builtins, name, None) if isinstance(name, str) else None
-    if isinstance(kind, type) and issubclass(kind, Exception) and kind is not AssertionError:
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind not in (AssertionError, StopIteration):
         with suppress(TypeError):  # one that takes other arguments, such as UnicodeDecodeError
             return kind("raised by the program")
     return ProgramError(str(name)[:80])
