@@ -194,6 +194,16 @@ def test_an_honest_program_passes_and_a_test_sees_plain_values_and_builtin_excep
     assert verdict(sandbox, program, tests, setup, ["area", "refuse"]) == Verdict(True, 3, 3)
 
 
+def test_what_a_test_makes_of_an_answer_takes_neither_the_judges_time_nor_its_memory(sandbox):
+    started = time.monotonic()
+    same_hash = "def add(a, b): return [i * (2**61 - 1) for i in range(9_000)]"
+    assert verdict(sandbox, same_hash, ["assert set(add(1, 2)) == {3}"]) == Verdict(False, 0, 1)
+    assert time.monotonic() - started < WALL_S + 1
+    test = "try:\n    add(1, 2) % 3\nexcept MemoryError:\n    pass\nelse:\n    assert False"
+    assert verdict(sandbox, "def add(a, b): return '%500000000d'", [test]) == Verdict(True, 1, 1)
+    assert len(bytes(500_000_000)) == 500_000_000, "the limit is gone with the tests"
+
+
 def test_no_exception_of_a_program_ends_a_loop_of_a_test_early(sandbox):
     tests = [
         "assert all(map(add, [1], [2])) and not any(map(add, [1], [-1]))",

@@ -28,12 +28,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from grpo.rewards.sandbox.box import START_TIMEOUT_S, Expired, Sandbox, SandboxError, deadline
+from grpo.rewards.sandbox.box import START_TIMEOUT_S, Expired, Sandbox, SandboxError, deadline, memory_bound
 from grpo.rewards.sandbox.guest import decode, encode, receive, send
 
 logger = logging.getLogger(__name__)
 
-MAX_ANSWER_BYTES = 1 << 20
+MAX_ANSWER_BYTES = 1 << 16  # of more numbers with the same hash a set takes minutes, and no deadline interrupts it
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def judge_program(
         exec(setup, names)
         passed, crashed = 0, False
         try:
-            with deadline(sandbox.wall_s):
+            with memory_bound(sandbox.memory_mib), deadline(sandbox.wall_s):
                 if "raised" in _exchange(process, program):
                     return Verdict(False, 0, len(tests))
                 for test in tests:
