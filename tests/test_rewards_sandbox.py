@@ -194,6 +194,20 @@ def test_an_honest_program_passes_and_a_test_sees_plain_values_and_builtin_excep
     assert verdict(sandbox, program, tests, setup, ["area", "refuse"]) == Verdict(True, 3, 3)
 
 
+def test_a_deadline_that_passes_at_its_very_end_alarms_nobody_afterwards(monkeypatch):
+    setitimer, slow = box.signal.setitimer, iter([time.sleep])
+
+    def set_late(which, seconds, *interval):
+        if seconds == 0:
+            next(slow, abs)(0.3)
+        setitimer(which, seconds, *interval)
+
+    monkeypatch.setattr(box.signal, "setitimer", set_late)
+    with pytest.raises(box.Expired), box.deadline(0.1):
+        pass
+    time.sleep(0.3)
+
+
 def test_what_a_test_makes_of_an_answer_takes_neither_the_judges_time_nor_its_memory(sandbox):
     started = time.monotonic()
     same_hash = "def add(a, b): return [i * (2**61 - 1) for i in range(9_000)]"
