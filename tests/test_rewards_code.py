@@ -61,6 +61,16 @@ def test_each_component_pays_for_what_it_says(task, completion, components):
     assert pay(task, completion, MBPP) == (components, expected)
 
 
+def test_a_function_that_has_a_builtins_name_is_the_programs_and_not_pythons(task):
+    row = {
+        "prompt": "Write pow(a, b).",
+        "answer": "def pow(a, b): return a ** b",
+        "test_list": ["assert pow(2, 3) == 8"],
+    }
+    assert pay(task, row["answer"], row)[0] == [1, 1, 1]
+    assert pay(task, "x = 1", row)[0] == [0, 0, 0]
+
+
 def test_humaneval_rows_take_the_body_alone_or_the_whole_function(task):
     assert pay(task, "    return a + b", HUMAN_EVAL)[0] == [1, 1, 1]
     assert pay(task, "```python\ndef add(a, b):\n    return a + b\n```", HUMAN_EVAL)[0] == [1, 1, 1]
@@ -138,6 +148,14 @@ def test_what_the_compiler_warns_of_in_a_program_is_not_said(recwarn):
         ({"prompt": "p", "test_list": ["assert f("]}, "line 1: SyntaxError"),
         ({"prompt": "p", "test_list": "assert f()"}, "line 1: .*test_list='assert f.*' is no list of asserts"),
         ({"prompt": "p", "test_list": [5]}, r"line 1: .*test_list=\[5\] is no list of asserts"),
+        ({"prompt": "p", "test_list": ["assert 1"]}, "line 1: .*no function that a program could define"),
+        ({"prompt": "p", "test_list": ["assert f()"], "test_imports": "import re"}, "line 1: .*'import re' is no list"),
+        ({"prompt": "p", "test_list": ["assert f()"], "test_imports": [5]}, r"line 1: .*\[5\] is no list of imports"),
+        ({"prompt": "p", "test_list": ["assert f()"], "test_setup_code": 5}, "line 1: TypeError"),
+        ({"prompt": "p", "entry_point": "f", "test": "def check("}, "line 1: SyntaxError"),
+        ({"prompt": "p", "entry_point": "f", "test": "x = 1"}, "line 1: .*defines no function `check`"),
+        ({"prompt": "p", "entry_point": "a b", "test": "def check(f): pass"}, "line 1: .*entry_point='a b' is no name"),
+        ({"prompt": "p", "entry_point": 5, "test": "def check(f): pass"}, "line 1: .*entry_point=5 is no name"),
         ({"prompt": 5, "test_list": ["assert f()"]}, "line 1: prompt=5 and code='' must be texts"),
     ],
 )

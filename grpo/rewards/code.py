@@ -35,17 +35,26 @@ def extract_code(completion: str) -> str:
 
 
 def read_tests(row: dict[str, Any]) -> Tests:
-    """The tests in a row's columns; ValueError where it has none."""
-    if row.get("entry_point"):
-        name = row["entry_point"]
+    """The tests in a row's columns; ValueError, SyntaxError, KeyError or TypeError where they cannot be run."""
+    if name := row.get("entry_point"):
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"entry_point={name!r:.80} is no name of a function")
+        if "check" not in _names([row["test"]], ast.Store):
+            raise ValueError(f"test={row['test']!r:.80} defines no function `check`")
         return Tests(row["test"], (f"check({name})",), (name,), row.get("question") or "")
     if not row.get("test_list"):
         raise ValueError("no tests: neither `test_list` (a list of asserts) nor `test` with `entry_point`")
-    if not isinstance(row["test_list"], list) or not all(isinstance(test, str) for test in row["test_list"]):
-        raise ValueError(f"test_list={row['test_list']!r:.80} is no list of asserts")
+    for name, lines in (("test_list", "asserts"), ("test_imports", "imports")):
+        value = row.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(line, str) for line in value):
+            raise ValueError(f"{name}={value!r:.80} is no list of {lines}")
     setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""])
     tests = tuple(row["test_list"])
-    missing = _names(tests, ast.Load) - _names([setup, *tests], ast.Store) - set(dir(builtins))
+    called = _names(tests, ast.Load) - _names([setup, *tests], ast.Store)
+    # A builtin is Python's own, unless tests call nothing else and the reference defines it, as MBPP's `sum(a, b)`.
+    missing = called - set(dir(builtins)) or called & _names([row.get("answer") or ""], ast.Store)
+    if not missing:
+        raise ValueError(f"test_list={row['test_list']!r:.80} calls no function that a program could define")
     return Tests(setup, tests, tuple(sorted(missing)), "")
 
 

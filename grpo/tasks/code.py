@@ -43,8 +43,8 @@ class Code(RowTask):
         if not isinstance(question, str) or not isinstance(code, str):
             raise ValueError(f"{where}: prompt={question!r:.80} and code={code!r:.80} must be texts")
         try:
-            read_tests(row)
-        except (ValueError, SyntaxError, KeyError) as error:
+            read_tests(row | {"answer": code})
+        except (ValueError, SyntaxError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: {error!r}") from None
         rest = {name: value for name, value in row.items() if name not in ("prompt", "text", "code")}
         return Problem(id=id, question=question, answer=code, solution=f"```python\n{code}\n```", columns=rest)
