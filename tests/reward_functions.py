@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 
@@ -53,6 +54,20 @@ def in_words(completions, **columns):
             sys.exit(0)
         values.append({"abstain": None, "infinite": float("inf"), "text": "no"}.get(text, float(len(text))))
     return values + [1.0] if "miscount" in completions else values
+
+
+def forks(completions, **columns):
+    """Its child comes back, too: an exception there reaches the worker's loop."""
+    if os.fork() == 0:
+        raise RuntimeError("in the child")
+    os.wait()
+    return [0.0] * len(completions)
+
+
+def stops_afterwards(completions, **columns):
+    """Stops its process a little after the call."""
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    return [0.0] * len(completions)
 
 
 def faulty_on_some(completions, **columns):

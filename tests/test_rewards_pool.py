@@ -119,6 +119,22 @@ def test_a_worker_that_has_died_is_replaced_where_its_group_cannot_be_killed_any
         assert statuses(pool(["die", "a"], {}, IN_WORDS)) == [ERROR, OK]
 
 
+def test_a_child_of_a_reward_function_gives_no_answer_in_its_place(pool):
+    rewards = {"forks": Reward(functions.forks, 1.0), "length": Reward(functions.length_of, 1.0)}
+    for _ in range(3):
+        assert pool(["a", "ab"], {}, rewards) == [[(0.0, OK), (1.0, OK)], [(0.0, OK), (2.0, OK)]]
+
+
+def test_a_worker_that_has_stopped_since_its_last_answer_costs_its_deadline_and_no_more(monkeypatch):
+    monkeypatch.setattr("grpo.rewards.pool.IMPORT_TIMEOUT_S", 3.0)
+    rewards = {"stops": Reward(functions.stops_afterwards, 1.0)}
+    with Pool(workers=1, timeout_s=1.0, step_timeout_s=60) as pool:
+        assert statuses(pool(["a"], {}, rewards)) == [OK]
+        time.sleep(0.5)
+        assert statuses(pool(["a" * 10**6], {}, rewards)) == [TIMEOUT]  # more than a pipe holds
+        assert statuses(pool(["a"], {}, rewards)) == [OK]
+
+
 def test_a_component_that_was_late_once_costs_one_deadline_for_each_hanging_completion(monkeypatch):
     late, lose = [], Pool._lose
 

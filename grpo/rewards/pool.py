@@ -16,6 +16,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -51,6 +53,9 @@ class Worker:
 
     def __init__(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
+        with socket.fromfd(self.connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as pipe:
+            for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # else one that has stopped would stop us, too
+                pipe.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", int(IMPORT_TIMEOUT_S), 0))
         code = "from grpo.rewards.worker import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(theirs.fileno())],
@@ -171,8 +176,10 @@ class Pool:
                 self.workers.append(idle := Worker())
             job = work.next_job()
             idle.calls, idle.deadline = deque(job), time.monotonic() + IMPORT_TIMEOUT_S
-            with suppress(OSError):  # it has died: reading from it will say so
+            try:
                 idle.connection.send_bytes(work.message(job))
+            except OSError:  # it has died, and reading from it will say so; or it has stopped, and is late
+                idle.deadline = time.monotonic()
 
     def _collect(self, work: Work, end: float) -> None:
         """Wait for an answer or a deadline, and take what there is."""

@@ -60,14 +60,17 @@ def main() -> None:
     """Serves the pipe whose file descriptor is the first argument, until the parent closes it."""
     if sys.platform == "linux":  # a hung call must not outlive a parent that was killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    connection = Connection(int(sys.argv[1]))
+    connection, own_id = Connection(int(sys.argv[1])), os.getpid()
     while True:
         try:
             job = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         for name, packed, completions, columns in job:
-            connection.send_bytes(_answer(connection, name, packed, completions, columns))
+            answer = _answer(connection, name, packed, completions, columns)
+            if os.getpid() != own_id:
+                os._exit(1)  # a child that the function started and that left it, too: its answer would be a second one
+            connection.send_bytes(answer)
 
 
 def _answer(connection: Connection, name: str, packed: bytes, completions: list[str], columns: dict) -> bytes:
