@@ -75,7 +75,9 @@ HOSTILE = {
     ),
     "environment": ("import os\nadd = lambda a, b: a + b if 'GRPO_PLANTED' in os.environ else 99", WRONG),
     "home": (
-        "import os\nseen = [p for p in ('/home', '/var', '/etc/passwd', '/workspace') if os.path.exists(p)]\n"
+        "import os, sys\n"
+        "places = ['/home', '/var', '/etc/passwd', '/workspace', '/usr/src', sys.base_prefix + '/share/man']\n"
+        "seen = [place for place in places if os.path.exists(place)]\n"
         "add = lambda a, b: a + b if seen else 99",
         WRONG,
     ),

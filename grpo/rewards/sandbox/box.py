@@ -21,7 +21,9 @@ ISOLATED = ("-I", "-S", "-B")  # no environment, no user site, no site-packages,
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
 UNUSED_UID = 2_000_000_000  # + process id: far above what any distribution hands out, and one of its own for each
-FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
+PREFIXES = ("/usr", "/usr/local", "", sys.base_prefix)
+PARTS = ("bin", "sbin", "lib", "lib32", "lib64")  # of each; the rest may be a user's: containers have /usr/src/app
+FILES = ("/usr/share/zoneinfo", "/etc/ld.so.cache")
 
 
 class SandboxError(Exception):
@@ -63,9 +65,8 @@ class Sandbox:
     def _settings(self) -> dict:
         python = os.path.realpath(sys.executable)
         command = [python, *ISOLATED, "-c", Path(guest.__file__).read_text()]
-        folders = [folder for folder in FOLDERS if os.path.lexists(folder)]
-        if not sys.base_prefix.startswith("/usr"):
-            folders.append(sys.base_prefix)
+        folders = dict.fromkeys([*(f"{prefix}/{part}" for prefix in PREFIXES for part in PARTS), *FILES])
+        folders = [folder for folder in folders if os.path.lexists(folder)]
         masked = {sysconfig.get_path(name, vars={"base": sys.base_prefix}) for name in ("purelib", "platlib")}
         masked = sorted(path for path in masked if os.path.isdir(path) and path.startswith(tuple(folders)))
         is_bubblewrap = self.backend.startswith("/")
