@@ -230,7 +230,7 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
             loss_of(micro_batch).backward()
     reduced = reduce_statistics(world, statistics)
     if not math.isfinite(reduced["loss"]):
-        culprits = [name for name in world.gather(first_bad_sequence(passes)) if name]
+        culprits = [name for name in world.gather(first_bad_sequence(passes, world)) if name]
         culprits.append("every input is finite: the loss itself overflowed, or its surrogate did")
         raise NonFiniteLoss(f"the loss is {reduced['loss']} at training step {step}; {culprits[0]}")
     return reduced
@@ -304,15 +304,17 @@ def reduce_statistics(world: World, statistics: list[dict[str, Tensor]]) -> dict
     return {name: (maxima if name.endswith("_max") else sums)[i].item() for i, name in enumerate(names)}
 
 
-def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]]) -> str | None:
-    """Names this rank's first sequence with a log-prob, reference log-prob or advantage that is not finite, if any."""
+def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]], world: World) -> str | None:
+    """Names this rank's first sequence with a log-prob, reference log-prob or advantage that is not finite, if any, by
+    the place of its group among those of all ranks."""
     for micro_batch, logprobs in passes:
         tokens = micro_batch.tokens
         columns = {"log-prob": logprobs, "old": tokens.old, "ref": tokens.ref, "advantage": tokens.advantage}
         for name, column in columns.items():
             if column is not None and len(bad := (~column.isfinite() & tokens.counted).nonzero()):
                 group, sample = micro_batch.sequences[int(tokens.sequence[bad[0, 0]])]
-                return f"the {name} of group {group}, sample {sample} of its rank is not finite"
+                place = group * world.size + world.rank
+                return f"the {name} of group {place}, sample {sample} of the step is not finite"
     return None
 
 

@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from grpo.advantages import normalise
-from grpo.batch import LAYOUTS, kl_by_completion, pack, weigh
+from grpo.batch import LAYOUTS, kl_by_completion, pack, padded_rows, weigh
 from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve, token_loss
 from grpo.policy import Policy
-from grpo.records import Scores, TokenColumns, merge_scores
+from grpo.records import Completion, Group, Problem, Scores, TokenColumns, merge_scores
 from grpo.sharding import distribute, whole_of
 from grpo.update import (
     NonFiniteLoss,
     Updater,
+    first_bad_sequence,
     learning_rate,
     make_optimizer,
     summarise,
@@ -333,6 +334,16 @@ def test_nan_stops_the_update_before_the_weights_move_and_names_step_and_sequenc
             Updater(module, optimizer, resolve("dr_grpo"), ALONE, 1.0, policy.refresh), batch, step=42, lr=1.0
         )
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.masters.state_dict().items())
+
+
+def test_a_bad_sequence_is_named_by_the_place_of_its_group_among_those_of_all_ranks():
+    pair = Completion([5, 6], [-1.0, -1.0], "", "eos", 0), Completion([7], [-1.0], "", "eos", 1)
+    groups = [Group(Problem(str(i), "", "", prompt_ids=(3,)), list(pair), 0) for i in range(2)]
+    rows = padded_rows(groups, [(0, 0), (0, 1), (1, 0), (1, 1)], ALONE.device)
+    rows.tokens.counted, rows.tokens.advantage = torch.ones(6, dtype=torch.bool), torch.zeros(6)
+    logprobs = torch.tensor([0, 0, 0, 0, 0, math.nan])  # the second completion of this rank's second group
+    named = first_bad_sequence([(rows, logprobs)], World(rank=2, size=3, device=ALONE.device))
+    assert named == "the log-prob of group 5, sample 1 of the step is not finite"
 
 
 def test_learning_rate_warms_up_linearly_then_stays_or_falls_as_a_cosine():
