@@ -62,6 +62,14 @@ class World:
         dist.all_gather_object(items, item, group=self.cpu_group)
         return items
 
+    def agree(self, values: dict[str, object]) -> None:
+        """ValueError, on every rank, where one was started with another value than rank 0: nothing later would tell."""
+        first, *others = self.gather(values)
+        for rank, other in enumerate(others, 1):
+            pairs = ((name, other[name], value) for name, value in first.items() if other[name] != value)
+            if differing := [f"{name}={found!r}, where rank 0 has {value!r}" for name, found, value in pairs]:
+                raise ValueError(f"rank {rank} has {'; '.join(differing)}: start all ranks with the same")
+
     def barrier(self) -> None:
         """Wait until every rank is here. Every call above begins with it: a collective alone could not say which rank
         did not come. TimeoutError names the ranks, on rank 0."""

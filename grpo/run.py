@@ -47,6 +47,8 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
 
     ValueError for what cannot work, before a run folder is made.
     """
+    # Not the paths: machines may keep the same files in different places.
+    world.agree({key: value for key, value in flat(asdict(config)).items() if not key.endswith(".path")})
     check(config, world.size)
     functions, surrogate = config.rewards.functions, config.objective.surrogate
     config = replace(
@@ -108,6 +110,7 @@ class Run:
         fit = {"drop": config.data.drop_overlong, "say": self.log.say}
         self.problems = {name: self.prompter.fitting(problems, **fit) for name, problems in splits.items()}
         self.stream = make_stream(config, self.problems["train"])
+        world.agree({"training problems": self.stream.data})  # by their digest
         # moving: the weights of the reference, where it is refreshed
         self.module, wrapped, self.reference, self.moving = build_models(config, world, policy, objective)
         self.log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")

@@ -6,12 +6,16 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from grpo.config import from_dict
 from grpo.distributed import StopRequest, World
+from grpo.run import settle
 from tests.ranks import CONTEXT, run_ranks
+from tests.tiny import save_tiny_model
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -59,6 +63,28 @@ def asked_once(world) -> int:
 
 def test_every_rank_stops_where_one_is_asked():
     assert run_ranks(2, asked_once) == [143, 143]
+
+
+def settled(world, *starts) -> list[str]:
+    """By a rank, of each start: what its ranks were started with besides."""
+    found = []
+    for settings in starts:
+        try:
+            config = from_dict({"rollout": {"prompts_per_step": 6}, **settings[world.rank]})
+            found.append(settle(config, world)[0].task)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_rank_that_was_started_with_other_settings_is_named_with_what_differs(tmp_path):
+    paths = [str(tmp_path / str(rank)) for rank in range(3)]  # of one model, as on three machines
+    for path in paths:
+        save_tiny_model(Path(path), context=128)
+    same, other = [{"model": {"path": path}} for path in paths], [{}, {}, {"seed": 5, "optim": {"lr": 1e-3}}]
+    differing = "seed=5, where rank 0 has 0; optim.lr=0.001, where rank 0 has 0.0002"
+    expected = ["word_problems", f"rank 2 has {differing}: start all ranks with the same"]
+    assert run_ranks(3, settled, same, other) == [expected] * 3
 
 
 def never_ends() -> None:

@@ -23,6 +23,7 @@ from grpo.config import from_dict
 from grpo.distributed import World
 from grpo.metrics import definition, read_metrics
 from grpo.rewards import Reward, score_groups
+from tests import trainee
 from tests.ranks import Ranks, run_ranks
 from tests.tiny import made_up_groups, save_tiny_model, write_gsm8k_files
 from tests.trainee import rows_without_clock
@@ -259,6 +260,26 @@ def test_groups_that_are_used_go_to_their_ranks_and_into_the_file_in_order_howev
 
 def lengths_of_texts(completions, **columns):
     return [float(len(text)) for text in completions]
+
+
+OTHER_DATA = """
+import os
+from grpo.records import Problem
+from grpo.tasks import Task
+
+class OtherData(Task):
+    def load(self, split):
+        odd = os.environ["RANK"] == "2"
+        return [Problem(id=str(i), question=f"{i}?", answer=str(i + odd)) for i in range(6)]
+"""
+
+
+def test_a_rank_that_has_other_training_problems_is_named(workplace):
+    (workplace / "other.py").write_text(OTHER_DATA)
+    options = f"--config {ROOT}/configs/demo.yaml --task other.py:OtherData --model.path ./model --run-dir other"
+    processes = trainee.start(workplace, [*options.split(), "--rollout.prompts-per-step=3", "--track"], ranks=3)
+    assert trainee.wait(processes, at_most_s=60) == 2
+    assert "error: rank 2 has training problems=" in (workplace / "output.txt").read_text()
 
 
 def test_gsm8k_from_local_files_with_a_local_model_takes_the_real_path(workplace):
