@@ -204,7 +204,8 @@ def main(argv: list[str] | None = None) -> int:
         distributed.make_deterministic()
     world = distributed.start(command.config.distributed.timeout_s)
     try:
-        return run_command(command, world)
+        with world.naming_who_is_silent():
+            return run_command(command, world)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

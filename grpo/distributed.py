@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -70,19 +71,30 @@ class World:
             if differing := [f"{name}={found!r}, where rank 0 has {value!r}" for name, found, value in pairs]:
                 raise ValueError(f"rank {rank} has {'; '.join(differing)}: start all ranks with the same")
 
-    def barrier(self) -> None:
+    def barrier(self, share: float = 1.0) -> None:
         """Wait until every rank is here. Every call above begins with it: a collective alone could not say which rank
-        did not come. TimeoutError names the ranks, on rank 0."""
+        did not come. TimeoutError names the ranks, on rank 0.  share: of timeout_s, where ranks have waited before."""
         if self.size == 1:
             return
-        began = time.monotonic()
+        began, wait_s = time.monotonic(), share * self.timeout_s
         try:
-            dist.monitored_barrier(self.cpu_group, timedelta(seconds=self.timeout_s), wait_all_ranks=True)
+            dist.monitored_barrier(self.cpu_group, timedelta(seconds=wait_s), wait_all_ranks=True)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            if time.monotonic() - began < 0.9 * self.timeout_s:
+            if time.monotonic() - began < 0.9 * wait_s:
                 raise TimeoutError(f"another rank has ended; what it said is the cause: {reason}") from error
             raise TimeoutError(f"ranks wait {self.timeout_s:g} s (distributed.timeout_s) at most: {reason}") from error
+
+    @contextmanager
+    def naming_who_is_silent(self) -> Iterator[None]:
+        """Where ranks met without a barrier (gradients, shares of weights) and one did not come, those that did meet in
+        one now. Over gloo: NCCL ends the process itself."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "gloo" in str(error):
+                self.barrier(share=0.1)
+            raise
 
     def mine(self, items: Sequence | Tensor) -> Sequence | Tensor:
         """This rank's share: item i goes to rank i mod size."""
@@ -192,7 +204,7 @@ def start(timeout_s: float = 1800.0) -> World:
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+    group = dist.new_group(backend="gloo", timeout=timeout)  # one that timed out could not say who is still there
     return World(rank, size, device, group, timeout_s)
 
 

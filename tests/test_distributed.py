@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,25 @@ def test_a_rank_that_stops_answering_is_named_within_the_stated_time():
     assert "ranks wait 1 s (distributed.timeout_s) at most" in message
     assert "Ranks 1 failed" in message
     assert time.monotonic() - started < 30
+
+
+def message_where_gradients_meet(world) -> str:
+    impatient = replace(world, timeout_s=2.0)
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1), torch.distributed.group.WORLD)
+    if world.rank == 2:
+        time.sleep(3)
+        return ""
+    try:
+        with impatient.naming_who_is_silent():
+            torch.distributed.all_reduce(torch.ones(1))
+    except TimeoutError as error:
+        return str(error)
+    return "all answered"
+
+
+def test_a_rank_that_stops_in_a_backward_pass_is_named_too():
+    message = run_ranks(3, message_where_gradients_meet)[0]
+    assert "ranks wait 2 s (distributed.timeout_s) at most" in message and "Ranks 2 failed" in message
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
