@@ -3,6 +3,7 @@ run that goes on cannot change."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from typing import Any, get_type_hints
@@ -74,14 +75,14 @@ def _indivisible(config: Config, world_size: int) -> Iterator[str]:
         above = width - width % (2 * heads) + 2 * heads
         yield f"base.hidden_size={width} is not divisible by 2 * base.num_heads={2 * heads}; use {above}"
     prompts, minibatches = config.rollout.prompts_per_step, config.batch.minibatches
-    divisors = {"world_size": world_size, "batch.minibatches": minibatches}
-    if min(prompts, minibatches) >= 1 and not any(prompts % divisor for divisor in divisors.values()):
-        divisors = {"batch.minibatches * world_size": minibatches * world_size}
-    for name, divisor in divisors.items():
-        if divisor >= 1 and prompts % divisor:
-            below = prompts - prompts % divisor
-            remedy = f"{below} or {below + divisor}" if below else f"{divisor}"
-            yield f"rollout.prompts_per_step={prompts} is not divisible by {name}={divisor}; use {remedy}"
+    divisors = {"world_size": world_size, "batch.minibatches": max(minibatches, 1)}
+    both = math.prod(divisors.values())
+    if prompts >= 1 and prompts % both:
+        missed = " and ".join(f"{name}={divisor}" for name, divisor in divisors.items() if prompts % divisor)
+        below = prompts - prompts % both
+        remedy = f"{below} or {below + both}" if below else f"{both}"
+        by = missed or f"batch.minibatches * world_size={both}"
+        yield f"rollout.prompts_per_step={prompts} is not divisible by {by}; use {remedy}"
 
 
 def prompt_mistakes(prompt: PromptConfig) -> Iterator[str]:

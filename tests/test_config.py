@@ -330,7 +330,7 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
     [
         ("rollout.prompts_per_step", 30, "rollout.prompts_per_step=30 is not divisible by world_size=8; use 24 or 32"),
         ("rollout.prompts_per_step", 4, "prompts_per_step=4 is not divisible by world_size=8; use 8$"),
-        ("batch.minibatches", 3, "prompts_per_step=16 is not divisible by batch.minibatches=3; use 15 or 18"),
+        ("batch.minibatches", 3, "prompts_per_step=16 is not divisible by batch.minibatches=3; use 24"),
         ("batch.minibatches", 4, r"is not divisible by batch.minibatches \* world_size=32; use 32"),
         ("rollout.group_size", 1, "rollout.group_size=1: .* use 2 or more"),
         ("base.hidden_size", 124, r"base.hidden_size=124 is not divisible by 2 \* base.num_heads=8; use 128"),
@@ -357,6 +357,17 @@ def test_what_cannot_work_is_refused_with_value_and_remedy(key, value, message):
     check(Config(), world_size=8)
     with pytest.raises(ValueError, match=message):
         check(changed(key, value), world_size=8)
+
+
+@pytest.mark.parametrize(("world_size", "minibatches"), [(3, 1), (1, 3), (2, 4), (3, 4)])
+def test_numbers_of_prompts_that_are_advised_are_not_refused_in_their_turn(world_size, minibatches):
+    asked = lambda prompts: from_dict({"rollout": {"prompts_per_step": prompts}, "batch": {"minibatches": minibatches}})
+    for prompts in (1, 4, 6, 10, 16):
+        try:
+            check(asked(prompts), world_size)
+        except ValueError as error:
+            for advised in str(error).partition("; use ")[2].split(" or "):
+                check(asked(int(advised)), world_size)
 
 
 def test_all_mistakes_are_reported_at_once():
