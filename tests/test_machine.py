@@ -53,11 +53,13 @@ def test_a_limit_of_a_group_above_binds_too(files):
     assert machine.memory_share() == 64 * MIB
 
 
-@pytest.mark.parametrize("folder", ["docker/1f", "."], ids=["on the host", "inside, where only the top is mounted"])
+@pytest.mark.parametrize("folder", ["pod/cri:1f", "."], ids=["on the host", "inside, where only the top is mounted"])
 def test_control_groups_of_version_1_limit_as_well(files, folder):
-    limits = {"cpu.cfs_quota_us": "400000", "cpu.cfs_period_us": "100000"}
-    limits = {f"cpu/{folder}/{name}": text for name, text in limits.items()}
-    lines = "9:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n1:name=systemd:/docker/1f\n0::/docker/1f\n"
+    """The group that another controller has put the process in says nothing of this one."""
+    quotas = {f"cpu/{folder}": "400000", "cpu/other": "100000"}
+    limits = {f"{group}/cpu.cfs_quota_us": quota for group, quota in quotas.items()}
+    limits |= {f"{group}/cpu.cfs_period_us": "100000" for group in quotas}
+    lines = "9:memory:/pod/cri:1f\n4:cpu,cpuacct:/pod/cri:1f\n2:pids:/other\n1:name=systemd:/pod\n0::/pod\n"
     files(lines, **limits, **{f"memory/{folder}/memory.limit_in_bytes": str(96 * MIB)})
     assert machine.cpu_share() == 4
     assert machine.memory_share() == 96 * MIB
