@@ -6,15 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from grpo import sharding
 from grpo.config import Config, DistributedConfig
 from grpo.dry_run import weights_estimate
-from grpo.sharding import fill_all, share_of, whole_of
+from grpo.layers import decoder_layers
+from grpo.logprobs import PolicyModule
+from grpo.policy import MovingReference, Policy
+from grpo.sharding import distribute, fill_all, share_of, whole_of
 from tests.ranks import run_ranks
 from tests.test_config import FACTS
 from tests.test_update import ALONE, distance, one_update
-from tests.tiny import tiny_qwen2
+from tests.tiny import tiny_qwen2, word_tokenizer
 
 STRATEGIES = ("ddp", "zero1", "fsdp")
 IN_BF16 = (torch.bfloat16, "grpo", 60, 2, 2, "packed")
@@ -51,7 +56,8 @@ def is_refreshed(policy):
 
 
 def in_bf16(world, strategy, load=None):
-    """One update; then the checkpoint and what else there is to see. load: a checkpoint that is loaded before."""
+    """One update; then the checkpoint and what else there is to see. load: a checkpoint that is loaded before, in the
+    place of an update by other steps."""
     seen = {}
 
     def observe(policy, optimizer):
@@ -60,10 +66,12 @@ def in_bf16(world, strategy, load=None):
             optimizer.load_state_dict(load["optimizer"])
         with policy.at_hand():
             seen["is_refreshed"] = is_refreshed(policy)
+        seen["is_cut_by_layers"] = all(isinstance(layer, FSDPModule) for layer in decoder_layers(policy.masters))
         seen["bytes"] = measured(policy, optimizer)
         seen["state"] = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
 
-    seen["gradients"] = one_update(world, *IN_BF16, strategy=strategy, observe=observe)[0]
+    options = {"lr": 1e-3 if load is None else 1e-2, "strategy": strategy, "observe": observe}
+    seen["gradients"] = one_update(world, *IN_BF16, **options)[0]
     return seen
 
 
@@ -81,6 +89,7 @@ def on_a_rank(world):
         states[strategy], bytes_of[strategy] = world.gather(seen["state"])[0], seen["bytes"]
         gradients[strategy] = seen["gradients"]
         checked[f"the working copy of {strategy} is refreshed"] = seen["is_refreshed"]
+        checked[f"{strategy} gathers layer by layer, or nothing"] = seen["is_cut_by_layers"] == (strategy == "fsdp")
         if strategy == "zero1":  # whose gradients are those of ddp
             continue
         # A run that goes on makes its first pass in the middle, and must not differ by that.
@@ -123,6 +132,34 @@ def are_joined(world, bucket_bytes):
 def test_shares_that_travel_together_are_joined_to_the_bit_however_uneven_they_are(world_size, bucket_bytes):
     for joined in run_ranks(world_size, are_joined, bucket_bytes):
         assert joined == {torch.float32: True, torch.bfloat16: True}
+
+
+def follow_in_shares(world):
+    """Whether a reference that goes half of the way to the policy arrives there, in the same shares."""
+    arrived = {}
+    for strategy in ("zero1", "fsdp"):
+        for precision in ("fp32", "bf16"):
+            policy = Policy(tiny_qwen2(), word_tokenizer(), precision)
+            if strategy == "fsdp":
+                policy.sample_from_copy()
+            moving = MovingReference(policy)
+            distribute(PolicyModule(policy, temperature=1.0, impl="torch"), [policy, moving], world, strategy)
+            with torch.no_grad():
+                for own in policy.own.values():
+                    own.add_(1.0)
+            moving.follow(policy, 0.5)
+            state, model = world.gather(moving.state_dict())[0]["masters"], dict(moving.model.named_parameters())
+            for name, before in tiny_qwen2().named_parameters():
+                after = before.detach() + 0.5
+                torch.testing.assert_close(state[name], after)
+                assert torch.equal(model[name], state[name].to(model[name].dtype))
+            arrived[strategy, precision] = all(isinstance(own, DTensor) for own in moving.own.values())
+    return arrived
+
+
+def test_a_moving_reference_follows_in_shares_of_its_own():
+    for arrived in run_ranks(2, follow_in_shares):
+        assert len(arrived) == 4 and all(arrived.values())
 
 
 @pytest.mark.timeout(240)
