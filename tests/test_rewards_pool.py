@@ -15,7 +15,7 @@ import pytest
 
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT
 from grpo.rewards import Reward, correctness_reward, runner, score_texts
-from grpo.rewards.pool import Pool
+from grpo.rewards.pool import Pool, Work
 from grpo.user_code import load_object
 from tests import reward_functions as functions
 
@@ -55,6 +55,18 @@ def test_a_pool_gives_the_table_that_one_process_gives(pool):
 
 def test_no_completions_or_no_components_are_no_work(pool):
     assert pool([], {}, IN_WORDS) == [] and pool(["a", "b"], {}, {}) == [[], []]
+
+
+def test_jobs_are_even_shares_of_all_components_that_take_as_many_and_singles_of_one_that_was_late():
+    length, alone = Reward(functions.length_of, 1.0), Reward(functions.length_of, 1.0, batch_size=1)
+    work = Work(["a"] * 5, {}, {"length": length, "alone": alone, "again": length})
+    work.divide(2)
+    calls = lambda job: [(call.component, call.rows) for call in job]
+    shares = [[(0, rows), (2, rows)] for rows in ((0, 1, 2), (3, 4))]
+    assert list(map(calls, work.jobs)) == shares + [[(1, (i,))] for i in range(5)]
+    assert calls(work.next_job()) == shares[0]
+    work.late.add(2)
+    assert calls(work.next_job()) == [(0, (3, 4)), (2, (3,)), (2, (4,))]
 
 
 def test_workers_are_other_processes_that_stay_and_never_load_torch(pool):
@@ -170,6 +182,24 @@ def test_functions_of_a_users_file_and_partials_reach_the_workers(pool, tmp_path
     brevity = load_object(f"{file}:brevity")
     rewards = {"brevity": Reward(brevity, 1.0), "tenfold": Reward(partial(brevity, scale=10), 1.0)}
     assert [[o.value for o in row] for row in pool(["ab"], {}, rewards)] == [[0.5, 5.0]]
+
+
+def test_workers_find_the_modules_that_this_process_finds_and_get_nothing_of_what_is_typed(tmp_path, monkeypatch):
+    (tmp_path / "only_here.py").write_text(
+        "import sys\n\n\ndef read(completions, **columns):\n    return [len(sys.stdin.read()) for _ in completions]"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before, (source, sink) = os.dup(0), os.pipe()
+    os.write(sink, b"typed")
+    os.close(sink)
+    os.dup2(source, 0)
+    try:
+        with Pool(workers=1, timeout_s=10, step_timeout_s=60) as pool:
+            assert pool(["a"], {}, {"read": Reward(load_object("only_here:read"), 1.0)}) == [[(0.0, OK)]]
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(source)
 
 
 def test_a_file_is_run_once_whatever_of_it_is_named(tmp_path, monkeypatch):
