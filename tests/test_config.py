@@ -388,13 +388,22 @@ def test_all_mistakes_are_reported_at_once():
             {"lora": {"rank": 4, "target_modules": []}},
             "lora.rank=4 without lora.target_modules: nothing would be trained; name some",
         ),
+        ({"lora": {"rank": 4}, "distributed": {"strategy": "fsdp"}}, "strategy=fsdp with adapters: .* use ddp"),
+        ({"lora": {"rank": 4}, "model": {"reference_offload": True}}, "reference_offload with adapters: .* leave it"),
+        (
+            {"model": {"reference_offload": True}, "objective": {"ref_refresh_every": 5}},
+            "reference_offload with objective.ref_refresh_every=5: .* choose one",
+        ),
         ({"prompt": {"template_options": ["a=1"]}}, r"template_options=\['a=1'\] with prompt.style=plain: use chat"),
         ({"rewards": {"step_timeout_s": 1800}}, r"step_timeout_s=1800.0: ranks wait 1800.0 s .* choose less than that"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(values, message):
+def test_settings_that_do_not_go_together_are_refused_and_each_alone_is_not(values, message):
     with pytest.raises(ValueError, match=message):
         check(from_dict(values), world_size=1)
+    alone = [{section: {key: value}} for section, keys in values.items() for key, value in keys.items()]
+    for setting in alone if len(alone) > 1 else ():
+        check(from_dict(setting), world_size=1)
 
 
 # --- going on with another config ---
