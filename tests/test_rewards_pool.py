@@ -69,8 +69,9 @@ def test_jobs_are_even_shares_of_all_components_that_take_as_many_and_singles_of
     assert calls(work.next_job()) == [(0, (3, 4)), (2, (3,)), (2, (4,))]
 
 
-def test_workers_are_other_processes_that_stay_and_never_load_torch(pool):
-    rewards = {"id": Reward(functions.process_id, 1.0), "torch": Reward(functions.has_torch, 1.0)}
+def test_workers_are_other_processes_no_more_than_asked_for_that_stay_and_never_load_torch(pool):
+    one_by_one = Reward(functions.process_id, 1.0, batch_size=1)  # more jobs than workers
+    rewards = {"id": one_by_one, "torch": Reward(functions.has_torch, 1.0)}
     first, second = (pool([""] * 8, {}, rewards) for _ in range(2))
     ids = {row[0].value for row in first + second}
     assert os.getpid() not in ids and len(ids) <= 2
