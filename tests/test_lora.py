@@ -67,6 +67,13 @@ def test_the_layer_by_hand():
     assert lora.LoraLinear(linear, LoraConfig(rank=4, alpha=6, rslora=True), torch.Generator()).scale == 3.0
 
 
+def test_fresh_adapters_are_uniform_within_one_over_the_root_of_the_width_and_do_nothing():
+    layer = lora.LoraLinear(nn.Linear(16, 3), LoraConfig(rank=400), torch.Generator())
+    assert 0.249 < layer.lora_A.max() <= 0.25 and -0.25 <= layer.lora_A.min() < -0.249
+    torch.testing.assert_close(layer.lora_A.std(), torch.tensor(0.25 / 3**0.5), rtol=0.05, atol=0)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32 and not layer.lora_B.any()
+
+
 def test_dropout_is_in_passes_that_form_gradients_alone_and_keeps_the_mean():
     layer = lora.LoraLinear(nn.Linear(8, 3), LoraConfig(rank=2, alpha=2, dropout=0.5), torch.Generator())
     layer.lora_A.data, layer.lora_B.data, x = torch.full((2, 8), 0.5), torch.full((3, 2), 0.5), torch.ones(8)
