@@ -24,12 +24,25 @@ async def length_later(completions, *, answer, **columns):
     return [float(len(text)) + float(a) for text, a in zip(completions, answer, strict=True)]
 
 
+def nap(completions, *, seconds, **columns):
+    time.sleep(seconds)
+    return [0.0] * len(completions)
+
+
 def process_id(completions, **columns):
     return [float(os.getpid())] * len(completions)
 
 
 def has_torch(completions, **columns):
     return [float("torch" in sys.modules)] * len(completions)
+
+
+def spoilt(completions, **columns):
+    """Whether this process was given several completions before: a call at which it fails."""
+    spoilt.is_so = getattr(spoilt, "is_so", False) or len(completions) > 1
+    if len(completions) > 1:
+        raise RuntimeError("several")
+    return [float(spoilt.is_so)]
 
 
 def in_words(completions, **columns):

@@ -109,6 +109,20 @@ def test_all_kinds_of_failure_together_are_each_logged_once(pool, caplog):
     assert "RuntimeError: asked to" in next(r.message for r in caplog.records if "RuntimeError" in r.message)
 
 
+def test_a_call_that_failed_on_several_is_made_again_in_fresh_workers(pool):
+    assert pool(["a"] * 4, {}, {"spoilt": Reward(functions.spoilt, 1.0)}) == [[(0.0, OK)]] * 4
+
+
+def test_what_a_function_needs_to_be_imported_counts_for_no_call(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\n\ntime.sleep(0.6)\n\n\ndef one(completions, **_):\n    return [1.0]"
+    )
+    nap = partial(functions.nap, seconds=0.6)
+    with Pool(workers=1, timeout_s=1, step_timeout_s=60) as pool:
+        rewards = {"nap": Reward(nap, 1.0), "one": Reward(load_object(f"{tmp_path / 'slow.py'}:one"), 1.0)}
+        assert pool(["a"], {}, rewards) == [[(0.0, OK), (1.0, OK)]]
+
+
 def test_a_late_worker_is_killed_with_its_process_group(pool):
     nap = "86123.5"
     started = time.monotonic()
