@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import train
@@ -96,6 +97,7 @@ def test_dropout_is_refused_but_with_padded_rows():
     "settings, message",
     [
         ({"target_modules": ("query",)}, r"lora.target_modules: Qwen2ForCausalLM has no 'query'; it has .*q_proj"),
+        ({"target_modules": ("proj",)}, "lora.target_modules: .* no 'proj'"),  # a name from its first letter on
         ({"target_modules": ("embed_tokens",)}, "lora.target_modules: .* no 'embed_tokens'"),
         ({"target_modules": ("lm_head",)}, "names the head lm_head; train it whole"),
         ({"modules_to_save": ("lm_head",)}, "lm_head, which this model ties to another"),
@@ -109,6 +111,18 @@ def test_modules_that_cannot_be_adapted_are_refused_by_name(settings, message):
 
 
 # --- in the model ---
+
+
+def test_what_is_trained_over_a_bf16_base_is_fp32_and_all_else_stays():
+    shape, settings = SAVED
+    model = adapted(bf16_copy(tiny_qwen2(**shape)), **settings)
+    dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_a_base_in_a_folder_is_known_by_its_whole_path(base, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    assert lora.load(base.name, LoraConfig(rank=2), precision="fp32", device=CPU).base == str(base.resolve())
 
 
 @pytest.mark.parametrize("shape, settings", [({}, {}), SAVED], ids=["adapters", "modules_to_save"])
@@ -367,6 +381,26 @@ def test_an_adapter_that_we_cannot_open_is_refused_with_the_reason(base, changes
     folder = saved(base, **changes)
     with pytest.raises(ValueError, match=message):
         lora.load(str(folder), precision="fp32", device=CPU)
+
+
+def test_an_adapter_may_lack_what_peft_may_leave_out_have_its_own_tokenizer_and_is_merged_in_its_bases_dtype(base):
+    """modules_to_save is null in PEFT's files, and a file of safetensors need not say what wrote it."""
+    tiny_qwen2().bfloat16().save_pretrained(base)
+    folder = saved(base, modules_to_save=None)
+    save_file(load_file(folder / lora.WEIGHTS), folder / lora.WEIGHTS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "its own"
+    tokenizer.save_pretrained(folder)
+    load = lambda: lora.load(str(folder), precision="fp32", device=CPU)
+    assert load().settings == LoraConfig(rank=2) and load().tokenizer.chat_template == "its own"
+    (folder / "tokenizer_config.json").unlink()
+    assert load().tokenizer.chat_template is None
+    out = base.parent / "out"
+    out.mkdir()  # a folder that is there may be filled where it is empty
+    lora.write_merged(str(folder), str(out))
+    assert load_model_config(str(out)).dtype == torch.bfloat16, "as the base has it"
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.equal(logits(merged), logits(load().model)), "B is 0"
 
 
 def test_an_adapter_is_no_base_to_train(base):
