@@ -332,6 +332,9 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
         ("rollout.prompts_per_step", 4, "prompts_per_step=4 is not divisible by world_size=8; use 8$"),
         ("batch.minibatches", 3, "prompts_per_step=16 is not divisible by batch.minibatches=3; use 24"),
         ("batch.minibatches", 4, r"is not divisible by batch.minibatches \* world_size=32; use 32"),
+        ("rollout.prompts_per_step", 0, r"rollout.prompts_per_step=0 is outside \[1, inf\)"),
+        ("batch.minibatches", 0, r"batch.minibatches=0 is outside \[1, inf\)"),
+        ("base.num_heads", 0, r"base.num_heads=0 is outside \[1, inf\)"),
         ("rollout.group_size", 1, "rollout.group_size=1: .* use 2 or more"),
         ("base.hidden_size", 124, r"base.hidden_size=124 is not divisible by 2 \* base.num_heads=8; use 128"),
         ("rollout.max_sequences", 7, "max_sequences=7 is less than rollout.group_size=8, .*; use 8 or more"),
@@ -404,6 +407,19 @@ def test_settings_that_do_not_go_together_are_refused_and_each_alone_is_not(valu
     alone = [{section: {key: value}} for section, keys in values.items() for key, value in keys.items()]
     for setting in alone if len(alone) > 1 else ():
         check(from_dict(setting), world_size=1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": {"style": "chat", "template_options": ["a=1"]}},
+        {"lora": {"rank": 4, "target_modules": [], "modules_to_save": ["lm_head"]}},
+        {"lora": {"dropout": 0.1}},  # of no adapters
+        {"rollout": {"group_size": 7, "max_sequences": 7}},
+    ],
+)
+def test_settings_that_go_together_pass(values):
+    check(from_dict(values), world_size=1)
 
 
 # --- going on with another config ---
