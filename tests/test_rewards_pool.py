@@ -146,6 +146,15 @@ def test_a_worker_that_has_died_is_replaced_where_its_group_cannot_be_killed_any
         assert statuses(pool(["die", "a"], {}, IN_WORDS)) == [ERROR, OK]
 
 
+def test_a_worker_that_was_killed_while_it_had_nothing_to_do_costs_no_score():
+    with Pool(workers=1, timeout_s=10, step_timeout_s=60) as pool:
+        assert pool(["a b"], {}, IN_WORDS)[0][0] == (3.0, OK)
+        pool.workers[0].process.kill()
+        pool.workers[0].process.wait()
+        assert pool(["a b c"], {}, IN_WORDS)[0][0] == (5.0, OK)
+        assert len(pool.workers) == 1
+
+
 def test_a_child_of_a_reward_function_gives_no_answer_in_its_place(pool):
     rewards = {"forks": Reward(functions.forks, 1.0), "length": Reward(functions.length_of, 1.0)}
     for _ in range(3):

@@ -157,6 +157,8 @@ class Pool:
     def __call__(self, completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> Table:
         work, end = Work(completions, columns, rewards), time.monotonic() + self.step_timeout_s
         work.divide(self.size)
+        for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
+            self._drop(worker)  # killed since the last call, for memory perhaps: no fault of a completion
         try:
             while time.monotonic() < end and (work.jobs or self._busy()):
                 self._dispatch(work)
