@@ -61,6 +61,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
             with run.policy.at_hand():
                 new = run.sampler.generate(run.prompter.ask(problems), step)
             groups += new
+            world.barrier()  # to wait for the slowest rank is a part of rollout, not of scoring
         with timer("score"):
             scores.append(merge_scores(world.gather(run.score(new))))
             refuse_unscored(scores[-1], config.rewards.max_unscored)
