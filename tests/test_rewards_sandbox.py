@@ -196,6 +196,20 @@ def test_an_honest_program_passes_and_a_test_sees_plain_values_and_builtin_excep
     assert verdict(sandbox, program, tests, setup, ["area", "refuse"]) == Verdict(True, 3, 3)
 
 
+def test_the_interpreter_is_behind_the_walls_whatever_links_and_copies_lead_to_it(monkeypatch, tmp_path):
+    (tmp_path / "real" / "bin").mkdir(parents=True)
+    (tmp_path / "real" / "bin" / "python").touch()
+    (tmp_path / "real" / "lib64").symlink_to("lib")
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.setattr(box.sys, "base_prefix", str(tmp_path / "link"))
+    monkeypatch.setattr(box.sys, "_base_executable", str(tmp_path / "link" / "bin" / "python"))
+    settings = Sandbox("namespaces")._settings()
+    assert settings["command"][0] == str(tmp_path / "real" / "bin" / "python")
+    assert {str(tmp_path / "real" / part) for part in ("bin", "lib64")} <= set(settings["folders"])
+    monkeypatch.setattr(box.sys, "base_prefix", "/usr/lib/python-of-its-own")
+    assert all(not folder.startswith("/usr/lib/") for folder in Sandbox("namespaces")._settings()["folders"])
+
+
 def test_a_deadline_that_passes_at_its_very_end_alarms_nobody_afterwards(monkeypatch):
     setitimer, slow = box.signal.setitimer, iter([time.sleep])
 
@@ -298,6 +312,7 @@ def test_a_judge_that_is_killed_takes_the_program_with_it(sandbox):
     else:
         pytest.fail("nothing has started")
     time.sleep(0.5)  # into the program
+    assert left_running(process.pid)
     os.kill(process.pid, 9)
     process.communicate()
     expect_an_end()

@@ -21,7 +21,7 @@ ISOLATED = ("-I", "-S", "-B")  # no environment, no user site, no site-packages,
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
 UNUSED_UID = 2_000_000_000  # + process id: far above what any distribution hands out, and one of its own for each
-PREFIXES = ("/usr", "/usr/local", "", sys.base_prefix)
+PREFIXES = ("/usr", "/usr/local", "")  # and Python's own
 PARTS = ("bin", "sbin", "lib", "lib32", "lib64")  # of each; the rest may be a user's: containers have /usr/src/app
 FILES = ("/usr/share/zoneinfo", "/etc/ld.so.cache")
 
@@ -39,7 +39,8 @@ class Sandbox:
     """Walls and limits, for one program at a time and a fresh process each.
 
     backend: "namespaces", "unsafe_subprocess" or the path of bwrap.  wall_s: seconds for the whole program with all its
-    tests; memory_mib: address space of one process; processes: with threads; quota_mib: all files; file_mib: one file.
+    tests; memory_mib: address space of one process; processes: with threads; quota_mib: all files; file_mib: one file;
+    tests_mib: what the tests may take in the process that judges, None: as much as there is.
     """
 
     backend: str
@@ -48,6 +49,7 @@ class Sandbox:
     processes: int = 8
     quota_mib: int = 16
     file_mib: int = 4
+    tests_mib: int | None = 256
 
     @contextmanager
     def start(self) -> Iterator[subprocess.Popen]:
@@ -63,11 +65,15 @@ class Sandbox:
             _stop(process)
 
     def _settings(self) -> dict:
-        python = os.path.realpath(sys.executable)
+        # Not as they are named: uv and Homebrew have links for prefixes, and a virtual environment may have a copy.
+        python, base = (os.path.realpath(path) for path in (sys._base_executable, sys.base_prefix))
         command = [python, *ISOLATED, "-c", Path(guest.__file__).read_text()]
-        folders = dict.fromkeys([*(f"{prefix}/{part}" for prefix in PREFIXES for part in PARTS), *FILES])
-        folders = [folder for folder in folders if os.path.lexists(folder)]
-        masked = {sysconfig.get_path(name, vars={"base": sys.base_prefix}) for name in ("purelib", "platlib")}
+        folders: list[str] = []
+        for folder in [*(f"{prefix}/{part}" for prefix in (*PREFIXES, base) for part in PARTS), *FILES]:
+            is_inside = f"{folder}/".startswith(tuple(f"{known}/" for known in folders))
+            if os.path.lexists(folder) and not is_inside:
+                folders.append(folder)
+        masked = {sysconfig.get_path(name, vars={"base": base}) for name in ("purelib", "platlib")}
         masked = sorted(path for path in masked if os.path.isdir(path) and path.startswith(tuple(folders)))
         is_bubblewrap = self.backend.startswith("/")
         return {
@@ -123,8 +129,11 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def memory_bound(mib: int) -> Iterator[None]:
+def memory_bound(mib: int | None) -> Iterator[None]:
     """MemoryError where this process takes so much more: a test may ask for `answer % 3`, of "%999999999d"."""
+    if mib is None:
+        yield
+        return
     limits = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     bound = pages * resource.getpagesize() + (mib << 20)

@@ -73,6 +73,7 @@ def build_root(folders: list[str], masked: list[str], quota_mib: int) -> None:
     mount("tmpfs", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for folder in folders:
         if os.path.islink(folder):  # /lib -> usr/lib
+            os.makedirs(os.path.dirname(ROOT + folder), exist_ok=True)
             os.symlink(os.readlink(folder), ROOT + folder)
         else:
             bind(folder)
