@@ -38,7 +38,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout and its optimizer steps. Steps count from 1."""
     groups, drawn, drawn_advantages = draw(run, step)
     used = fill_with_teaching(drawn_advantages, run.config.rollout.prompts_per_step)
-    groups, scores = pick(run, groups, used, len(drawn_advantages)), drawn.pick(used)
+    groups, scores = pick(run, groups, used), drawn.pick(used)
     with run.log.timer("update"):
         advantages, metrics = learn(run, step, groups, scores)
     log_completions(run, step, groups, scores, advantages)
@@ -74,9 +74,9 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
     return groups, drawn, advantages
 
 
-def pick(run: Run, groups: list[Group], used: list[int], num_drawn: int) -> list[Group]:
+def pick(run: Run, groups: list[Group], used: list[int]) -> list[Group]:
     """This rank's share of the groups that are used, by their places among the drawn; `groups`: its share of those."""
-    if len(used) == num_drawn:
+    if len(used) == len(groups) * run.world.size:
         return groups
     everyones = run.world.everyones(groups)
     return run.world.mine([everyones[i] for i in used])
@@ -182,7 +182,7 @@ def run_command(command: Command, world: World) -> int:
         return 0
     run_dir, goes_on_from = open_run(replace(command, config=config), world)
     run = Run(config, objective, world, run_dir)
-    with run.pool, closing(run.log):
+    with run.pool, closing(run.log), world.naming_who_is_silent():
         if goes_on_from:
             load_checkpoint(run, goes_on_from)
         describe(run)
@@ -205,8 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         distributed.make_deterministic()
     world = distributed.start(command.config.distributed.timeout_s)
     try:
-        with world.naming_who_is_silent():
-            return run_command(command, world)
+        return run_command(command, world)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

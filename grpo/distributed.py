@@ -65,10 +65,10 @@ class World:
 
     def agree(self, values: dict[str, object]) -> None:
         """ValueError, on every rank, where one was started with another value than rank 0: nothing later would tell."""
-        first, *others = self.gather(values)
+        first, *others = self.gather({name: repr(value) for name, value in values.items()})  # so NaN is like NaN
         for rank, other in enumerate(others, 1):
             pairs = ((name, other[name], value) for name, value in first.items() if other[name] != value)
-            if differing := [f"{name}={found!r}, where rank 0 has {value!r}" for name, found, value in pairs]:
+            if differing := [f"{name}={found}, where rank 0 has {value}" for name, found, value in pairs]:
                 raise ValueError(f"rank {rank} has {'; '.join(differing)}: start all ranks with the same")
 
     def barrier(self, share: float = 1.0) -> None:

@@ -47,8 +47,7 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
 
     ValueError for what cannot work, before a run folder is made.
     """
-    # Not the paths: machines may keep the same files in different places.
-    world.agree({key: value for key, value in flat(asdict(config)).items() if not key.endswith(".path")})
+    world.agree({key: _without_place(key, value) for key, value in flat(asdict(config)).items()})
     check(config, world.size)
     functions, surrogate = config.rewards.functions, config.objective.surrogate
     config = replace(
@@ -78,6 +77,15 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
     if batch.tokens_per_micro_batch is None:
         batch = replace(batch, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH[world.device.type])
     return replace(config, model=model, batch=batch), objective
+
+
+def _without_place(key: str, value: object) -> object:
+    """A setting less the folder that it names: machines may keep the same files in different places."""
+    if key.endswith(".path"):
+        return value and "a path"
+    if isinstance(value, tuple):
+        return [_without_place(key, item) for item in value]
+    return value.rpartition(":")[2] if isinstance(value, str) and ".py:" in value else value
 
 
 def state_objective(config: Config) -> tuple[Config, Objective]:
@@ -110,7 +118,7 @@ class Run:
         fit = {"drop": config.data.drop_overlong, "say": self.log.say}
         self.problems = {name: self.prompter.fitting(problems, **fit) for name, problems in splits.items()}
         self.stream = make_stream(config, self.problems["train"])
-        world.agree({"training problems": self.stream.data})  # by their digest
+        world.agree({"training problems": self.stream.data})  # by the digest of their questions and answers
         # moving: the weights of the reference, where it is refreshed
         self.module, wrapped, self.reference, self.moving = build_models(config, world, policy, objective)
         self.log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -41,10 +42,10 @@ def test_a_rank_that_stops_answering_is_named_within_the_stated_time():
 
 
 def message_where_gradients_meet(world) -> str:
-    impatient = replace(world, timeout_s=2.0)
+    impatient = replace(world, timeout_s=20.0)
     torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1), torch.distributed.group.WORLD)
     if world.rank == 2:
-        time.sleep(3)
+        time.sleep(5)
         return ""
     try:
         with impatient.naming_who_is_silent():
@@ -56,7 +57,7 @@ def message_where_gradients_meet(world) -> str:
 
 def test_a_rank_that_stops_in_a_backward_pass_is_named_too():
     message = run_ranks(3, message_where_gradients_meet)[0]
-    assert "ranks wait 2 s (distributed.timeout_s) at most" in message and "Ranks 2 failed" in message
+    assert "ranks wait 20 s (distributed.timeout_s) at most" in message and "Ranks 2 failed" in message
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -102,9 +103,16 @@ def test_a_rank_that_was_started_with_other_settings_is_named_with_what_differs(
     for path in paths:
         save_tiny_model(Path(path), context=128)
     same, other = [{"model": {"path": path}} for path in paths], [{}, {}, {"seed": 5, "optim": {"lr": 1e-3}}]
+    for path, settings in zip(paths, same, strict=True):
+        (Path(path) / "mine.py").write_text("def short(completions, **columns):\n    return [0.0] * len(completions)\n")
+        settings["rewards"] = {"functions": [f"{path}/mine.py:short"]}
     differing = "seed=5, where rank 0 has 0; optim.lr=0.001, where rank 0 has 0.0002"
     expected = ["word_problems", f"rank 2 has {differing}: start all ranks with the same"]
-    assert run_ranks(3, settled, same, other) == [expected] * 3
+    impossible = "optim.lr=nan is outside (0, inf); choose a value inside"
+    starts = (same, other, [same[0], {}, same[2]], [{"optim": {"lr": math.nan}}] * 3)
+    for found in run_ranks(3, settled, *starts):
+        assert found[:2] == expected and found[3] == impossible
+        assert found[2].startswith("rank 1 has model.path='', where rank 0 has 'a path'; rewards.functions=[], where")
 
 
 def never_ends() -> None:

@@ -243,7 +243,7 @@ def test_groups_that_are_used_go_to_their_ranks_and_into_the_file_in_order_howev
             world, written = Rank(rank, ranks.size, torch.device("cpu")), []
             log = SimpleNamespace(log_completions=lambda step, lines: written.extend(lines))
             of_rank = SimpleNamespace(world=world, log=log, token_text=str)
-            share = train.pick(of_rank, world.mine(groups), used, len(groups))
+            share = train.pick(of_rank, world.mine(groups), used)
             train.log_completions(of_rank, 1, share, scores, advantages)
             return [group.index for group in share], written
 
