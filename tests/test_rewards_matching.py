@@ -105,8 +105,10 @@ def test_mathematics_outside_the_box_is_not_read():
         r"$x = \boxed{\frac{10}{2}}$",
         r"{ \boxed{5}",
         r"\boxed{4}. Wait: \boxed{5}",
+        r"I shall use \boxed{ for it. So \boxed{5}",
+        r"\boxed{\boxed{5}}",
     ]
-    assert boxed_math(boxed, answer=["5"] * 4) == [1] * 4
+    assert boxed_math(boxed, answer=["5"] * 6) == [1] * 6
     braces = [r"\boxed{\{1, 2\}}", r"\boxed{\left\{1, 2\right\}}", r"\boxed{1} and $\boxed{2}$"]
     assert boxed_math(braces, answer=[r"\{2, 1\}"] * 3) == [1] * 3
     assert boxed_math([r"\boxed{" * 20_000, "{" * 100_000, r"\boxed{}" * 1000], answer=["5"] * 3) == [0] * 3

@@ -20,7 +20,7 @@ _DECIMAL = re.compile(
     re.ASCII,
 )
 _CHOICE = re.compile(r"(?:\b(?:answer|choice|option)\b(?: is)?:? *)?[(\[*]*([A-Z])[)\]*]*[.:]?", re.IGNORECASE)
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped character, which may be one
+_BRACE = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)  # or an escaped character, which may be one
 _MATHEMATICS = re.compile(r"[^\w\s,]")
 
 
@@ -104,18 +104,20 @@ def boxed_math(completions: list[str], *, answer: list[str], **columns: list) ->
 def _boxes(text: str) -> str:
     r"""$\boxed{...}$ for each box that is closed, after the words before it. Of the whole text math-verify reads other
     mathematics, where a box is empty or a sentence calls something else the final answer."""
-    kept, at = "", 0
-    while (start := text.find(r"\boxed{", at)) >= 0:
-        depth = 0
-        for brace in _BRACE.finditer(text, text.index("{", start)):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                break
-        else:
-            break
-        kept += f"{_MATHEMATICS.sub(' ', text[at:start])} ${text[start : brace.end()]}$ "
-        at = brace.end()
-    return kept
+    opened: list[re.Match] = []
+    boxes: list[tuple[int, int]] = []
+    for brace in _BRACE.finditer(text):
+        if brace[0].endswith("{") and brace[0] != r"\{":
+            opened.append(brace)
+        elif brace[0] == "}" and opened:
+            start = opened.pop()
+            if start[0] != "{":
+                while boxes and boxes[-1][0] > start.start():  # inside this one
+                    boxes.pop()
+                boxes.append((start.start(), brace.end()))
+    ends = [0, *(end for _, end in boxes)]
+    words = [_MATHEMATICS.sub(" ", text[end:start]) for end, (start, _) in zip(ends, boxes, strict=False)]
+    return "".join(f"{before} ${text[start:end]}$ " for before, (start, end) in zip(words, boxes, strict=True))
 
 
 def regex_format(completions: list[str], *, pattern: str, **columns: list) -> list[float]:
