@@ -197,6 +197,9 @@ class Pool:
     def _receive(self, worker: Worker, connection: Connection, work: Work) -> None:
         try:
             data = connection.recv_bytes()
+        except BlockingIOError:
+            self._lose(worker, work, TIMEOUT, "timeout", "it stopped in the midst of its answer")
+            return
         except (EOFError, OSError):
             self._lose(worker, work, ERROR, "death", "its worker process died")
             return
