@@ -54,14 +54,19 @@ def read_tests(row: dict[str, Any]) -> Tests:
     # A builtin is Python's own, unless tests call nothing else and the reference defines it, as MBPP's `sum(a, b)`.
     missing = called - set(dir(builtins)) or called & _names([row.get("answer") or ""], ast.Store)
     if not missing:
-        raise ValueError(f"test_list={row['test_list']!r:.80} calls no function that a program could define")
+        raise ValueError(
+            f"test_list={row['test_list']!r:.80} calls no function that a program could define; give the "
+            "reference in `code`, or leave the row out"
+        )
     return Tests(setup, tests, tuple(sorted(missing)), "")
 
 
 def _names(sources: Iterable[str], context: type) -> set[str]:
     """Names that code reads (ast.Load), or that it defines in any way (ast.Store)."""
     found, defines = set(), context is ast.Store
-    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
+    with warnings.catch_warnings(action="ignore"):  # the compiler's, which would go to the terminal
+        trees = list(map(ast.parse, sources))
+    for node in (node for tree in trees for node in ast.walk(tree)):
         match node:
             case ast.Name(id=name, ctx=used) if isinstance(used, context):
                 found.add(name)
@@ -95,8 +100,7 @@ def _programs(completions: list[str], columns: dict[str, list]) -> list[tuple[st
 
 def _defines(program: str, tests: Tests) -> bool:
     try:
-        with warnings.catch_warnings(action="ignore"):  # the compiler's, which would go to the terminal
-            return set(tests.functions) <= _names([program], ast.Store)
+        return set(tests.functions) <= _names([program], ast.Store)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # a zero byte, or nesting without end
         return False
 
