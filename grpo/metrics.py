@@ -176,10 +176,11 @@ class RunLogger:
         """completions/step_N.jsonl: the lines of each group (see `completion_lines`); trackers get the first groups."""
         if self.is_writer:
             folder = self.run_dir / "completions"
-            records = [json.loads(line) for lines in groups[:GROUPS_WITH_TOKENS] for line in lines.split("\n")[:-1]]
-            rows = [[record[name] for name in COMPLETION_COLUMNS] for record in records]
-            for tracker in self._open_trackers().values():
-                tracker.log_completions(step, rows)
+            if trackers := self._open_trackers():
+                lines = "".join(groups[:GROUPS_WITH_TOKENS]).split("\n")[:-1]
+                rows = [[record[name] for name in COMPLETION_COLUMNS] for record in map(json.loads, lines)]
+                for tracker in trackers.values():
+                    tracker.log_completions(step, rows)
             with self._naming_the_folder():
                 folder.mkdir(exist_ok=True)
                 (folder / f"step_{step}.jsonl").write_text("".join(groups), encoding="utf-8")

@@ -164,7 +164,7 @@ def test_what_cannot_be_written_is_told_with_the_folder(logger, tmp_path):
         logger.log_completions(1, [])
 
 
-def test_completion_records_hold_what_the_reward_checker_reads():
+def test_completion_lines_hold_what_the_reward_checker_reads():
     columns = {"tokens": 57, "status": "a column of this name is ours"}
     problem = Problem("train/7", "2+3?", "5", prompt="Question: 2+3?\nAnswer:", columns=columns)
     group = Group(
