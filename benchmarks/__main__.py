@@ -1,4 +1,4 @@
-"""Benchmarks that need no GPU, no other trainer and no hour, one after the other: python -m benchmarks (make bench)."""
+"""Benchmarks that need neither a GPU, nor another trainer, nor an hour: python -m benchmarks (make bench)."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class DataConfig:
     answer_column: str = "answer"
     """Column that holds the reference answer (task `jsonl`)."""
     validation_fraction: Annotated[float, "(0, 1)"] = 0.1
-    """Share of the training file held out for validation, drawn with `split_seed`; of a single file or split as much again for test. The embedded rows of tasks `code` and `keywords` have a quarter for each."""
+    """Share of the training file held out for validation, drawn with `split_seed`; where there is only one file or split, as much again is held out for test. The embedded rows of tasks `code` and `keywords` have a quarter for each."""
     split_seed: int = 0
     """Seed of the train/validation split. Apart from `seed`, so that runs with different seeds share one split."""
     drop_overlong: bool = False

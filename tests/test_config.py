@@ -330,7 +330,7 @@ def test_the_help_shows_every_option_with_its_docstring_and_its_default(yaml_pat
     [
         ("rollout.prompts_per_step", 30, "rollout.prompts_per_step=30 is not divisible by world_size=8; use 24 or 32"),
         ("rollout.prompts_per_step", 4, "prompts_per_step=4 is not divisible by world_size=8; use 8$"),
-        ("batch.minibatches", 3, "prompts_per_step=16 is not divisible by batch.minibatches=3; use 24"),
+        ("batch.minibatches", 3, "prompts_per_step=16 is not divisible by batch.minibatches=3; use 24$"),
         ("batch.minibatches", 4, r"is not divisible by batch.minibatches \* world_size=32; use 32"),
         ("rollout.prompts_per_step", 0, r"rollout.prompts_per_step=0 is outside \[1, inf\)"),
         ("batch.minibatches", 0, r"batch.minibatches=0 is outside \[1, inf\)"),
@@ -405,8 +405,9 @@ def test_settings_that_do_not_go_together_are_refused_and_each_alone_is_not(valu
     with pytest.raises(ValueError, match=message):
         check(from_dict(values), world_size=1)
     alone = [{section: {key: value}} for section, keys in values.items() for key, value in keys.items()]
-    for setting in alone if len(alone) > 1 else ():
-        check(from_dict(setting), world_size=1)
+    if len(alone) > 1:
+        for setting in alone:
+            check(from_dict(setting), world_size=1)
 
 
 @pytest.mark.parametrize(
