@@ -63,6 +63,8 @@ def test_a_term_counts_only_under_its_heading():
     first, second = "I am sure that this is a pneumonia.", "She will be given an antibiotic for a week."
     assert pay(f"Diagnosis: {first}\nTherapy: {second}", sections=sections) == 2 / 4
     assert pay(f"**Diagnosis:** {first}\n\n## therapy:\n{second}", sections=sections) == 2 / 4
+    assert pay(f"1. Diagnosis: {first}\n 2) **Therapy**: {second}", sections=sections) == 2 / 4
+    assert pay(f"- **Diagnosis:** {first}\n* Therapy: {second}", sections=["1. diagnosis", *sections[1:]]) == 2 / 4
     assert pay(f"Therapy: {first}\nDiagnosis: {second}", sections=sections) == 0
     assert pay(f"{first} {second}", sections=sections) == 0
 

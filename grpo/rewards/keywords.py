@@ -2,7 +2,7 @@
 
 A row has `groups`, a list of groups of terms that mean the same (any one of them is enough), and optionally
 `sections`, a heading for each group or null: its term must stand under a line that opens with that heading and a
-colon; and `ordered`: the groups must come in their order.
+colon, marks and numbers of a list aside; and `ordered`: the groups must come in their order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import defaultdict
 LIST_CREDIT = 0.5  # of a term outside a sentence
 SENTENCE_WORDS = 5  # fewer are a list item or a heading
 HEADING_CHARACTERS = 40  # at most, before the colon
+_LIST_MARK = re.compile(r"[\s#*+-]*(?:\d{1,2}[.)]\s)?")
 _WORD = re.compile(r"[^\W_]+")
 _SENTENCE_END = re.compile(r"[.!?]\s|\n+")
 _ENDINGS = (("ies", "y"), ("ing", ""), ("ed", ""), ("es", ""), ("s", ""), ("e", ""))
@@ -46,7 +47,7 @@ def keyword_reward(
 def _score(text: str, groups: list[list[str]], headings: list[str | None], ordered: bool) -> float:
     terms = [[stems(term) for term in group] for group in groups]
     parts = _sections(text)
-    shown = [[(0, text)] if heading is None else parts[heading.casefold()] for heading in headings]
+    shown = [[(0, text)] if heading is None else parts[_heading(heading)] for heading in headings]
     matches = [_find(part, group, terms) for part, group in zip(shown, terms, strict=True)]
     found = [match for match in matches if match]
     credit = sum(credit for _, credit in found)
@@ -65,13 +66,18 @@ def _sections(text: str) -> dict[str, Pieces]:
     found, heading, place = defaultdict(list), "", 0
     for line in text.split("\n"):
         before, colon, after = line.partition(":")
-        name, start = before.strip(" \t#*"), place
+        name, start = _heading(before), place
         place += len(_WORD.findall(line))
         if colon and 0 < len(name) <= HEADING_CHARACTERS:
-            heading, line = name.casefold(), after
+            heading, line = name, after
             start = place - len(_WORD.findall(after))
         found[heading].append((start, line))
     return found
+
+
+def _heading(text: str) -> str:
+    """Without case, marks of Markdown and the number of a list: `2. **Therapy` is therapy."""
+    return text[_LIST_MARK.match(text).end() :].strip(" \t#*").casefold()
 
 
 def _find(pieces: Pieces, group: list[list[str]], every: list[list[list[str]]]) -> tuple[int, float] | None:
