@@ -10,7 +10,6 @@ import ast
 import builtins
 import re
 import warnings
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ def read_tests(row: dict[str, Any]) -> Tests:
     if name := row.get("entry_point"):
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"entry_point={name!r:.80} is no name of a function")
-        if "check" not in _names([row["test"]], ast.Store):
+        if "check" not in _names(row["test"], ast.Store):
             raise ValueError(f"test={row['test']!r:.80} defines no function `check`")
         return Tests(row["test"], (f"check({name})",), (name,), row.get("question") or "")
     if not row.get("test_list"):
@@ -50,9 +49,10 @@ def read_tests(row: dict[str, Any]) -> Tests:
             raise ValueError(f"{name}={value!r:.80} is no list of {lines}")
     setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""])
     tests = tuple(row["test_list"])
-    called = _names(tests, ast.Load) - _names([setup, *tests], ast.Store)
+    names = lambda sources, context: frozenset().union(*(_names(source, context) for source in sources))
+    called = names(tests, ast.Load) - names([setup, *tests], ast.Store)
     # A builtin is Python's own, unless tests call nothing else and the reference defines it, as MBPP's `sum(a, b)`.
-    missing = called - set(dir(builtins)) or called & _names([row.get("answer") or ""], ast.Store)
+    missing = called - set(dir(builtins)) or called & _names(row.get("answer") or "", ast.Store)
     if not missing:
         raise ValueError(
             f"test_list={row['test_list']!r:.80} calls no function that a program could define; give the "
@@ -61,12 +61,13 @@ def read_tests(row: dict[str, Any]) -> Tests:
     return Tests(setup, tests, tuple(sorted(missing)), "")
 
 
-def _names(sources: Iterable[str], context: type) -> set[str]:
+@lru_cache(maxsize=1024)  # the tests of a row are read for each of its completions, and by each component
+def _names(source: str, context: type) -> frozenset[str]:
     """Names that code reads (ast.Load), or that it defines in any way (ast.Store)."""
     found, defines = set(), context is ast.Store
     with warnings.catch_warnings(action="ignore"):  # the compiler's, which would go to the terminal
-        trees = list(map(ast.parse, sources))
-    for node in (node for tree in trees for node in ast.walk(tree)):
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
         match node:
             case ast.Name(id=name, ctx=used) if isinstance(used, context):
                 found.add(name)
@@ -74,7 +75,7 @@ def _names(sources: Iterable[str], context: type) -> set[str]:
                 found.add(name)
             case ast.alias(name=name, asname=other) if defines:
                 found.add((other or name).split(".")[0])
-    return found
+    return frozenset(found)
 
 
 def parses(completions: list[str], **columns: list) -> list[float]:
@@ -100,7 +101,7 @@ def _programs(completions: list[str], columns: dict[str, list]) -> list[tuple[st
 
 def _defines(program: str, tests: Tests) -> bool:
     try:
-        return set(tests.functions) <= _names([program], ast.Store)
+        return set(tests.functions) <= _names(program, ast.Store)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # a zero byte, or nesting without end
         return False
 
