@@ -240,6 +240,7 @@ def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
         lora.bitsandbytes()  # a missing library is found before a run folder is made
 
     def choose() -> tuple[Path, Path | None]:
+        """By rank 0 alone: what has changed in a config that is gone on with is told, or refused."""
         path = Path(command.resume or command.run_dir or checkpoint.default_run_dir(command.config_path.stem))
         is_restart = checkpoint.restarted_by_launcher()
         goes_on = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)

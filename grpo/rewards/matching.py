@@ -107,7 +107,7 @@ def _boxes(text: str) -> str:
     opened: list[re.Match] = []
     boxes: list[tuple[int, int]] = []
     for brace in _BRACE.finditer(text):
-        if brace[0].endswith("{") and brace[0] != r"\{":
+        if brace[0] in ("{", r"\boxed{"):
             opened.append(brace)
         elif brace[0] == "}" and opened:
             start = opened.pop()
