@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import base as base_room
 from grpo.base import Supervisor, build_model, build_tokenizer, collate, continue_supervised, prepare_base
-from grpo.config import BaseConfig, DataConfig, RewardsConfig
+from grpo.config import BaseConfig, Config, DataConfig, PromptConfig, RewardsConfig
+from grpo.dry_run import model_facts
 from grpo.records import Problem
 from grpo.tasks import make_task
 
@@ -89,6 +90,15 @@ def test_a_level_says_how_many_tokens_its_prompts_and_solutions_take(level):
     longest = max(len(tokenizer(problem.solution).input_ids) + 1 for problem in problems)
     assert sum(prompts) / 1000 == pytest.approx(task.level.prompt_tokens, abs=1)
     assert longest < task.level.solution_tokens < 1.3 * longest
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_dry_run_takes_prompts_with_exemplars_to_be_about_as_long_as_they_are(level):
+    config = Config(data=DataConfig(level=level), prompt=PromptConfig(shots=8))
+    task = make_task("word_problems", config.data, config.rewards)
+    prompts = [task.plain_prompt(task.solved[i].question, task.exemplars) for i in range(100)]
+    mean = sum(map(len, build_tokenizer(task)(prompts).input_ids)) / 100
+    assert model_facts(config, torch.device("cpu")).prompt_tokens == pytest.approx(mean, rel=0.2)
 
 
 def test_two_levels_have_two_models_in_the_cache(task, folder):
