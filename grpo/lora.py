@@ -58,7 +58,10 @@ class LoraLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         # Without a gradient (sampler, old, reference) there is no dropout: those are the policy's own log-probs.
         kept = F.dropout(x, self.dropout) if self.dropout and torch.is_grad_enabled() else x
-        return torch.add(self.frozen(x), F.linear(F.linear(kept, self.lora_A), self.lora_B), alpha=self.scale)
+        output, low = self.frozen(x), F.linear(kept, self.lora_A)
+        total, low = (rows.view(-1, rows.shape[-1]) for rows in (output, low))
+        total.addmm_(low, self.lora_B.t(), alpha=self.scale)  # in place: the sum is as large as the output
+        return output
 
     def frozen(self, x: Tensor) -> Tensor:
         """W x + bias."""

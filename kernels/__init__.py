@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.decode_attention import cpu as decode_attention_cpu
 from kernels.decode_attention import reference as decode_attention_reference
 from kernels.linear_logprob import modes
 from kernels.linear_logprob.rows import TORCH, Temper
@@ -179,7 +180,9 @@ def decode_attention(
 
         if _serves("decode_attention", impl, kernel.obstacle(query, key, value, prefix, suffix)):
             return kernel.decode_attention(query, key, value, prefix, suffix, **layout)
-    return decode_attention_reference.decode_attention(query, key, value, prefix, suffix, **layout)
+    is_for_cpu = decode_attention_cpu.serves(query, prefix, suffix, **layout)
+    how = decode_attention_cpu if is_for_cpu else decode_attention_reference
+    return how.decode_attention(query, key, value, prefix, suffix, **layout)
 
 
 def sample_token(logits: Tensor, uniforms: Tensor, *, impl: str, **options) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
-"""decode_attention, reference and Triton kernel, against a softmax in fp64 row by row.
+"""decode_attention, definition, CPU path and Triton kernel, against a softmax in fp64 row by row.
 
 Triton runs in its interpreter on CPU, where bf16 products are wrong, and compiled on CUDA.
 """
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import kernels  # noqa: E402
-from kernels.decode_attention import kernel, reference  # noqa: E402
+from kernels.decode_attention import cpu, kernel, reference  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 ROUNDING = {torch.float32: 2e-6 if DEVICE == "cpu" else 3e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 EXACT = {"cpu": 3e-6, "cuda": 3e-5}[DEVICE]  # fp32; a GPU's kernel multiplies it as three products of TF32
-STALE = {"torch": 1e4, "triton": math.nan}  # the reference wants finite numbers where nothing is stored
+STALE = {"definition": 1e4, "torch": 1e4, "triton": math.nan}  # PyTorch wants finite numbers where nothing is stored
 
 
 @dataclass
@@ -69,7 +70,8 @@ def attend(case, impl, *, stale=None, **terms):
         for stored, new in zip(suffix, newest, strict=True):
             new[row] = stored[row, :, suffix_length - 1]
             stored[row, :, max(0, suffix_length - 1) :] = stale
-    output = kernels.decode_attention(
+    call = reference.decode_attention if impl == "definition" else partial(kernels.decode_attention, impl=impl)
+    output = call(
         case.query,
         *newest,
         tuple(prefix),
@@ -79,7 +81,6 @@ def attend(case, impl, *, stale=None, **terms):
         prefix_lengths=torch.tensor([length for _, _, length, _ in case.rows()], device=DEVICE),
         suffix_lengths=torch.tensor(case.suffix_lengths, device=DEVICE) - 1,
         scale=0.5,
-        impl=impl,
         **terms,
     )
     return output, suffix
@@ -102,7 +103,7 @@ def truth(case, *, softcap=None, window=None):
     return output
 
 
-IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])
+IMPLS = pytest.mark.parametrize("impl", list(STALE))
 
 
 @IMPLS
@@ -129,7 +130,7 @@ def test_the_kernel_is_as_exact_as_the_reference(heads, kv_heads, width, prefix_
     case.query *= 0.2  # scores up to 10, so that rounding one, the same in all implementations, shifts little
     expected = truth(case, **terms)
     error = {impl: (attend(case, impl, **terms)[0] - expected).abs().max() for impl in STALE}
-    assert error["triton"] <= error["torch"] + ROUNDING[dtype]
+    assert max(error["triton"], error["torch"]) <= error["definition"] + ROUNDING[dtype]
 
 
 @IMPLS
@@ -147,7 +148,7 @@ def test_the_newest_key_and_value_are_stored_and_nothing_else_changes(impl):
     for stored, expected in zip(suffix, case.suffix, strict=True):
         for row, _, _, length in case.rows():
             assert torch.equal(stored[row, :, :length], expected[row, :, :length])
-            assert (stored[row, :, length:] == 7).all() or (length == 0 and impl == "torch")
+            assert (stored[row, :, length:] == 7).all() or (length == 0 and impl != "triton")
 
 
 @IMPLS
@@ -172,7 +173,7 @@ def test_a_neighbours_length_does_not_change_a_bit_of_a_rows_output():
         assert torch.equal(attend(case, "triton", **terms)[0][0], attend(other, "triton", **terms)[0][0])
 
 
-@pytest.mark.parametrize("impl", ["torch"] + ["triton"] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("impl", ["definition", "torch"] + ["triton"] * (DEVICE == "cuda"))
 def test_bf16_scores_are_not_rounded_before_the_softmax(impl):
     case = make(4, 2, **SMALL, dtype=torch.bfloat16, seed=4)
     case.query *= 4  # scores near 10, where bf16 numbers lie 0.06 apart
@@ -181,9 +182,27 @@ def test_bf16_scores_are_not_rounded_before_the_softmax(impl):
     assert (output - truth(case)).abs().max() < 0.02
 
 
-def test_the_reference_reads_what_is_stored_and_nothing_beyond():
+@pytest.mark.parametrize("impl", ["definition", "torch"])
+def test_what_is_stored_is_read_and_nothing_beyond(impl):
     case = make(4, 2, **SMALL)
-    assert torch.equal(attend(case, "torch", stale=1e4)[0], attend(case, "torch", stale=0.0)[0])
+    assert torch.equal(attend(case, impl, stale=1e4)[0], attend(case, impl, stale=0.0)[0])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="torch's flash attention for CPUs")
+@pytest.mark.parametrize("terms", [{}, {"window": 17}])  # 9 keys in the longest prefix, 7 and one in the suffixes
+def test_the_cpu_path_is_exact_in_fp64_also_with_a_window_that_hides_nothing(monkeypatch, terms):
+    monkeypatch.setattr(reference, "decode_attention", None)
+    case = make(5, 1, **SMALL, dtype=torch.float64)
+    assert (attend(case, "torch", **terms)[0] - truth(case, **terms)).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("terms", [{"softcap": 1.5}, {"window": 15}])
+def test_the_cpu_path_leaves_to_the_definition_what_it_cannot_do(terms):
+    case = make(4, 2, **SMALL)
+    assert not cpu.serves(case.query, case.prefix, case.suffix, **terms)
+    assert not cpu.serves(case.query.bfloat16(), case.prefix, case.suffix)
+    narrow = case.prefix[0], case.prefix[1][..., :8]  # values of another width
+    assert not cpu.serves(case.query, narrow, case.suffix)
 
 
 def test_prefix_chunks_cover_every_key_once_and_fill_the_device():
@@ -223,4 +242,4 @@ def test_the_reference_stores_and_then_attends():
     layout = dict(seats=case.seats, place=torch.tensor(case.place, device=DEVICE), prefix_lengths=rows, scale=0.5)
     lengths = torch.tensor(case.suffix_lengths, device=DEVICE)
     attended = reference.attend(case.query, case.prefix, case.suffix, suffix_lengths=lengths, **layout)
-    assert torch.allclose(attended, attend(case, "torch")[0], atol=1e-6)
+    assert torch.allclose(attended, attend(case, "definition")[0], atol=1e-6)

@@ -1,7 +1,8 @@
 """One layer's attention in a decode step: python -m kernels.decode_attention.bench
 
-The reference, the Triton kernels (on CUDA) and, as the usual way, PyTorch's own attention over keys in which every row
-has a copy of its group's prefix; that one is given its keys already stored and joined. All rows have full length.
+The reference, what runs in its place (on a CPU flash attention in two parts, on CUDA the Triton kernels) and, as the
+usual way, PyTorch's own attention over keys in which every row has a copy of its group's prefix; that one is given its
+keys already stored and joined. All rows have full length.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import kernels
+from kernels.decode_attention import reference
 from kernels.measure import alternate, run_bench, show
 
 
@@ -63,13 +65,13 @@ def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, objec
     """Times of every contender, printed and returned, and how far each output is from the reference's."""
     tensors, layout = make_inputs(shape, device)
     query, _, _, prefix, suffix = tensors
-    ours = lambda impl: lambda: kernels.decode_attention(*tensors, impl=impl, **layout)
-    expected = ours("torch")()  # stores the newest
+    defined = lambda: reference.decode_attention(*tensors, **layout)
+    expected = defined()  # stores the newest
     joined = [torch.cat([x.repeat_interleave(shape.seats, 0), y], 2) for x, y in zip(prefix, suffix, strict=True)]
     peer = lambda: F.scaled_dot_product_attention(query[:, :, None], *joined, enable_gqa=True)[:, :, 0]
-    contenders = {"reference": ours("torch"), "SDPA, prefix repeated": peer}
-    if device.type == "cuda":
-        contenders["triton"] = ours("triton")
+    ours = lambda: kernels.decode_attention(*tensors, impl="auto", **layout)
+    contenders = {"reference": defined, "SDPA, prefix repeated": peer}
+    contenders["triton" if device.type == "cuda" else "flash, two parts"] = ours
     errors = {name: (call() - expected).abs().max().item() for name, call in contenders.items()}
     taken = alternate(contenders, device, repeats)
     num_bytes = sum(x.nbytes for x in (*prefix, *suffix))

@@ -28,11 +28,16 @@ def decode_attention(
     key, value: [B, Hkv, D].  suffix_lengths: [B] int64, without the newest token; -1 is an idle row: its output is 0,
     and its suffix may be anything afterwards. The rest is `attend`'s. The device is never waited for.
     """
-    row = torch.arange(len(query), device=query.device)
-    for stored, newest in zip(suffix, (key, value), strict=True):
-        stored[row, :, suffix_lengths] = newest  # -1 is the last position: of an idle row nobody reads it
+    store_newest(key, value, suffix, suffix_lengths)
     output = attend(query, prefix, suffix, suffix_lengths=suffix_lengths + 1, **layout)
     return output.masked_fill_((suffix_lengths < 0)[:, None, None], 0)
+
+
+def store_newest(key: Tensor, value: Tensor, suffix: tuple[Tensor, Tensor], suffix_lengths: Tensor) -> None:
+    """The newest key and value of row b, [B, Hkv, D], to its place suffix_lengths[b]."""
+    row = torch.arange(len(key), device=key.device)
+    for stored, newest in zip(suffix, (key, value), strict=True):
+        stored[row, :, suffix_lengths] = newest  # -1 is the last position: of an idle row nobody reads it
 
 
 def attend(
@@ -61,26 +66,26 @@ def attend(
     num_groups, kv_heads, prefix_size, _ = prefix_key.shape
     query = query.reshape(num_rows, kv_heads, num_heads // kv_heads, -1)
 
-    shared = _matmul_fp32(_take_seats(query, num_groups, seats, place), prefix_key)
-    scores = torch.cat([_leave_seats(shared, seats, place), _matmul_fp32(query, suffix_key)], -1) * scale
+    shared = _matmul_fp32(take_seats(query, num_groups, seats, place), prefix_key)
+    scores = torch.cat([leave_seats(shared, seats, place), _matmul_fp32(query, suffix_key)], -1) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = _visible(prefix_lengths, suffix_lengths, prefix_size, suffix_key.shape[2], window)
     probs = scores.masked_fill_(~visible[:, None, None], -math.inf).softmax(-1).to(suffix_value.dtype)
 
-    shared = _take_seats(probs[..., :prefix_size], num_groups, seats, place) @ prefix_value
-    output = _leave_seats(shared, seats, place) + probs[..., prefix_size:] @ suffix_value
+    shared = take_seats(probs[..., :prefix_size], num_groups, seats, place) @ prefix_value
+    output = leave_seats(shared, seats, place) + probs[..., prefix_size:] @ suffix_value
     return output.reshape(num_rows, num_heads, -1)
 
 
-def _take_seats(rows: Tensor, num_groups: int, seats: int, place: Tensor) -> Tensor:
+def take_seats(rows: Tensor, num_groups: int, seats: int, place: Tensor) -> Tensor:
     """[B, Hkv, R, N] -> [C, Hkv, seats * R, N]: the rows of a group stacked, empty seats 0."""
     if len(rows) < num_groups * seats:
         rows = rows.new_zeros(num_groups * seats, *rows.shape[1:]).index_copy_(0, place, rows)
     return rows.unflatten(0, (num_groups, seats)).transpose(1, 2).flatten(2, 3)
 
 
-def _leave_seats(grid: Tensor, seats: int, place: Tensor) -> Tensor:
+def leave_seats(grid: Tensor, seats: int, place: Tensor) -> Tensor:
     """[C, Hkv, seats * R, N] -> [B, Hkv, R, N], the inverse."""
     rows = grid.unflatten(2, (seats, -1)).transpose(1, 2).flatten(0, 1)
     return rows if len(place) == len(rows) else rows[place]

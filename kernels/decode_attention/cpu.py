@@ -1,0 +1,60 @@
+"""On a CPU: prefix and suffix apart, each by torch's flash attention, merged by their log-sum-exps.
+
+No score is stored, no key is copied. What it does not do (a softcap, a sliding window, bf16) the definition does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.decode_attention.reference import leave_seats, store_newest, take_seats
+
+
+def serves(query: Tensor, prefix: tuple, suffix: tuple, *, softcap=None, window=None, **layout) -> bool:
+    """Whether `decode_attention` computes this call."""
+    is_wide = window is None or window >= prefix[0].shape[2] + suffix[0].shape[2]  # and hides nothing
+    is_plain = softcap is None and is_wide and prefix[0].shape[-1] == prefix[1].shape[-1]
+    return query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and is_plain
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    suffix: tuple[Tensor, Tensor],
+    *,
+    seats: int,
+    place: Tensor,
+    prefix_lengths: Tensor,
+    suffix_lengths: Tensor,
+    scale: float,
+    **others,
+) -> Tensor:
+    """As kernels/decode_attention/reference.py defines it, where `serves` says so."""
+    store_newest(key, value, suffix, suffix_lengths)
+    num_rows, num_heads, width = query.shape
+    num_groups, kv_heads, longest, _ = prefix[0].shape
+    query = query.reshape(num_rows, kv_heads, num_heads // kv_heads, width)
+    output, lse = _flash(query, suffix, suffix_lengths + 1, scale)
+    if longest:
+        lengths = prefix_lengths.new_zeros(num_groups).index_copy_(0, place // seats, prefix_lengths)
+        shared, shared_lse = _flash(take_seats(query, num_groups, seats, place), prefix, lengths, scale)
+        shared, shared_lse = (leave_seats(part, seats, place) for part in (shared, shared_lse[..., None]))
+        share = torch.sigmoid(shared_lse - lse[..., None])  # of the softmax's sum, exp(shared_lse) / (both)
+        output = torch.lerp(output, shared, share)
+    return output.reshape(num_rows, num_heads, width).masked_fill_((suffix_lengths < 0)[:, None, None], 0)
+
+
+def _flash(query: Tensor, stored: tuple[Tensor, Tensor], lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of [N, Hkv, R, D] to the first lengths[n] of [N, Hkv, S, D]: output, and log-sum-exp [N, Hkv, R]."""
+    key, value = stored
+    is_hidden = torch.arange(key.shape[2]) >= lengths[:, None]
+    mask = torch.zeros(is_hidden.shape, dtype=query.dtype).masked_fill_(is_hidden, -math.inf)[:, None, None]
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=mask, scale=scale
+    )
+    return output, lse.masked_fill((lengths < 1)[:, None, None], -math.inf)  # which it leaves undefined
