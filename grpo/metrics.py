@@ -251,8 +251,8 @@ def completion_lines(
     """The lines of each group in completions/, a JSON object a completion. advantages: [P, G].
 
     `python -m grpo.rewards check` reads these lines again, for rewards that need no further column of the problem. A
-    component without a value is null; its status says why. The first num_with_tokens groups also have each token's text
-    and log-prob as sampled, natural, to 3 decimals.
+    component without a value is null; its status says why. Numbers have 6 digits. The first num_with_tokens groups also
+    have each token's text and log-prob as sampled, natural, to 3 decimals.
     """
     texts = [""] * len(groups)
     columns = (scores.components.tolist(), scores.status, scores.total.tolist(), advantages.tolist())
@@ -265,16 +265,21 @@ def completion_lines(
                 "completion": completion.text,
                 "answer": group.problem.answer,
                 "finish_reason": completion.finish,
-                "rewards": {n: None if math.isnan(v) else v for n, v in zip(scores.names, values, strict=True)},
+                "rewards": {n: None if math.isnan(v) else _short(v) for n, v in zip(scores.names, values, strict=True)},
                 "status": dict(zip(scores.names, status, strict=True)),
-                "reward": reward,
-                "advantage": advantage,
+                "reward": _short(reward),
+                "advantage": _short(advantage),
             }
             if p < num_with_tokens:
                 record["tokens"] = [token_text(token) for token in completion.ids]
                 record["logprobs"] = [round(logprob, 3) for logprob in completion.logprobs]
             texts[p] += json.dumps(record, ensure_ascii=False) + "\n"
     return texts
+
+
+def _short(value: float) -> float:
+    """The 6 digits that fp32 has for certain: 0.1, and not 0.10000000149011612."""
+    return float(f"{value:.6g}")
 
 
 def token_texts(tokenizer: Any) -> Callable[[int], str]:

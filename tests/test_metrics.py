@@ -194,6 +194,15 @@ def test_completion_lines_hold_what_the_reward_checker_reads():
     assert (second["completion"], second["finish_reason"], second["advantage"]) == ("6\u2028", "length", -1.0)
 
 
+def test_a_completion_line_has_no_digits_beyond_those_of_fp32():
+    group = Group(Problem("0", "", ""), [Completion([0], [-0.1], "x", "eos", 0)], 1)
+    one = torch.ones(1, 1)
+    scores = Scores(("c",), (1.0,), one[None] / 3, [[["ok"]]], one / 10, one > 0, one.long(), one > 1)
+    (line,) = metrics.completion_lines([group], scores, -one / 7, "a".__getitem__, num_with_tokens=0)
+    record = json.loads(line)
+    assert (record["rewards"], record["reward"], record["advantage"]) == ({"c": 0.333333}, 0.1, -0.142857)
+
+
 def test_only_the_first_groups_of_a_step_are_recorded_token_by_token():
     count = 3
     groups = [Group(Problem(str(p), "", ""), [Completion([0], [-0.12345], "x", "eos", 0)], 1) for p in range(count)]
