@@ -52,6 +52,7 @@ PANELS = {  # title: key, without its components; the validation accuracy has a 
     "entropy, nats": "entropy",
     "completion length, tokens": "completion_length",
     "tokens per second": "tokens_per_second",
+    "gradient norm": "grad_norm",  # in the place of one that the run has not
 }
 
 
@@ -348,7 +349,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(run_dir: Path, *, start_accuracy: float | None = None, supervised: Points = ()) -> None:
-    """curves.png: reward by component, validation accuracy, KL, entropy, length and speed over training steps.
+    """curves.png: reward by component, validation accuracy, KL, entropy, length and speed over training steps; the
+    norm of the gradient where there is no KL.
 
     start_accuracy: validation accuracy before the first step. supervised: (seconds, accuracy) of supervised training
     that went on instead; the accuracy panel then counts training seconds (evaluation and checkpoints left out), so
@@ -360,8 +362,11 @@ def draw_curves(run_dir: Path, *, start_accuracy: float | None = None, supervise
     figure = Figure(figsize=(11, 6.2), layout="constrained")  # to be read at the width of a page
     accuracy_axes, *others = figure.subplots(2, 3).flat
     _draw_accuracy(accuracy_axes, rows, start_accuracy, supervised)
-    for axes, (title, key) in zip(others, PANELS.items(), strict=True):
-        for name in sorted({name for row in rows for name in row if name.split("/")[0] == key}):
+    recorded = sorted({name for row in rows for name in row})
+    lines = {title: [name for name in recorded if name.split("/")[0] == key] for title, key in PANELS.items()}
+    shown = sorted(PANELS, key=lambda title: not lines[title])[: len(others)]
+    for axes, title in zip(others, sorted(shown, key=[*PANELS].index), strict=True):
+        for name in lines[title]:
             _draw_line(axes, *_points(rows, name), name)
         axes.set(title=title, xlabel="training step")
         axes.yaxis.set_major_formatter("{x:,g}")

@@ -255,6 +255,19 @@ def drawn_lines(logger, tmp_path, monkeypatch, steps):
     return [(line.get_label(), line.get_marker(), line.get_ydata().tolist()) for line in axes[1].get_lines()]
 
 
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_the_gradient_norm_has_the_panel_of_a_kl_that_there_is_not(logger, monkeypatch, has_reference):
+    figure, charts = pytest.importorskip("matplotlib.figure"), []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: charts.append(self))
+    whole = row(1, entropy=0.5, completion_length=9.0, tokens_per_second=70.0, grad_norm=0.1)
+    logger.log({key: value for key, value in whole.items() if key != "kl" or has_reference})
+    logger.draw_curves(start_accuracy=0.1)
+    _, *others = charts[0].axes
+    lines = [[line.get_label() for line in axes.get_lines()] for axes in others]
+    assert all(lines) and (["kl"] in lines, ["grad_norm"] in lines) == (has_reference, not has_reference)
+    assert [axes.get_title() for axes in others][-1] == ("tokens per second" if has_reference else "gradient norm")
+
+
 def test_curves_of_one_step_are_points_that_can_be_seen(logger, tmp_path, monkeypatch):
     assert ("reward", ".", [1]) in drawn_lines(logger, tmp_path, monkeypatch, 1)
 
