@@ -96,7 +96,7 @@ def test_a_training_command_of_the_page_dry_runs_with_a_small_local_model(comman
         (workplace / own).touch()
     if "code" in command:
         skip_without_walls()
-    if "gsm8k" in command or "code" in command or "keywords" in command:
+    if any(name in command for name in ("gsm8k", "code", "keywords", "smollm2")):
         options += ["--model.path", model]
     elif "--model.path" in options:
         options[options.index("--model.path") + 1] = model
@@ -170,6 +170,10 @@ def test_your_own_data_and_reward_run_as_the_page_says(model, workplace):
     options[options.index("--model.path") + 1] = model
     assert train.main([*options, *SMALL]) == 0
     assert 0 <= read_metrics(workplace / "runs" / "pens")[0]["reward"] <= 1
+    (pretrained,) = (options_of(command) for command in TRAINING if "smollm2" in command)
+    assert train.main([*pretrained, "--model.path", model, *SMALL, "--rollout.max-new-tokens", "8"]) == 0
+    first = (workplace / "runs" / "smollm2" / "completions" / "step_1.jsonl").read_text()
+    assert re.match(r'.*How many pens do they have\?\\nAnswer:', first), "asked like GSM8K"
 
 
 def test_a_sagemaker_job_gives_train_py_its_hyperparameters_and_started_again_goes_on(tmp_path, monkeypatch):
