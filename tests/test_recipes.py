@@ -173,7 +173,7 @@ def test_your_own_data_and_reward_run_as_the_page_says(model, workplace):
     (pretrained,) = (options_of(command) for command in TRAINING if "smollm2" in command)
     assert train.main([*pretrained, "--model.path", model, *SMALL, "--rollout.max-new-tokens", "8"]) == 0
     first = (workplace / "runs" / "smollm2" / "completions" / "step_1.jsonl").read_text()
-    assert re.match(r'.*How many pens do they have\?\\nAnswer:', first), "asked like GSM8K"
+    assert re.match(r".*How many pens do they have\?\\nAnswer:", first), "asked like GSM8K"
 
 
 def test_a_sagemaker_job_gives_train_py_its_hyperparameters_and_started_again_goes_on(tmp_path, monkeypatch):
