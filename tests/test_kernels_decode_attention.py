@@ -78,7 +78,8 @@ def attend(case, impl, *, stale=None, **terms):
         tuple(suffix),
         seats=case.seats,
         place=torch.tensor(case.place, device=DEVICE),
-        prefix_lengths=torch.tensor([length for _, _, length, _ in case.rows()], device=DEVICE),
+        # A row without an owner, in a seat of anybody's, knows no prefix.
+        prefix_lengths=torch.tensor([length if own else 0 for _, _, length, own in case.rows()], device=DEVICE),
         suffix_lengths=torch.tensor(case.suffix_lengths, device=DEVICE) - 1,
         scale=0.5,
         **terms,

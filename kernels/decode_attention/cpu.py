@@ -41,7 +41,8 @@ def decode_attention(
     query = query.reshape(num_rows, kv_heads, num_heads // kv_heads, width)
     output, lse = _flash(query, suffix, suffix_lengths + 1, scale)
     if longest:
-        lengths = prefix_lengths.new_zeros(num_groups).index_copy_(0, place // seats, prefix_lengths)
+        lengths = prefix_lengths.new_zeros(num_groups)
+        lengths.scatter_reduce_(0, place // seats, prefix_lengths, "amax")  # an idle row may say less than its group
         shared, shared_lse = _flash(take_seats(query, num_groups, seats, place), prefix, lengths, scale)
         shared, shared_lse = (leave_seats(part, seats, place) for part in (shared, shared_lse[..., None]))
         share = torch.sigmoid(shared_lse - lse[..., None])  # of the softmax's sum, exp(shared_lse) / (both)
