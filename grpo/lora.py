@@ -59,8 +59,8 @@ class LoraLinear(nn.Linear):
         # Without a gradient (sampler, old, reference) there is no dropout: those are the policy's own log-probs.
         kept = F.dropout(x, self.dropout) if self.dropout and torch.is_grad_enabled() else x
         output, low = self.frozen(x), F.linear(kept, self.lora_A)
-        total, low = (rows.view(-1, rows.shape[-1]) for rows in (output, low))
-        total.addmm_(low, self.lora_B.t(), alpha=self.scale)  # in place: the sum is as large as the output
+        total = output.view(-1, self.out_features)  # added to in place: a sum of its own would be as large
+        total.addmm_(low.view(-1, low.shape[-1]), self.lora_B.t(), alpha=self.scale)
         return output
 
     def frozen(self, x: Tensor) -> Tensor:

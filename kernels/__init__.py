@@ -180,9 +180,8 @@ def decode_attention(
 
         if _serves("decode_attention", impl, kernel.obstacle(query, key, value, prefix, suffix)):
             return kernel.decode_attention(query, key, value, prefix, suffix, **layout)
-    is_for_cpu = decode_attention_cpu.serves(query, prefix, suffix, **layout)
-    how = decode_attention_cpu if is_for_cpu else decode_attention_reference
-    return how.decode_attention(query, key, value, prefix, suffix, **layout)
+    how = decode_attention_cpu.attend if decode_attention_cpu.serves(query, prefix, suffix, **layout) else None
+    return decode_attention_reference.decode_attention(query, key, value, prefix, suffix, how=how, **layout)
 
 
 def sample_token(logits: Tensor, uniforms: Tensor, *, impl: str, **options) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,7 @@ def test_what_is_stored_is_read_and_nothing_beyond(impl):
 @pytest.mark.skipif(DEVICE == "cuda", reason="torch's flash attention for CPUs")
 @pytest.mark.parametrize("terms", [{}, {"window": 17}])  # 9 keys in the longest prefix, 7 and one in the suffixes
 def test_the_cpu_path_is_exact_in_fp64_also_with_a_window_that_hides_nothing(monkeypatch, terms):
-    monkeypatch.setattr(reference, "decode_attention", None)
+    monkeypatch.setattr(reference, "attend", None)
     case = make(5, 1, **SMALL, dtype=torch.float64)
     assert (attend(case, "torch", **terms)[0] - truth(case, **terms)).abs().max() < 1e-14
 

@@ -10,20 +10,18 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.decode_attention.reference import leave_seats, store_newest, take_seats
+from kernels.decode_attention.reference import leave_seats, take_seats
 
 
 def serves(query: Tensor, prefix: tuple, suffix: tuple, *, softcap=None, window=None, **layout) -> bool:
-    """Whether `decode_attention` computes this call."""
+    """Whether `attend` computes this call."""
     is_wide = window is None or window >= prefix[0].shape[2] + suffix[0].shape[2]  # and hides nothing
     is_plain = softcap is None and is_wide and prefix[0].shape[-1] == prefix[1].shape[-1]
     return query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and is_plain
 
 
-def decode_attention(
+def attend(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
     prefix: tuple[Tensor, Tensor],
     suffix: tuple[Tensor, Tensor],
     *,
@@ -34,12 +32,12 @@ def decode_attention(
     scale: float,
     **others,
 ) -> Tensor:
-    """As kernels/decode_attention/reference.py defines it, where `serves` says so."""
-    store_newest(key, value, suffix, suffix_lengths)
+    """As kernels/decode_attention/reference.py defines it, where `serves` says so. Of a row whose suffix is empty the
+    output may be anything."""
     num_rows, num_heads, width = query.shape
     num_groups, kv_heads, longest, _ = prefix[0].shape
     query = query.reshape(num_rows, kv_heads, num_heads // kv_heads, width)
-    output, lse = _flash(query, suffix, suffix_lengths + 1, scale)
+    output, lse = _flash(query, suffix, suffix_lengths, scale)
     if longest:
         lengths = prefix_lengths.new_zeros(num_groups)
         lengths.scatter_reduce_(0, place // seats, prefix_lengths, "amax")  # an idle row may say less than its group
@@ -47,7 +45,7 @@ def decode_attention(
         shared, shared_lse = (leave_seats(part, seats, place) for part in (shared, shared_lse[..., None]))
         share = torch.sigmoid(shared_lse - lse[..., None])  # of the softmax's sum, exp(shared_lse) / (both)
         output = torch.lerp(output, shared, share)
-    return output.reshape(num_rows, num_heads, width).masked_fill_((suffix_lengths < 0)[:, None, None], 0)
+    return output.reshape(num_rows, num_heads, width)
 
 
 def _flash(query: Tensor, stored: tuple[Tensor, Tensor], lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:

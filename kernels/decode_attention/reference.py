@@ -8,6 +8,7 @@ arithmetic and no memory traffic: rows may leave one by one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,23 +22,19 @@ def decode_attention(
     suffix: tuple[Tensor, Tensor],
     *,
     suffix_lengths: Tensor,
+    how: Callable[..., Tensor] | None = None,
     **layout,
 ) -> Tensor:
-    """Store the key and value of each row's newest token at its suffix_lengths[b], then `attend` with it.
+    """Store the key and value of each row's newest token at its suffix_lengths[b], then `attend` with it, or as `how`.
 
     key, value: [B, Hkv, D].  suffix_lengths: [B] int64, without the newest token; -1 is an idle row: its output is 0,
     and its suffix may be anything afterwards. The rest is `attend`'s. The device is never waited for.
     """
-    store_newest(key, value, suffix, suffix_lengths)
-    output = attend(query, prefix, suffix, suffix_lengths=suffix_lengths + 1, **layout)
-    return output.masked_fill_((suffix_lengths < 0)[:, None, None], 0)
-
-
-def store_newest(key: Tensor, value: Tensor, suffix: tuple[Tensor, Tensor], suffix_lengths: Tensor) -> None:
-    """The newest key and value of row b, [B, Hkv, D], to its place suffix_lengths[b]."""
-    row = torch.arange(len(key), device=key.device)
+    row = torch.arange(len(query), device=query.device)
     for stored, newest in zip(suffix, (key, value), strict=True):
         stored[row, :, suffix_lengths] = newest  # -1 is the last position: of an idle row nobody reads it
+    output = (how or attend)(query, prefix, suffix, suffix_lengths=suffix_lengths + 1, **layout)
+    return output.masked_fill_((suffix_lengths < 0)[:, None, None], 0)
 
 
 def attend(
