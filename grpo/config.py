@@ -324,18 +324,38 @@ class Config:
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 THEIRS = {  # names that other trainers have for our keys
+    "batch_size": "rollout.prompts_per_step",
+    "bf16": "model.precision",
+    "dataset_name": "data.path",
+    "dtype": "model.precision",
+    "epochs": "num_steps",
     "epsilon": "objective.clip_low",
     "epsilon_high": "objective.clip_high",
+    "eval_steps": "eval.every",
     "gradient_accumulation_steps": "batch.tokens_per_micro_batch",
+    "kl_coef": "objective.beta",
     "learning_rate": "optim.lr",
+    "lora_r": "lora.rank",
     "loss_type": "objective.preset",
     "max_completion_length": "rollout.max_new_tokens",
     "max_steps": "num_steps",
+    "model": "model.path",
+    "model_name": "model.path",
     "model_name_or_path": "model.path",
+    "n": "rollout.group_size",
     "num_generations": "rollout.group_size",
     "num_iterations": "batch.passes",
     "num_train_epochs": "num_steps",
     "per_device_train_batch_size": "rollout.prompts_per_step",
+    "r": "lora.rank",
+    "report_to": "track",
+    "save_steps": "save_every",
+    "scale_rewards": "objective.advantages",
+    "steps_per_generation": "batch.minibatches",
+    "torch_dtype": "model.precision",
+    "wandb": "track",
+    "warmup_ratio": "optim.warmup",
+    "warmup_steps": "optim.warmup",
 }
 
 

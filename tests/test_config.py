@@ -81,6 +81,8 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
             {"rollout": {"num_generations": 8}},
             "unknown key rollout.num_generations; the nearest is rollout.group_size$",
         ),
+        ({"model": {"dtype": "bf16"}}, "unknown key model.dtype; the nearest is model.precision$"),
+        ({"lora": {"r": 16}}, "unknown key lora.r; the nearest is lora.rank$"),
         ({"epsilon_high": 0.28}, "unknown key epsilon_high; the nearest is objective.clip_high$"),
         ({"num_steps": 1.5}, "num_steps=1.5 is float; expected int$"),
         ({"num_steps": True}, "num_steps=True is bool; expected int$"),
@@ -239,6 +241,7 @@ def test_a_run_goes_on_in_its_own_folder_alone(tmp_path, capsys):
     "line, message",
     [
         ("--optim.lrr 3", "unknown option --optim.lrr; the nearest is --optim.lr;"),
+        ("--model Qwen/Qwen2.5-0.5B", "unknown option --model; the nearest is --model.path;"),
         ("--num-stpes=3", "unknown option --num-stpes=3; the nearest is --num-steps;"),
         ("--rundir x", "unknown option --rundir; the nearest is --run-dir;"),
         ("--lr 3", "unknown option --lr; the nearest is --optim.lr;"),

@@ -77,6 +77,11 @@ def test_humaneval_rows_take_the_body_alone_or_the_whole_function(task):
     assert pay(task, "    return 3", HUMAN_EVAL)[0] == [1, 1, 0]
 
 
+def test_the_head_of_a_humaneval_row_alone_earns_nothing(task):
+    assert pay(task, "", HUMAN_EVAL)[0] == [0, 0, 0]
+    assert pay(task, "```python\n```", HUMAN_EVAL)[0] == [0, 0, 0]
+
+
 def test_the_embedded_problems_are_many_differ_and_fall_into_disjoint_splits(task):
     splits = {name: task.split(name) for name in task.splits}
     questions = [problem.question for problems in splits.values() for problem in problems]

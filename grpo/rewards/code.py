@@ -96,7 +96,9 @@ def tests_passed(completions: list[str], *, sandbox: Sandbox, **columns: list) -
 
 def _programs(completions: list[str], columns: dict[str, list]) -> list[tuple[str, Tests]]:
     rows = [read_tests({name: column[i] for name, column in columns.items()}) for i in range(len(completions))]
-    return [(tests.head + extract_code(text), tests) for text, tests in zip(completions, rows, strict=True)]
+    codes = map(extract_code, completions)
+    # A head that nothing goes on from would be a function that answers None, and paid for.
+    return [(tests.head + code if code.strip() else "", tests) for code, tests in zip(codes, rows, strict=True)]
 
 
 def _defines(program: str, tests: Tests) -> bool:
