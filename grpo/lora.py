@@ -59,6 +59,8 @@ class LoraLinear(nn.Linear):
         # Without a gradient (sampler, old, reference) there is no dropout: those are the policy's own log-probs.
         kept = F.dropout(x, self.dropout) if self.dropout and torch.is_grad_enabled() else x
         output, low = self.frozen(x), F.linear(kept, self.lora_A)
+        if torch.compiler.is_compiling():  # the sum becomes a part of the elementwise kernel that follows
+            return output + self.scale * F.linear(low, self.lora_B)
         total = output.view(-1, self.out_features)  # added to in place: a sum of its own would be as large
         total.addmm_(low.view(-1, low.shape[-1]), self.lora_B.t(), alpha=self.scale)
         return output

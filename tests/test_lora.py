@@ -65,6 +65,7 @@ def test_the_layer_by_hand():
     assert layer(x).tolist() == [[5.0, 2.0]]
     layer.lora_A.data, layer.lora_B.data = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [2.0]])
     assert layer(x).tolist() == [[23.0, 38.0]]
+    assert torch.compile(layer, backend="eager")(x).tolist() == [[23.0, 38.0]]  # which adds otherwise
     assert lora.LoraLinear(linear, LoraConfig(rank=4, alpha=6, rslora=True), torch.Generator()).scale == 3.0
 
 
