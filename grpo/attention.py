@@ -26,6 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from grpo.layers import attention_mode, refuse_extras
 from grpo.records import SharedPrefix
+from kernels import is_old
 
 SHARED_PREFIX = "grpo_shared_prefix"
 
@@ -223,10 +224,12 @@ def choose_layout(layout: str, model: PreTrainedModel) -> tuple[str, str]:
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
-    """What keeps this model's completions from sharing a prompt, as far as its class and config tell.
+    """What keeps this model's completions from sharing a prompt, as far as its class, config and device tell.
 
     Dropout would too (completions would share the prompt's): `grpo.policy` refuses it in any layout.
     """
+    if capability := is_old(model.device):
+        return f"is on a GPU of compute capability {capability}, and packed attention needs 8.0"
     config = model.config.get_text_config()
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     others |= {kind for kind in getattr(config, "layers_block_type", None) or () if kind != "attention"}

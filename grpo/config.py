@@ -25,13 +25,13 @@ class ModelConfig:
     path: str = ""
     """Hub id or local folder of a causal language model. Empty: the small embedded model, built and trained on the spot (see `base`)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Forward precision. auto: bf16 on CUDA, fp32 on CPU. Masters, gradients and reductions are always fp32."""
+    """Forward precision. auto: bf16 on CUDA, fp32 on CPU and on GPUs before Ampere (T4, V100), which have no bf16. Masters, gradients and reductions are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     reference_offload: bool = False
     """Keep the weights of the frozen reference in CPU memory; they come to the device for its pass alone, once a step."""
     compile: bool | None = None
-    """torch.compile the layers, in training and while decoding: norm, rotary and MLP arithmetic in fewer kernels, attention left alone; a minute or two at the start. None: on CUDA, but not with `deterministic`, gradient_checkpointing or distributed.strategy=fsdp, nor without a C compiler and Python's headers."""
+    """torch.compile the layers, in training and while decoding: norm, rotary and MLP arithmetic in fewer kernels, attention left alone; a minute or two at the start. None: on CUDA, but not with `deterministic`, gradient_checkpointing or distributed.strategy=fsdp, nor on a GPU before Ampere, nor without a C compiler and Python's headers."""
 
 
 @dataclass(frozen=True)

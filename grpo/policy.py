@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from grpo.sharding import fill, fill_all, for_writer, share_of
+from kernels import is_old
 
 ADAPTER_CONFIG = "adapter_config.json"  # the file that tells a folder in PEFT's format
 
@@ -164,8 +165,10 @@ class MovingReference(Policy):
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`auto` means bf16 on CUDA and fp32 elsewhere."""
-    return ("bf16" if device.type == "cuda" else "fp32") if precision == "auto" else precision
+    """`auto` means bf16 on CUDA and fp32 elsewhere, on a GPU without bf16 too."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and not is_old(device) else "fp32"
 
 
 def load_policy(path: str, *, precision: str, device: torch.device) -> Policy:

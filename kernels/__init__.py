@@ -69,8 +69,15 @@ def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
         return f"Triton kernels need a CUDA device, not {device.type}"
     if missing := missing_to_launch():
         return missing
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability >= (8, 0) else f"Triton kernels need compute capability 8.0, not {capability}"
+    return (old := is_old(device)) and f"Triton kernels need compute capability 8.0, not {old}"
+
+
+def is_old(device: torch.device) -> str | None:
+    """The compute capability of a GPU before Ampere (T4, V100), else None: such have no bf16, and neither flash
+    attention nor what Triton makes for bf16 runs on them."""
+    has_one = device.type == "cuda" and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability(device) if has_one else (8, 0)
+    return None if capability >= (8, 0) else ".".join(map(str, capability))
 
 
 @cache  # the search takes as long as a small op, and every call of one asks

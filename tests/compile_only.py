@@ -18,7 +18,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # compute capability -> bytes that a block may have
+# Compute capability -> bytes that a block may have. An A100 has 163 KiB; the cards of workstations and desktops (86, 89
+# and 120: A10G, L4, RTX), for which the same code is made as for it, have 99.
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")  # mma.sync, Hopper's wgmma, Blackwell's tcgen05
 
 

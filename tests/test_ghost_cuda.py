@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -166,6 +167,8 @@ def test_in_fp32_it_is_the_run_on_the_cpu(workplace):
         found = run("cuda", *options)
     assert device.waits["a copy between devices"] > 0
     assert_close(found, expected)
+    with ghost_cuda(), mock.patch.object(torch.cuda, "get_device_capability", lambda *args: (7, 5)):
+        assert_close(run("old"), expected)  # which takes the same options by itself
 
 
 @pytest.mark.parametrize(

@@ -92,5 +92,5 @@ def test_narrow_and_wide_heads_soft_caps_and_fp32_do_not_spill_either():
 
 def test_what_must_not_run_is_told():
     report = Report(registers=255, stack=8, shared=200 * 1024, spills=3, tensor={})
-    assert faults(report, 80) == ["stack=8 > 0", "spills=3 > 0", "shared=204800 > 166912"]
+    assert faults(report, 80) == ["stack=8 > 0", "spills=3 > 0", "shared=204800 > 101376"]
     assert faults(report, 90) == ["stack=8 > 0", "spills=3 > 0"]
