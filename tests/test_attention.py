@@ -24,7 +24,7 @@ from grpo.attention import (
     two_part,
 )
 from grpo.batch import LAYOUTS, lay_out, packed_row, padded_rows
-from grpo.first_batch import check_first_batch, check_packing, make_yardstick
+from grpo.first_batch import Yardstick, check_first_batch, check_packing, check_sampler, make_yardstick
 from grpo.logprobs import LogprobModel, PolicyModule
 from grpo.policy import Policy
 from grpo.records import Completion, Group, Problem, SharedPrefix
@@ -384,7 +384,7 @@ def test_the_first_batch_check_passes_exact_packing_and_stops_on_a_planted_leak(
     """Also on a model at the usual initialisation, whose log-probs hardly depend on what it sees."""
     for scale in (0.2, 0.02):
         policy = Policy(tiny_qwen2(initializer_range=scale), word_tokenizer(), precision)
-        module = PolicyModule(policy, temperature=1.0, impl="torch")
+        module = PolicyModule(policy, temperature=1.25, impl="torch")
         groups = [beginning_alike(group, 40 if leak is miss_what_is_common else 0) for group in made_up_groups()]
         mean, _ = check_packing(module, make_yardstick(module, groups, CPU))  # the largest it bounds itself
         assert mean < 0.02
@@ -427,6 +427,33 @@ def test_the_yardstick_is_the_smallest_group_whose_completions_differ_and_the_ne
     found = make_yardstick(module, groups, CPU)
     assert [group.index for group in found.groups] == [2, 1]
     assert found.rows.sequences == [(0, 0), (0, 2), (0, 3), (1, 0), (1, 1)]
+    found = make_yardstick(module, [groups[2], group(4, [5], [6])], CPU)
+    assert [group.index for group in found.groups] == [4, 2]
+    assert found.rows.sequences == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(("dtype", "little"), [(torch.float32, 0.01), (torch.bfloat16, 0.1)])
+def test_four_times_the_rounding_and_a_little_is_allowed_and_no_more(dtype, little):
+    groups, members = made_up_groups(1), [(0, 0), (0, 1), (0, 2)]
+    rows = padded_rows(groups, members, CPU)
+    rounding = torch.full_like(rows.tokens.sampler, 0.01)
+    rounding[3] = 0.05
+    yardstick = Yardstick(groups, rows, own=-rounding, truth=torch.zeros_like(rounding))
+    everywhere, somewhere = torch.ones_like(rounding), torch.eye(len(rounding))[0]
+    mean = 4 * rounding.mean().item()
+    packed = lambda error: check_packing(lambda rows: (error, None), yardstick)
+    sampled = lambda error: check_sampler(
+        SimpleNamespace(working=torch.empty(0, dtype=dtype)),
+        yardstick._replace(rows=replace(rows, tokens=replace(rows.tokens, sampler=error))),
+    )
+    for check, error in (
+        (packed, (mean + 1e-3) * everywhere),
+        (packed, (4 * 0.05 + 2e-2) * somewhere),
+        (sampled, (mean + little) * everywhere),
+    ):
+        check(0.99 * error)
+        with pytest.raises(ValueError, match="where rounding explains"):
+            check(1.01 * error)
 
 
 def test_a_nan_stops_the_check():
