@@ -68,8 +68,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
             run.stream.remember(scores[-1].pass_rates(CORRECTNESS))
         drawn = join_scores(scores)
         advantages = advantages_of(run, drawn)
-        teaching = len(advantages) * (1 - zero_spread_share(advantages))
-        if round(teaching) >= config.rollout.prompts_per_step:
+        if (~without_spread(advantages)).sum() >= config.rollout.prompts_per_step:
             break
     return groups, drawn, advantages
 
