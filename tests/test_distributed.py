@@ -60,6 +60,32 @@ def test_a_rank_that_stops_in_a_backward_pass_is_named_too():
     assert "ranks wait 20 s (distributed.timeout_s) at most" in message and "Ranks 2 failed" in message
 
 
+def test_ranks_meet_nowhere_before_it_is_known_that_all_will_come(monkeypatch):
+    """A collective that waits could not say for whom. One that fails says so itself, unless it is gloo's."""
+
+    def barrier(*arguments, **options):
+        raise RuntimeError("rank 1 did not come\nand more")
+
+    world, failure = World(rank=0, size=2, device=torch.device("cpu")), RuntimeError("of gloo")
+    monkeypatch.setattr(torch.distributed, "monitored_barrier", barrier)
+
+    def fails_in_a_pass():
+        with world.naming_who_is_silent():
+            raise failure
+
+    meetings = [lambda meet=meet: meet(torch.ones(1)) for meet in (world.sum, world.max, world.gather)]
+    for meet in (*meetings, world.barrier, fails_in_a_pass):
+        with pytest.raises(TimeoutError, match="another rank has ended; .*: rank 1 did not come$"):
+            meet()
+    failure = RuntimeError("the shapes do not fit")
+    with pytest.raises(RuntimeError, match="do not fit"):
+        fails_in_a_pass()
+    failure = RuntimeError("of gloo")
+    monkeypatch.setattr(torch.distributed, "monitored_barrier", lambda *arguments, **options: None)
+    with pytest.raises(RuntimeError, match="of gloo"):
+        fails_in_a_pass()
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_step_end_and_gives_its_own_exit_status(number, status):
     before = signal.getsignal(number)

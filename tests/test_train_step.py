@@ -110,6 +110,7 @@ def test_a_step_draws_until_it_is_full_of_groups_that_teach_and_goes_on_with_tho
     means = [sum(REWARDS[i]) / 2 for i in range(drawn)]
     assert (row["reward"], row["tokens"], row["loss"]) == (sum(means) / drawn, 4 * drawn, 0.5)
     assert (row["zero_spread_groups"], row["groups_dropped"]) == (0.5, 1 - 2 / drawn)
+    assert run.log.timer.recent.keys() == {"rollout", "score", "update"}
     seen = run.stream.rates[~run.stream.rates.isnan()]
     assert sorted(seen.tolist()) == sorted(means)
 
@@ -272,6 +273,8 @@ def test_steps_are_validated_and_saved_when_it_is_due_best_last_or_time_to_stop(
     assert found == {"validated": validated, "saved": saved}
     assert [row["step"] for row in rows] == [*range(1, (stopped_at or 5) + 1)]
     assert ["validation/accuracy" in row for row in rows] == [row["step"] in validated for row in rows]
+    assert ["seconds/evaluation" in row for row in rows] == [row["step"] in validated for row in rows]
+    assert "checkpoint" in run.log.timer.totals
     assert run.said == (["\nstopped after step 4; go on with: python train.py --resume here"] if stopped_at else [])
 
 
