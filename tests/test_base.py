@@ -175,6 +175,16 @@ def test_training_leaves_the_callers_random_state_as_it_was(task, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_folder_is_named_by_all_that_the_model_depends_on(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(base_room, "train_base", lambda *_, **__: None)
+    harder = make_task("word_problems", DataConfig(level=2), RewardsConfig())
+    folders = [prepare(task, tmp_path), prepare(task, tmp_path, seed=1), prepare(harder, tmp_path)]
+    folders += [prepare(task, tmp_path, replace(TINY, habit_lr=1e-5))]
+    monkeypatch.setattr(type(task), "version", task.version + 1)
+    folders += [prepare(task, tmp_path)]
+    assert len(set(folders)) == 5
+
+
 def test_a_cached_model_is_not_trained_again(task, folder, monkeypatch):
     monkeypatch.setattr(base_room, "train_base", lambda *_, **__: pytest.fail("trained again"))
     assert prepare(task, folder.parent) == folder
@@ -226,6 +236,31 @@ def test_the_report_says_what_each_phase_did(folder):
     worked, habit = json.loads((folder / "base.json").read_text())["phases"]
     assert (worked["phase"], worked["steps"], habit["phase"], habit["steps"]) == ("worked solutions", 4, "habit", 2)
     assert [step for step, _ in worked["validation"]] == [2, 4]
+
+
+@pytest.mark.parametrize(("every", "validated"), [(3, [3, 4]), (2, [2, 4]), (0, [4])])
+def test_a_phase_is_validated_when_it_is_due_and_at_its_end(task, tokenizer, every, validated, monkeypatch):
+    monkeypatch.setattr(Supervisor, "accuracy", lambda self: 0.5)
+    settings = {"steps": 4, "lr": TINY.lr, "guesses": 0.0}
+    supervisor = supervisor_of(task, tokenizer, replace(TINY, validate_every=every))
+    phase = supervisor.phase("worked", lambda done, total, note: None, **settings)
+    assert phase["validation"] == [(step, 0.5) for step in validated]
+
+
+def test_every_phase_has_a_rate_and_a_share_of_guesses_of_its_own(task, tmp_path, monkeypatch):
+    train, seen = Supervisor.train, []
+
+    def noted(self, *, lr, guesses, share_done):
+        seen.append((lr, guesses))
+        yield from train(self, lr=lr, guesses=guesses, share_done=share_done)
+
+    monkeypatch.setattr(Supervisor, "train", noted)
+    monkeypatch.setattr(Supervisor, "accuracy", lambda self: 0.5)
+    odd = replace(TINY, lr=0.01, guess_share=0.1, habit_lr=0.02, habit_share=0.2, continue_lr=0.03)
+    folder = prepare(task, tmp_path, odd)
+    how = {"seconds": 1e-9, "seed": 0, "device": "cpu", "progress": lambda done, total, note: None}
+    continue_supervised(folder, odd, task, **how)
+    assert seen == [(0.01, 0.1), (0.02, 0.2), (0.03, 0.1)]
 
 
 def test_validation_stops_a_phase_early(task, tokenizer):

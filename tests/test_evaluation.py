@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 import eval as eval_command
 from grpo import checkpoint
 from grpo import run as run_room
-from grpo.config import Config, DataConfig, RewardsConfig
+from grpo.config import Config, DataConfig, RewardsConfig, RolloutConfig, from_dict
 from grpo.distributed import World
 from grpo.evaluation import (
     CORRECTNESS,
@@ -374,6 +375,29 @@ def test_another_task_than_the_runs_has_rewards_of_its_own(tmp_path):
     settings = lambda *more: eval_command.settings_of(eval_command.parse(["--model", str(tmp_path), *more]))[1]
     assert settings().rewards.weights == ("parses=0.3",)
     assert settings("--task", "gsm8k").rewards == RewardsConfig(timeout_s=9.0)
+
+
+def test_every_option_has_its_place_in_the_config_and_leaves_all_else_to_the_run(tmp_path):
+    checkpoint.save(tmp_path, 2, lambda folder, state: None, {}, keep_last=1, best=None)
+    of_run = {"model": {"precision": "bf16"}, "prompt": {"style": "chat", "template_options": ["a=1"], "shots": 2}}
+    of_run |= {"rollout": {"max_new_tokens": 9, "temperature": 0.7}, "rewards": {"require_finish": False}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"task": "gsm8k", **of_run}))
+    parsed = lambda *more: eval_command.settings_of(eval_command.parse(["--model", str(tmp_path), *more]))[1]
+    run = from_dict({"task": "gsm8k", **of_run})
+    greedy = replace(run.rollout, group_size=1, temperature=0.0)
+    assert parsed() == replace(run, rollout=greedy)
+    many = parsed("--samples", "600").rollout
+    assert many == replace(greedy, group_size=600, max_sequences=600, temperature=1.0)
+    options = "--samples 3 --temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --max-new-tokens 7 --max-sequences 8"
+    options += " --precision fp32 --prompt.style chat --prompt.template-options b=2 --data.path there"
+    drawn = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1}
+    assert parsed(*options.split(), "--data.drop-overlong", "--data.answer-column", "reply") == replace(
+        run,
+        rollout=RolloutConfig(group_size=3, max_new_tokens=7, max_sequences=8, **drawn),
+        model=replace(run.model, precision="fp32"),
+        prompt=replace(run.prompt, template_options=("b=2",)),
+        data=DataConfig(path="there", drop_overlong=True, answer_column="reply"),
+    )
 
 
 def test_the_problems_are_those_of_the_run_but_for_what_the_command_line_says(tmp_path):
