@@ -9,10 +9,12 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from grpo import distributed
 from grpo.config import from_dict
 from grpo.distributed import StopRequest, World
 from grpo.run import settle
@@ -85,6 +87,19 @@ def test_ranks_meet_nowhere_before_it_is_known_that_all_will_come(monkeypatch):
     monkeypatch.setattr(torch.distributed, "monitored_barrier", lambda *arguments, **options: None)
     with pytest.raises(RuntimeError, match="of gloo"):
         fails_in_a_pass()
+
+
+def test_ranks_ask_whether_the_writer_is_done_before_they_meet_which_would_time_out(monkeypatch):
+    asked, answers = [], iter([False, False, True])
+    store = SimpleNamespace(
+        check=lambda keys: asked.extend(keys) or next(answers), set=lambda key, _: asked.append(key)
+    )
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(distributed, "POLL_S", 0.0)
+    monkeypatch.setattr(World, "gather", lambda self, item: [(item, len(asked))])
+    work = lambda: f"after {len(asked)}"
+    assert [World(rank, 2, ALONE.device).after_writer("it", work) for rank in (1, 0)] == [(None, 3), ("after 3", 4)]
+    assert len(set(asked)) == 1
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

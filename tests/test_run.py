@@ -58,6 +58,7 @@ def test_every_part_of_a_run_has_the_settings_that_were_asked_for(folder):
     updater, (adam,) = run.updater, run.updater.optimizer.param_groups
     assert (updater.max_grad_norm, updater.max_skipped_steps, updater.token_budget) == (0.75, 6, 77)
     assert (adam["betas"], adam["eps"], adam["weight_decay"]) == ((0.5, 0.75), 0.5, 0.125)
+    assert run_room.parts(run).keys() == {"policy", "optimizer", "updater", "stream", "log", "reference"}
     assert run.layout == "padded" and updater.objective.beta == 0.5
     policy, reference = run.module.compute, run.reference
     assert [(model.temperature, model.impl) for model in (policy, reference)] == 2 * [(0.5, "torch")]
@@ -76,6 +77,7 @@ def test_every_part_of_a_run_has_the_settings_that_were_asked_for(folder):
 
 def test_what_no_setting_asks_for_is_not_there(folder):
     run = built(folder, "plain", objective={"preset": "dr_grpo"})
+    assert "reference" not in run_room.parts(run)
     assert run.reference is run.moving is None and not run.module.compute.entropy_gradient
 
 
@@ -85,6 +87,26 @@ def test_adapters_begin_as_the_seed_has_it(folder):
         run = built(folder, name, seed=seed, lora={"rank": 2}, objective={"preset": "dr_grpo"})
         drawn.append(next(own for place, own in run.policy.own.items() if "lora_A" in place))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(("rank", "size", "found"), [(0, 1, "a"), (1, 2, "b"), (3, 4, "b")])
+def test_a_run_goes_on_over_any_number_of_ranks_each_with_what_one_had(rank, size, found, tmp_path, monkeypatch):
+    by_rank = [{"sampler": f"sampler {name}", "random": f"random {name}"} for name in "ab"]
+    state = {"step": 4, "best": (0.5, 2), "before": "before", "by_rank": by_rank}
+    loaded, said, checkpoint = [], [], run_room.checkpoint
+    monkeypatch.setattr(run_room, "parts", lambda run: {})
+    monkeypatch.setattr(checkpoint, "load_state", lambda folder: state)
+    monkeypatch.setattr(checkpoint, "set_random_state", loaded.append)
+    monkeypatch.setattr(checkpoint, "recall_best", lambda run_dir, best, say: best)
+    world = SimpleNamespace(rank=rank, size=size, after_writer=lambda name, work: work())
+    run = SimpleNamespace(config=from_dict({"num_steps": 4}), world=world)
+    run.log = SimpleNamespace(run_dir=tmp_path, say=said.append)
+    run.sampler = SimpleNamespace(load_state_dict=loaded.append)
+    run.updater = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{}]))
+    run_room.load_checkpoint(run, tmp_path)
+    assert loaded == [f"sampler {found}", f"random {found}"]
+    assert (run.first_step, run.best, run.before) == (5, (0.5, 2), "before")
+    assert any("ranks where 2 were" in text for text in said) == (size != 2)
 
 
 def evaluation(*correct: int, unscored: float = 0.0) -> Evaluation:
