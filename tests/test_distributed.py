@@ -102,6 +102,46 @@ def test_ranks_ask_whether_the_writer_is_done_before_they_meet_which_would_time_
     assert len(set(asked)) == 1
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_a_rank_joins_as_torchrun_says_over_a_store_of_this_attempt_and_waits_as_long_as_is_asked(
+    has_cuda, nodes, monkeypatch
+):
+    told = {"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": 1, "GROUP_WORLD_SIZE": nodes, "TORCHELASTIC_RESTART_COUNT": 5}
+    for name, value in (told | {"OMP_NUM_THREADS": 1}).items():
+        monkeypatch.setenv(name, str(value))
+    calls, dist = [], torch.distributed
+    note = lambda name, result=None: lambda *given, **named: calls.append((name, *given, named)) or result
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", note("device"))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    monkeypatch.setattr(torch, "set_num_threads", note("threads"))
+    monkeypatch.setattr(distributed, "cpu_share", lambda: 7)
+    monkeypatch.setattr(dist, "rendezvous", lambda *given, **named: iter([("store", 3, 4)]))
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store))
+    monkeypatch.setattr(dist, "init_process_group", note("join"))
+    monkeypatch.setattr(dist, "new_group", note("group", "gloo group"))
+    device, timeout = torch.device("cuda:1" if has_cuda else "cpu"), timedelta(seconds=9)
+    assert distributed.start(9.0) == World(3, 4, device, "gloo group", 9.0)
+    store = ("attempt_5", "store") if nodes == 1 else "store"
+    assert calls == [
+        ("device", device, {}) if has_cuda else ("threads", 7, {}),
+        ("join", "nccl" if has_cuda else "gloo", {"store": store, "rank": 3, "world_size": 4, "timeout": timeout}),
+        ("group", {"backend": "gloo", "timeout": timeout}),
+    ]
+
+
+def test_a_deterministic_run_asks_torch_and_cublas_and_fills_no_memory_for_it(monkeypatch):
+    asked = []
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    distributed.make_deterministic()
+    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_step_end_and_gives_its_own_exit_status(number, status):
     before = signal.getsignal(number)
