@@ -30,6 +30,7 @@ from grpo.evaluation import (
 )
 from grpo.records import Completion, Group, Problem
 from grpo.rewards import Reward, correctness_reward, format_reward, score_groups
+from grpo.rollout import EVALUATION
 from grpo.tasks import TASKS
 from tests.tiny import save_tiny_model, write_gsm8k_files
 
@@ -262,6 +263,33 @@ def test_the_bars_of_the_chart_are_accuracies_with_their_intervals(monkeypatch, 
     ((places, heights, (below, above)),) = drawn
     assert (places, heights) == ([0, 1], [0.5, 0.75])
     assert (below, above) == (pytest.approx([0.3, 0.25]), pytest.approx([0.4, 0.05]))
+
+
+def test_all_shots_are_asked_the_same_problems_each_under_its_number_by_a_sampler_as_asked_for(
+    model_and_data, monkeypatch
+):
+    seen, result = [], Evaluation([group_of(["5"])], torch.ones(1, 1, dtype=torch.bool), {}, 1.5, 2.0, 0.0, 0.0)
+    note = lambda sampler, questions, score, world: seen.append((sampler, questions, score)) or result
+    fitting = lambda self, problems, *, drop, say: [p for p in problems if drop and p.index != self.prompt.shots]
+    monkeypatch.setattr(eval_command, "evaluate", note)
+    monkeypatch.setattr(eval_command.Prompter, "fitting", fitting)  # as if that one were too long
+    options = ["--shots", "0", "2", "--samples=3", "--seed=9", "--impl=torch", "--split=train", "--limit=4"]
+    for settings, indices in (((), [0, 1, 2, 3]), (("--data.drop-overlong",), [1, 3])):
+        seen.clear()
+        status, output = evaluate_on_command(model_and_data, *options, *settings)
+        assert status == 0
+        for (sampler, questions, score), shots in zip(seen, (0, 2), strict=True):
+            assert [question.index for question in questions] == indices
+            assert all(question.id.startswith("train/") for question in questions)
+            assert all(question.prompt.count("Question:") == shots + 1 for question in questions)
+            assert (sampler.seed, sampler.stream, sampler.impl) == (9, EVALUATION, "torch")
+            assert sampler.rollout.group_size == 3 and "\n\nQuestion:" in sampler.ending.stop
+            assert score.keywords["require_finish"] is True
+    record = json.loads(output.read_text())
+    assert {name: record[name] for name in ("task", "split", "max_new_tokens", "temperature", "top_k")} == {
+        **{"task": "gsm8k", "split": "train", "max_new_tokens": 6},
+        **{"temperature": 1.0, "top_k": 0},
+    }
 
 
 def test_eval_takes_the_first_problems_of_an_endless_split(model_and_data):

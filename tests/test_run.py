@@ -76,7 +76,8 @@ def test_every_part_of_a_run_has_the_settings_that_were_asked_for(folder):
 
 
 def test_what_no_setting_asks_for_is_not_there(folder):
-    run = built(folder, "plain", objective={"preset": "dr_grpo"})
+    run = built(folder, "plain", objective={"preset": "dr_grpo"}, distributed={"strategy": "fsdp"})
+    assert not run.policy.is_sampler_only  # one rank has nobody to share with
     assert "reference" not in run_room.parts(run)
     assert run.reference is run.moving is None and not run.module.compute.entropy_gradient
 
@@ -87,6 +88,33 @@ def test_adapters_begin_as_the_seed_has_it(folder):
         run = built(folder, name, seed=seed, lora={"rank": 2}, objective={"preset": "dr_grpo"})
         drawn.append(next(own for place, own in run.policy.own.items() if "lora_A" in place))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_split_is_evaluated_greedily_by_the_policy_or_another_model_each_problem_under_its_number(
+    folder, monkeypatch
+):
+    run, seen = built(folder, "greedy"), []
+    note = lambda sampler, problems, score, *, world, step: seen.append((sampler, problems, score, step))
+    monkeypatch.setattr(run_room, "evaluate", note)
+    run_room.evaluate_greedily(run, "test", 3, step=4)
+    run_room.evaluate_greedily(run, "test", 3, model=run.reference.model)
+    for (sampler, problems, score, step), model in zip(seen, (run.policy.model, run.reference.model), strict=True):
+        assert sampler.model is model and sampler.rollout.temperature == 0 and score is run.score
+        assert [problem.index for problem in problems] == [0, 1, 2] and problems[0].prompt_ids
+        assert problems[0].question == run.task.split("test")[0].question and step == (
+            4 if sampler is seen[0][0] else 0
+        )
+
+
+def test_the_embedded_base_is_of_the_runs_seed_and_kept_in_the_cache(monkeypatch, tmp_path):
+    asked = []
+    make = lambda base, task, **options: asked.append((base, task, options)) or tmp_path
+    monkeypatch.setattr(run_room.base, "prepare_base", make)
+    monkeypatch.setattr(run_room.base, "describe", str)
+    log, config = RunLogger(tmp_path, is_writer=True, track=(), config={}), from_dict({"seed": 7})
+    assert run_room.prepare_base(config, "task", ALONE, log) == tmp_path
+    options = {"seed": 7, "device": "cpu", "cache_dir": run_room.BASE_CACHE, "progress": log.progress}
+    assert asked == [(config.base, "task", options)]
 
 
 @pytest.mark.parametrize(("rank", "size", "found"), [(0, 1, "a"), (1, 2, "b"), (3, 4, "b")])
