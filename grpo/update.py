@@ -117,7 +117,6 @@ def warm_up(updater: Updater, batch: Batch) -> None:
     device = updater.world.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), together(updater.world):
         forward(updater, dummy_like(batch.micro_batches[0], batch.made_of))[0].backward()
-    updater.optimizer.zero_grad(set_to_none=False)  # that gradients are views of the buckets belongs to it
     updater.is_warm = True
 
 
