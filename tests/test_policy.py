@@ -59,6 +59,8 @@ def test_in_bf16_the_fp32_masters_move_as_far_as_in_fp32():
     _, distance_fp32 = train_three_steps("fp32")
     policy, distance_bf16 = train_three_steps("bf16")
     assert distance_bf16 == pytest.approx(distance_fp32, rel=0.1)
+    pairs = zip(policy.model.parameters(), policy.masters.parameters(), strict=True)
+    assert all(torch.equal(working, master.bfloat16()) for working, master in pairs), "what samples has moved too"
     assert all(parameter.dtype == torch.float32 for parameter in policy.masters.parameters())
     assert all(parameter.grad.dtype == torch.float32 for parameter in policy.masters.parameters())
 

@@ -82,6 +82,13 @@ def test_what_no_setting_asks_for_is_not_there(folder):
     assert run.reference is run.moving is None and not run.module.compute.entropy_gradient
 
 
+def test_what_saves_memory_is_done_and_the_reference_recomputes_nothing(folder):
+    model = {"path": f"{folder}/model", "gradient_checkpointing": True, "reference_offload": True}
+    run = built(folder, "saving", model=model, objective={"beta": 0.5})
+    assert run.policy.masters.is_gradient_checkpointing and not run.reference.model.is_gradient_checkpointing
+    assert run.reference._waiting.keys() == set(run.reference.parameters())
+
+
 def test_adapters_begin_as_the_seed_has_it(folder):
     drawn = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -218,6 +225,8 @@ def test_the_result_is_of_the_best_checkpoint_beside_what_supervised_training_ma
     assert drawn == [{"start_accuracy": 0.75, "supervised": curve}]
     assert summary["supervised_curve"] == [*map(list, curve)]
     assert summary["samples"]["after"][1] == {"question": "1?", "answer": "1", "completion": " so 1 "}
+    assert summary["seconds"]["evaluation"] > 90 and ("supervised" in summary["seconds"]) == (not habit_steps)
     said = capsys.readouterr().out
     assert f"{after - 0.5:+.1%}".rstrip("%") in said and "on the same 2 problems" in said
-    assert ("before the habit" if habit_steps else "supervised instead") in said
+    rows = ("before", "after", "before the habit" if habit_steps else "supervised instead")
+    assert all(f"\n{row}  " in said for row in rows)

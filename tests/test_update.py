@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from grpo import update
 from grpo.advantages import normalise
 from grpo.batch import LAYOUTS, kl_by_completion, pack, padded_rows, weigh
 from grpo.config import OptimConfig
@@ -17,7 +18,7 @@ from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
 from grpo.objectives import resolve, token_loss
 from grpo.policy import Policy
-from grpo.records import Completion, Group, Problem, Scores, TokenColumns, merge_scores
+from grpo.records import Batch, Completion, Group, Problem, Scores, TokenColumns, merge_scores
 from grpo.sharding import distribute, whole_of
 from grpo.update import (
     NonFiniteLoss,
@@ -30,6 +31,7 @@ from grpo.update import (
     update_policy,
 )
 from tests.ranks import run_ranks
+from tests.test_update_faults import Trainee
 from tests.tiny import made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -231,6 +233,28 @@ def test_two_passes_move_the_weights_further_and_clip_against_the_first():
     _, twice, metrics = one_update(ALONE, torch.float32, "grpo", 10_000, minibatches=2, passes=2)
     assert distance(twice, once) > 1e-4
     assert metrics["ratio_max"] > 1.0
+
+
+@pytest.mark.parametrize(("allowed", "found"), [(math.inf, None), (0.01, 0.01)])
+def test_a_longer_gradient_than_is_allowed_is_shortened_and_the_length_that_it_had_is_reported(allowed, found):
+    trainee, norms = Trainee(), []
+    trainee.updater.max_grad_norm = allowed
+    norm_of = lambda: torch.stack([parameter.grad.norm() for parameter in trainee.policy.trained]).norm().item()
+    trainee.updater.optimizer.register_step_pre_hook(lambda *_: norms.append(norm_of()))
+    metrics = trainee.update()
+    assert len(norms) == 4 and metrics["grad_norm"] > 0.1
+    assert sum(norms) / 4 == pytest.approx(found or metrics["grad_norm"], rel=1e-3)
+
+
+def test_the_metrics_of_an_update_are_sums_and_maxima_over_its_steps(monkeypatch):
+    made = iter([{"loss": 1.0, "ratio_max": 4.0}, {"loss": 2.0, "ratio_max": 3.0}] * 2)
+    monkeypatch.setattr(update, "optimizer_step", lambda updater, batch, position, *, step: next(made))
+    monkeypatch.setattr(update, "summarise", dict)
+    updater = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{}]), module=None, world=ALONE)
+    batch, done = Batch([["a", "b"], ["c"]], 2, [], None), []
+    found = update_policy(updater, batch, step=1, lr=0.5, progress=lambda *how_far: done.append(how_far))
+    assert found == {"loss": 6.0, "ratio_max": 4.0} and updater.optimizer.param_groups == [{"lr": 0.5}]
+    assert done == [(2, 6), (3, 6), (5, 6), (6, 6)]
 
 
 @pytest.mark.parametrize(

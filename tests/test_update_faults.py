@@ -17,7 +17,7 @@ from grpo.objectives import resolve
 from grpo.policy import Policy
 from grpo.records import Batch, MicroBatch
 from grpo.sharding import distribute
-from grpo.update import NonFiniteLoss, Updater, fill_frozen, make_optimizer, update_policy
+from grpo.update import NonFiniteLoss, Updater, fill_frozen, make_optimizer, smallest_last, update_policy, warm_up
 from tests.ranks import run_ranks
 from tests.tiny import made_up_groups, tiny_qwen2, use_fp64_rms_norm, word_tokenizer
 
@@ -175,6 +175,26 @@ def test_halves_hold_the_same_tokens_with_the_same_columns_and_equally_many_ever
     assert all(not part.tokens.weight.any() for part in halves if not part.sequences)
     heads = [part.tokens for part in halves if part.tokens.head_rows is not None]
     assert heads and all(torch.equal(tokens.head_rows, tokens.counted.nonzero()[:, 0]) for tokens in heads)
+
+
+def test_the_pass_in_which_ranks_meet_is_the_smallest_and_never_the_only_one():
+    batch = Trainee().batch()
+    sizes = lambda micro_batches: [micro_batch.input_ids.numel() for micro_batch in micro_batches]
+    for step in batch.optimizer_steps:
+        assert len(step) > 1 and sizes(smallest_last(step, batch.made_of)) == sorted(sizes(step), reverse=True)
+        first, last = smallest_last(step[:1], batch.made_of)
+        assert first.input_ids.numel() >= last.input_ids.numel()
+        assert sum(len(part.sequences) for part in (first, last)) == len(step[0].sequences)
+
+
+def test_the_pass_before_all_others_draws_no_random_number_and_has_no_gradient():
+    """Else dropout in the first step of a run that goes on would be other than in one that never stopped."""
+    trainee = Trainee()
+    batch, before = trainee.batch(), torch.get_rng_state()
+    trainee.module.register_forward_pre_hook(lambda module, inputs: torch.rand(1) and None)
+    warm_up(trainee.updater, batch)
+    assert trainee.updater.is_warm and torch.equal(torch.get_rng_state(), before)
+    assert not any(parameter.grad.any() for parameter in trainee.policy.trained)
 
 
 def update_on_ranks(world, short_rank: int | None, budget: int, largest: int, is_frozen: bool):
