@@ -325,7 +325,9 @@ def test_scores_are_scaled_as_the_layer_says_or_by_the_root_of_the_width(named, 
     assert torch.allclose(output.transpose(1, 2), dense(*tensors, layout, scale, None), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("name, value", [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("dropout", 0.1)])
+@pytest.mark.parametrize(
+    "name, value", [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("position_bias", torch.zeros(4)), ("dropout", 0.1)]
+)
 def test_what_packed_rows_cannot_do_is_refused_by_name(name, value):
     layout = ragged_layout()
     with pytest.raises(ValueError, match=f"wants {name} in its attention.*batch.layout=padded"):

@@ -131,6 +131,17 @@ def test_layers_that_a_family_names_otherwise_are_compiled_and_computed_in_fp32(
     assert graphs["unique_graphs"] > before
 
 
+def test_a_model_gets_its_own_weights_and_layers_back_also_after_an_error():
+    model = tiny_qwen2()
+    layer, weight = model.model.layers[0], model.lm_head.weight
+    other, forward = {"model.embed_tokens.weight": weight.detach().clone()}, lambda hidden: hidden
+    with pytest.raises(RuntimeError), layers.using_weights(model, other), layers.using_forwards({layer: forward}):
+        assert model.lm_head.weight is model.model.embed_tokens.weight is not weight  # tied, as before
+        assert layer.forward is forward
+        raise RuntimeError
+    assert model.lm_head.weight is model.model.embed_tokens.weight is weight and "forward" not in vars(layer)
+
+
 def test_a_layer_whose_backward_pass_cannot_be_compiled_is_run_as_it_is_and_it_is_said(monkeypatch, caplog):
     class Layer(GradientCheckpointingLayer):
         def forward(self, hidden):

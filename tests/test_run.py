@@ -85,7 +85,8 @@ def test_what_no_setting_asks_for_is_not_there(folder):
 def test_what_saves_memory_is_done_and_the_reference_recomputes_nothing(folder):
     model = {"path": f"{folder}/model", "gradient_checkpointing": True, "reference_offload": True}
     run = built(folder, "saving", model=model, objective={"beta": 0.5})
-    assert run.policy.masters.is_gradient_checkpointing and not run.reference.model.is_gradient_checkpointing
+    recomputes = lambda model: model.training and model.model.layers[0].gradient_checkpointing
+    assert recomputes(run.policy.masters) and not recomputes(run.reference.model)
     assert run.reference._waiting.keys() == set(run.reference.parameters())
 
 
@@ -93,6 +94,7 @@ def test_adapters_begin_as_the_seed_has_it(folder):
     drawn = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run = built(folder, name, seed=seed, lora={"rank": 2}, objective={"preset": "dr_grpo"})
+        assert run.policy.masters.training, "else no layer is computed again where that is asked for"
         drawn.append(next(own for place, own in run.policy.own.items() if "lora_A" in place))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
