@@ -172,7 +172,6 @@ class Supervisor:
         for step in itertools.count(1):
             started = time.perf_counter()
             optimizer.param_groups[0]["lr"] = lr * min(1.0, step / WARMUP_STEPS, (1 - share) / self.base.decay)
-            self.model.train()
             with torch.autocast("cuda", torch.bfloat16, enabled=self.model.device.type == "cuda"):
                 loss = self.model(**next(batches)).loss  # transformers shifts the labels itself
             optimizer.zero_grad()
