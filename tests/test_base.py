@@ -14,7 +14,8 @@ from grpo import base as base_room
 from grpo.base import Supervisor, build_model, build_tokenizer, collate, continue_supervised, prepare_base
 from grpo.config import BaseConfig, Config, DataConfig, PromptConfig, RewardsConfig
 from grpo.dry_run import model_facts
-from grpo.records import Problem
+from grpo.records import Completion, Group, Problem
+from grpo.rollout import EVALUATION
 from grpo.tasks import make_task
 
 TINY = BaseConfig(
@@ -130,6 +131,30 @@ def test_only_completions_have_labels():
     batch = collate([([5, 6, 7, 8], 2), ([5, 6, 7], 1)], 0, torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 7, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 6, 7, -100]]
+
+
+def test_batches_are_as_large_as_asked_and_each_of_like_lengths(task, tokenizer):
+    batches = list(itertools.islice(supervisor_of(task, tokenizer, replace(TINY, num_solutions=0)).batches(0.0), 8))
+    lengths = sorted([(row != tokenizer.pad_token_id).sum().item() for row in batch["input_ids"]] for batch in batches)
+    assert [len(batch) for batch in lengths] == [TINY.batch_size] * 8
+    assert all(max(shorter) <= min(longer) for shorter, longer in itertools.pairwise(lengths))
+
+
+def test_accuracy_is_of_greedy_completions_that_end(task, tokenizer, monkeypatch):
+    said = iter([("{}", "eos"), ("{}", "stop"), ("{}", "length"), ("no idea", "eos")])
+
+    class Scripted:
+        def __init__(self, model, tokenizer, rollout, **options):
+            asked = (rollout.temperature, rollout.group_size, rollout.max_new_tokens, options["stream"])
+            assert asked == (0, 1, task.level.solution_tokens, EVALUATION)
+
+        def generate(self, problems, step):
+            made = [(problem, *next(said)) for problem in problems]
+            return [Group(p, [Completion([3], [-1.0], text.format(p.solution), end, 0)], step) for p, text, end in made]
+
+    monkeypatch.setattr(base_room, "Sampler", Scripted)
+    assert supervisor_of(task, tokenizer).accuracy() == 2 / 4
+    assert next(said, None) is None, "as many as are configured"
 
 
 def test_a_fixed_number_of_solutions_is_all_that_training_sees_and_seeds_share_none(task, tokenizer):

@@ -238,6 +238,21 @@ def test_eval_writes_table_json_and_chart_by_model_and_shots(model_and_data, cap
     assert "1 shot: " in shown and "+0.0 points of accuracy on the same 3 problems" in shown
 
 
+def test_every_further_model_is_compared_with_the_first_at_the_same_shots(model_and_data, monkeypatch, capsys):
+    summary = lambda *correct: Evaluation(
+        [group_of(["5"])] * 2, torch.tensor(correct, dtype=torch.bool)[:, None], {}, 1.5, 2.0, 0.0, 0.0
+    ).summary()
+    results = {"first": {0: summary(1, 1), 2: summary(0, 0)}, "other": {0: summary(0, 0), 2: summary(0, 1)}}
+    by_name = lambda name, *arguments: results.get(name, results["first"])
+    monkeypatch.setattr(eval_command, "evaluate_model", by_name)
+    monkeypatch.setattr(eval_command, "draw_chart", lambda results, path: None)
+    assert evaluate_on_command(model_and_data, "--model", "other")[0] == 0
+    said = " ".join(capsys.readouterr().out.split())
+    first = model_and_data / "model"
+    for shots, points in ((0, "-100.0"), (2, "+50.0")):
+        assert f"{shots} shots: other minus {first}: {points} points" in said
+
+
 def test_what_the_first_model_reached_is_kept_where_the_second_fails(model_and_data, capsys):
     status, output = evaluate_on_command(model_and_data, "--shots", "0", "--model", "./nowhere")
     assert status == 2 and "'./nowhere' is no folder" in capsys.readouterr().err
