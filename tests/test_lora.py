@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -112,6 +113,16 @@ def test_modules_that_cannot_be_adapted_are_refused_by_name(settings, message):
 
 
 # --- in the model ---
+
+
+def test_a_layer_that_is_more_than_linear_is_left_alone():
+    class Other(nn.Linear):
+        pass
+
+    model = tiny_qwen2()
+    model.model.layers[0].mlp.up_proj.__class__ = Other
+    lora.add_adapters(model, LoraConfig(rank=2, target_modules=("up_proj",)))
+    assert [type(layer.mlp.up_proj) for layer in model.model.layers] == [Other, lora.LoraLinear]
 
 
 def test_what_is_trained_over_a_bf16_base_is_fp32_and_all_else_stays():
@@ -402,6 +413,17 @@ def test_an_adapter_may_lack_what_peft_may_leave_out_have_its_own_tokenizer_and_
     assert load_model_config(str(out)).dtype == torch.bfloat16, "as the base has it"
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.equal(logits(merged), logits(load().model)), "B is 0"
+
+
+def test_what_is_saved_is_the_state_that_was_copied_not_what_the_adapters_are_by_then(base, tmp_path):
+    policy = lora.load(str(base), LoraConfig(rank=2), precision="fp32", device=CPU)
+    state = copy.deepcopy(policy.state_dict())
+    with torch.no_grad():
+        for parameter in policy.trained:
+            parameter.add_(1.0)
+    policy.save(tmp_path, state)
+    found = load_file(tmp_path / lora.WEIGHTS)["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    assert torch.equal(found, state["masters"]["model.layers.0.mlp.up_proj.lora_A"])
 
 
 def test_an_adapter_is_no_base_to_train(base):
