@@ -6,6 +6,7 @@ train.py once in a process, before the first update.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from grpo.logprobs import LogprobModel, PolicyModule
 from grpo.records import Group, MicroBatch
 
 YARDSTICK_SIZE = 3  # completions of one group: one after the prompt, one after another, one between two
+# Tokens of each: attention in fp32 stores its scores where heads share keys (on CUDA no kernel of torch's does both).
+YARDSTICK_LENGTH = 512
 
 
 def check_first_batch(policy: PolicyModule, groups: list[Group], device: torch.device, layout: str) -> str:
@@ -41,7 +44,8 @@ class Yardstick(NamedTuple):
 @torch.no_grad()
 def make_yardstick(policy: PolicyModule, groups: list[Group], device: torch.device) -> Yardstick:
     """Up to YARDSTICK_SIZE different completions of the smallest group that has two, if any, and as many of the next
-    smallest."""
+    smallest; of long ones the beginnings."""
+    groups = [_beginning(group) for group in groups]
     differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
     group = min(differing or groups, key=_num_tokens)
     pair = [group, *sorted((other for other in groups if other is not group), key=_num_tokens)[:1]]
@@ -57,6 +61,11 @@ def make_yardstick(policy: PolicyModule, groups: list[Group], device: torch.devi
         with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
             truth = LogprobModel(policy.working, **options)(rows)[0]
     return Yardstick(pair, rows, own, truth)
+
+
+def _beginning(group: Group) -> Group:
+    cut = slice(YARDSTICK_LENGTH)
+    return replace(group, completions=[replace(c, ids=c.ids[cut], logprobs=c.logprobs[cut]) for c in group.completions])
 
 
 def _num_tokens(group: Group) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig, MixtralConfig, Qwen3Config
 
-from grpo import attention
+from grpo import attention, first_batch
 from grpo.attention import (
     SHARED_PREFIX,
     attention_mode,
@@ -456,6 +456,18 @@ def test_four_times_the_rounding_and_a_little_is_allowed_and_no_more(dtype, litt
         check(0.99 * error)
         with pytest.raises(ValueError, match="where rounding explains"):
             check(1.01 * error)
+
+
+def test_of_long_completions_the_beginnings_are_compared(monkeypatch):
+    """Scores of padded rows in fp32 may take memory by the square of their length."""
+    monkeypatch.setattr(first_batch, "YARDSTICK_LENGTH", 5)
+    module = PolicyModule(Policy(tiny_qwen2(), word_tokenizer(), "fp32"), temperature=1.0, impl="torch")
+    ids = [[7, 7, 7, 7, 7, 8, 9], [7, 7, 7, 7, 7, 3], [4, 4]]
+    completions = [Completion(row, [-float(i) for i, _ in enumerate(row)], "", "eos", s) for s, row in enumerate(ids)]
+    found = make_yardstick(module, [Group(Problem("", "", "", prompt_ids=(2, 3)), completions, 0)], CPU)
+    assert found.rows.sequences == [(0, 0), (0, 2)]  # the second differs from the first later only
+    assert found.rows.tokens.target.tolist() == [7, 7, 7, 7, 7, 4, 4]
+    assert found.rows.tokens.sampler.tolist() == [0, -1, -2, -3, -4, 0, -1]
 
 
 def test_a_nan_stops_the_check():
