@@ -29,6 +29,7 @@ from grpo.records import SharedPrefix
 from kernels import is_old
 
 SHARED_PREFIX = "grpo_shared_prefix"
+WINDOW_ROWS = 512  # on a CPU, of a mask of a sliding window
 
 
 @torch.compiler.disable  # of compiled layers: it looks at lengths, and every batch has others
@@ -124,21 +125,41 @@ def _parts(
 ) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
     """(query rows, key rows, causal?, additive mask) of every attention call; a row's own span comes first, so that its
     log-sum-exp is finite before a part in which it may see nothing."""
-    calls, common = [], layout.common
+    common, after = layout.common, []  # spans that see what is common
+    calls: list[tuple[list[slice], slice]] = []  # spans of neighbouring rows, and what they see: themselves or another
     for prompt, completions in layout.groups:
-        own = [prompt, *(span for span in completions if span.stop > span.start)]
-        calls += [(span, span, True) for span in own]
-        if len(own) > 1:
-            calls.append((slice(own[1].start, own[-1].stop), prompt, False))  # all completions at once
+        completions = [span for span in completions if span.stop > span.start]
+        calls += [([span], span) for span in (prompt, *completions)]
+        calls += [(completions, prompt)] if completions else []  # all completions at once
+        after += [prompt, *completions]
     if common.stop:
-        calls += [(common, common, True), (slice(common.stop, len(layout.group)), common, False)]
-    for rows, keys, is_causal in calls:
-        age = None if window is None else layout.position[rows, None] - layout.position[keys]
-        if age is None or int(age.max()) < window:
-            yield rows, keys, is_causal, None
+        calls += [([common], common), (after, common)]
+    for spans, keys in calls:
+        rows = slice(spans[0].start, spans[-1].stop)
+        is_own = rows == keys
+        age = 0 if window is None else int(layout.position[rows].max() - layout.position[keys.start])  # the greatest
+        if window is None or age < window:
+            yield rows, keys, is_own, None
         else:
-            hidden = (age < 0) | (age >= window)
-            yield rows, keys, False, torch.zeros(age.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
+            for span in spans:
+                yield from _near(span, keys, is_own, window, layout.position, dtype)
+
+
+def _near(
+    span: slice, keys: slice, is_own: bool, window: int, position: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, bool, Tensor]]:
+    """A span's attention to `keys` in blocks of rows, each beside the keys that its window reaches: masks do not grow
+    with the square of a length. Positions are neighbours in the span as in the keys."""
+    first_key = int(position[keys.start])
+    for start in range(span.start, span.stop, WINDOW_ROWS):
+        rows = slice(start, min(start + WINDOW_ROWS, span.stop))
+        oldest = int(position[start]) - window + 1  # that its first row sees
+        near = slice(keys.start + max(0, oldest - first_key), rows.stop if is_own else keys.stop)
+        if near.start >= near.stop:
+            return  # further rows are further away still
+        age = position[rows, None] - position[near]
+        hidden = (age < 0) | (age >= window)
+        yield rows, near, False, torch.zeros(age.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
 
 
 # CUDA -----------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,28 @@ def test_two_part_attention_equals_the_dense_mask_with_its_gradients(window, com
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("common", COMMON)
+@pytest.mark.parametrize("window", WINDOWS[1:])
+def test_a_sliding_window_in_blocks_of_rows_equals_the_dense_mask(window, common, rows, monkeypatch):
+    monkeypatch.setattr(attention, "WINDOW_ROWS", rows)
+    layout = ragged_layout(common=common)
+    tensors = heads(layout)
+    expected = value_and_gradients(dense, tensors, layout, window)
+    for ours, theirs in zip(value_and_gradients(two_part, tensors, layout, window), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_masks_of_a_sliding_window_grow_with_the_length_and_not_with_its_square():
+    def elements(length: int, window: int) -> int:
+        at = [0, 100, 100 + length, 100 + 2 * length]
+        layout = lay_out([(slice(*at[:2]), [slice(*at[1:3]), slice(*at[2:])])])
+        return sum(mask.numel() for *_, mask in EXACT_PARTS(layout, window, torch.float32) if mask is not None)
+
+    assert elements(8000, 64) < 2.2 * elements(4000, 64) < 4.4 * 4000 * 2 * (attention.WINDOW_ROWS + 64)
+    assert elements(8000, 10_000) == 0  # a window that hides nothing needs none
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_two_part_attention_passes_gradcheck(window):
     spans = [(slice(2, 5), [slice(5, 7), slice(7, 7), slice(7, 10)]), (slice(10, 11), [slice(11, 12)])]
