@@ -13,6 +13,7 @@ from grpo.config import Config, dump
 from grpo.layers import decoder_layers
 from grpo.lora import LoraLinear, Nf4, add_adapters
 from grpo.policy import choose_precision, load_model_config
+from grpo.rollout.slab import GIB, MEMORY_SHARE, total_memory
 from grpo.tasks.word_problems import LEVELS
 from kernels.linear_logprob.modes import rows_per_chunk
 
@@ -33,6 +34,15 @@ class ModelFacts:
     has_reference: bool  # beta > 0
     prompt_tokens: int  # length assumed of a prompt
     logit_chunk_tokens: int  # tokens of which the head holds logits at a time
+    kv_budget: float = math.inf  # bytes that keys and values may take while sampling, where it is known
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        shape = self.shape
+        kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+        head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        return 2 * shape.num_hidden_layers * kv_heads * head_dim * self.bytes_per_element
 
 
 def model_facts(config: Config, device: torch.device) -> ModelFacts:
@@ -60,7 +70,16 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
         has_reference=bool(config.objective.beta),
         prompt_tokens=question + exemplar * config.prompt.shots,
         logit_chunk_tokens=rows_per_chunk(shape.vocab_size, device.type),
+        kv_budget=_kv_budget(config, device, is_bf16),
     )
+
+
+def _kv_budget(config: Config, device: torch.device, is_bf16: bool) -> float:
+    """As the sampler has it; unknown, unless it is stated, on a CPU in bf16: that is asked for a card elsewhere."""
+    if config.rollout.kv_gib is not None:
+        return config.rollout.kv_gib * GIB
+    is_here = torch.cuda.is_available() if device.type == "cuda" else not is_bf16
+    return MEMORY_SHARE * total_memory(device) if is_here else math.inf
 
 
 def dry_run_report(config: Config, world_size: int, model: ModelFacts) -> str:
@@ -94,12 +113,32 @@ def _effective_batch(config: Config, world_size: int, model: ModelFacts) -> list
             f"{completions * rollout.max_new_tokens:,} tokens sampled, "
             f"{completions * longest:,} trained on with prompts"
         )
+    sequences = rollout.prompts_per_step * rollout.group_size // world_size
+    there_is = "as much as there is" if model.kv_budget == math.inf else f"{model.kv_budget / GIB:.3g}"
+    lines.append(
+        f"  decoded at a time, per rank: {_decoded_together(config, world_size, model)} of {sequences}, each with "
+        f"{model.token_bytes * longest / GIB:.2g} GiB for keys and values, of {there_is} (rollout.kv_gib)"
+    )
     lines.append(f"  optimizer steps per training step: {batch.passes} passes x {batch.minibatches} minibatches")
     lines.append(
         f"  micro-batches per optimizer step and rank: {_micro_batches(config, world_size, model)} of at most "
-        f"{batch.tokens_per_micro_batch:,} tokens, {'padded' if batch.layout == 'padded' else 'packed'}"
+        f"{_tokens_of_a_pass(config, model):,} tokens, {'padded' if batch.layout == 'padded' else 'packed'}"
     )
     return lines
+
+
+def _decoded_together(config: Config, world_size: int, model: ModelFacts) -> int:
+    """Sequences that a rank decodes at a time: as many as there are, as allowed, and as memory holds at full length."""
+    rollout = config.rollout
+    each = model.token_bytes * (rollout.max_new_tokens + model.prompt_tokens / rollout.group_size)
+    sequences = rollout.prompts_per_step * rollout.group_size // world_size
+    return int(min(sequences, rollout.max_sequences, model.kv_budget // each))
+
+
+def _tokens_of_a_pass(config: Config, model: ModelFacts) -> int:
+    """Of a micro-batch at most: a sequence that is longer than the budget has one to itself, less its last token."""
+    longest = model.prompt_tokens + config.rollout.max_new_tokens - 1
+    return max(config.batch.tokens_per_micro_batch, longest)
 
 
 def _micro_batches(config: Config, world_size: int, model: ModelFacts) -> int:
@@ -123,21 +162,19 @@ def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[
     MLP (SwiGLU); with checkpointing only the layer's input, and one layer at a time in full.
     """
     rollout, shape, size = config.rollout, model.shape, model.bytes_per_element
-    sequences = min(rollout.max_sequences, rollout.prompts_per_step * rollout.group_size // world_size)
+    sequences = _decoded_together(config, world_size, model)
     groups = math.ceil(sequences / rollout.group_size)
     cached_tokens = groups * model.prompt_tokens + sequences * rollout.max_new_tokens
-    kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     mlp_width = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size  # GPT-2, OPT: called otherwise
     layer = (8 * shape.hidden_size + 4 * mlp_width) * size
     checkpointed = shape.num_hidden_layers * shape.hidden_size * size + layer
     activation = checkpointed if config.model.gradient_checkpointing else shape.num_hidden_layers * layer
     copies, passing = weights_estimate(config, world_size, model)
-    update = {"activations of a micro-batch": activation * config.batch.tokens_per_micro_batch}
+    update = {"activations of a micro-batch": activation * _tokens_of_a_pass(config, model)}
     if passing:
         update = {f"activations, or {' or '.join(passing)}": max(*update.values(), *passing.values())}
     return copies | {
-        "KV cache": 2 * shape.num_hidden_layers * kv_heads * head_dim * size * cached_tokens,
+        "KV cache": model.token_bytes * cached_tokens,
         **update,
         "logits of a chunk": 4 * shape.vocab_size * model.logit_chunk_tokens,
         "logits of a decoding step": 2 * 4 * shape.vocab_size * sequences,

@@ -1,5 +1,6 @@
 """The config: typed both ways, mistakes named with the remedy, every field in the help."""
 
+import math
 import re
 import typing
 from dataclasses import asdict, replace
@@ -510,6 +511,31 @@ def test_the_memory_estimate_by_hand():
     gpt2 = replace(FACTS, shape=GPT2Config(n_layer=2, n_head=4, n_embd=32))
     memory = dry_run.memory_estimate(SETTLED, 1, gpt2)
     assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 128) * 2
+
+
+def test_long_completions_take_turns_in_the_memory_for_keys_and_values():
+    # A sequence of 1000 and its eighth of a prompt of 16: 1002 tokens of 128 bytes; 20 times that holds 20 of 128.
+    config = replace(SETTLED, rollout=replace(Config().rollout, max_new_tokens=1000))
+    facts = replace(FACTS, prompt_tokens=16, kv_budget=20.5 * 1002 * 128)
+    assert dry_run.memory_estimate(config, 1, facts)["KV cache"] == (20 * 1000 + 3 * 16) * 128
+    assert "decoded at a time, per rank: 20 of 128, each with" in dry_run.dry_run_report(config, 1, facts)
+    everything = dry_run.memory_estimate(config, 1, replace(facts, kv_budget=math.inf))
+    assert everything["KV cache"] == (128 * 1000 + 16 * 16) * 128
+
+
+def test_the_memory_for_keys_and_values_is_the_samplers_where_it_is_known(monkeypatch):
+    monkeypatch.setattr(dry_run, "total_memory", lambda device: 1000)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert dry_run._kv_budget(Config(), cpu, False) == 0.3 * 1000
+    assert dry_run._kv_budget(Config(), cpu, True) == math.inf  # asked on a CPU for a card
+    assert dry_run._kv_budget(changed("rollout.kv_gib", 2.0), cuda, True) == 2 * 2**30
+
+
+def test_a_sequence_longer_than_the_budget_is_a_micro_batch_of_its_own_length():
+    config = replace(SETTLED, rollout=replace(Config().rollout, max_new_tokens=20_000))
+    memory = dry_run.memory_estimate(config, 1, FACTS)
+    assert memory["activations of a micro-batch"] == (10 + 20_000 - 1) * 2 * (8 * 32 + 4 * 64) * 2
+    assert "128 of at most 20,009 tokens" in dry_run.dry_run_report(config, 1, FACTS)
 
 
 @pytest.mark.parametrize(

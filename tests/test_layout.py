@@ -39,7 +39,7 @@ ARROWS = {  # room of grpo: the rooms that it may import
     "live": "",
     "machine": "",
     "metrics": "live records trackers",
-    "dry_run": "base config layers lora policy tasks",
+    "dry_run": "base config layers lora policy rollout tasks",
     "run": ALL,
     "results": "base checkpoint evaluation metrics policy run",
     "report": "config metrics",
