@@ -5,6 +5,7 @@ import torch
 
 from grpo.config import RolloutConfig
 from grpo.config_check import outside_intervals
+from grpo.rollout import philox as philox_module
 from grpo.rollout.philox import philox, refuse_large_words, uniforms
 
 ONES = 0xFFFFFFFF
@@ -44,6 +45,21 @@ def test_a_number_is_its_counters_first_52_bits():
 def test_numbers_depend_on_problem_and_sample_only_not_on_company_or_length():
     alone, together = draw(problems=[8]), draw(problems=[3, 8], positions=5, group_size=4)
     assert torch.equal(alone, together[4:6, :3])
+
+
+@pytest.mark.parametrize("together", [1, 11, 12, 13, 24])
+def test_numbers_made_a_few_problems_at_a_time_are_the_same(together, monkeypatch):
+    expected = draw(problems=range(5), positions=6)
+    monkeypatch.setattr(philox_module, "NUMBERS_TOGETHER", together)
+    assert torch.equal(draw(problems=range(5), positions=6), expected)
+
+
+def test_never_more_numbers_are_at_work_than_a_bound(monkeypatch):
+    sizes = []
+    spied = lambda counter, key: sizes.append(counter.numel() // 4) or philox(counter, key)
+    monkeypatch.setattr(philox_module, "philox", spied)
+    draw(problems=range(40), group_size=16, positions=16_385)
+    assert max(sizes) <= philox_module.NUMBERS_TOGETHER and sum(sizes) == 40 * 16 * 16_385
 
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"step": 10}, {"stream": 1}, {"problems": (2, 3)}])

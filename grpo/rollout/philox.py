@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NUMBERS_TOGETHER = 2**20  # made at a time: the arithmetic takes some 30 times the memory of its result
 TRAINING, EVALUATION = 0, 1  # streams: a word of the random counter, so that the two never share numbers
 
 
@@ -43,9 +44,13 @@ def uniforms(
 
     problems: global indices.  Returns [len(problems) * group_size, positions] fp64, 52 random bits each.
     """
-    problem = torch.tensor(problems, dtype=torch.int64, device=device).view(-1, 1, 1)
-    sample = torch.arange(group_size, device=device).view(1, -1, 1)
-    position = torch.arange(positions, device=device).view(1, 1, -1)
-    counter = torch.stack(torch.broadcast_tensors(problem, sample, position, torch.full_like(problem, stream)), -1)
-    words = philox(counter.flatten(0, 1), (seed, step))
-    return ((words[..., 0] << 20 | words[..., 1] >> 12).double() + 0.5) * 2.0**-52
+    word = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
+    sample, position = (torch.arange(count, device=device) for count in (group_size, positions))
+    numbers = torch.empty(len(problems), group_size, positions, dtype=torch.float64, device=device)
+    together = max(1, NUMBERS_TOGETHER // (group_size * positions))
+    for start in range(0, len(problems), together):
+        some = slice(start, start + together)
+        counter = (word(problems[some])[:, None, None], sample[:, None], position, word(stream))
+        words = philox(torch.stack(torch.broadcast_tensors(*counter), -1), (seed, step))
+        numbers[some] = ((words[..., 0] << 20 | words[..., 1] >> 12).double() + 0.5) * 2.0**-52
+    return numbers.flatten(0, 1)
