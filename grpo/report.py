@@ -11,7 +11,9 @@ import argparse
 import csv
 import json
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from grpo.metrics import definition, read_metrics, read_records, rival_name
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACE = "@DATA@"
+CHARACTERS = 4000  # of a completion; with all of 2,560 completions of some 4,500 tokens the page took 89 MB
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,12 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--csv", type=Path, metavar="DIR", help="write the same numbers there as CSV files")
     add("--steps", type=int, default=20, help="steps a run whose completions are shown, evenly spread (default: 20)")
     add("--groups", type=int, default=8, help="groups of each such step that are shown, the first ones (default: 8)")
+    long = "of a longer completion as many are shown, half from its beginning and half from its end"
+    add("--characters", type=int, default=CHARACTERS, help=f"{long} (default: {CHARACTERS})")
     options = parser.parse_args(argv)
-    if options.steps < 1 or options.groups < 1:
-        parser.error(f"--steps {options.steps} and --groups {options.groups} must be 1 or more")
+    limits = {name: getattr(options, name) for name in ("steps", "groups", "characters")}
+    if min(limits.values()) < 1:
+        parser.error(f"{', '.join(f'--{name} {limit}' for name, limit in limits.items())} must be 1 or more")
     out = options.out or options.runs[0] / "report.html"
     try:
-        data = collect(options.runs, options.evals, steps=options.steps, groups=options.groups)
+        data = collect(options.runs, options.evals, **limits)
         out.write_text(page(data), encoding="utf-8")
         if options.csv:
             write_csv(data, options.csv)
@@ -56,7 +62,9 @@ def page(data: dict[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text, 1)
 
 
-def collect(folders: Sequence[Path], evals: Iterable[Path] = (), *, steps: int, groups: int) -> dict[str, Any]:
+def collect(
+    folders: Sequence[Path], evals: Iterable[Path] = (), *, steps: int, groups: int, characters: int = CHARACTERS
+) -> dict[str, Any]:
     """Everything that the page shows, as plain values. Raises ValueError for what is no run folder or no evaluation."""
     for folder in folders:
         if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
@@ -65,7 +73,8 @@ def collect(folders: Sequence[Path], evals: Iterable[Path] = (), *, steps: int, 
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     configs = [flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))) for folder in folders]
-    runs = [_run(*these, steps=steps, groups=groups) for these in zip(names, folders, configs, strict=True)]
+    limits = {"steps": steps, "groups": groups, "characters": characters}
+    runs = [_run(*these, **limits) for these in zip(names, folders, configs, strict=True)]
     keys = dict.fromkeys(key for config in configs for key in config)
     different = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     return {
@@ -77,7 +86,7 @@ def collect(folders: Sequence[Path], evals: Iterable[Path] = (), *, steps: int, 
     }
 
 
-def _run(name: str, folder: Path, config: dict[str, Any], *, steps: int, groups: int) -> dict[str, Any]:
+def _run(name: str, folder: Path, config: dict[str, Any], **limits: int) -> dict[str, Any]:
     rows = read_metrics(folder)
     if not rows:
         raise ValueError(f"{folder}/metrics.jsonl holds no step yet; leave this run out or wait for its first")
@@ -95,7 +104,7 @@ def _run(name: str, folder: Path, config: dict[str, Any], *, steps: int, groups:
         "seconds": summary.get("seconds", spent),
         "tokens": sum(row.get("tokens") or 0 for row in rows),
         "facts": facts | {"task": config.get("task"), "preset": config.get("objective.preset")},
-        **_completions(folder, steps=steps, groups=groups),
+        **_completions(folder, **limits),
     }
 
 
@@ -116,15 +125,31 @@ def _shots(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _completions(folder: Path, *, steps: int, groups: int) -> dict[str, Any]:
+def _completions(folder: Path, *, steps: int, groups: int, characters: int) -> dict[str, Any]:
     """Groups of evenly spread steps, the first and the last among them: prompt once, then what differs."""
     files = {int(path.stem.removeprefix("step_")): path for path in (folder / "completions").glob("step_*.jsonl")}
     known = sorted(files)
     count, last = min(steps, len(known)), len(known) - 1
     chosen = [known[round(i * last / max(1, count - 1))] for i in range(count)]
     shown = [group for step in chosen for group in _groups(step, files[step])[:groups]]
+    num_cut = sum(_cut(sample, characters) for group in shown for sample in group["samples"])
     limits = {"steps_shown": len(chosen), "steps_recorded": len(known), "groups_shown": groups}
-    return {"completions": shown, **limits}
+    return {"completions": shown, "characters_shown": characters if num_cut else None, **limits}
+
+
+def _cut(sample: dict[str, Any], characters: int) -> bool:
+    """Leaves the middle out of a long completion, and of its tokens; whether there was one."""
+    text, half = sample["completion"], characters // 2
+    if len(text) <= characters:
+        return False
+    gap = f"\n[... {len(text) - 2 * half:,} characters left out ...]\n"
+    sample["completion"] = text[:half] + gap + text[len(text) - half :]
+    if tokens := sample.get("tokens"):
+        ends = list(accumulate(map(len, tokens)))
+        first, last = bisect_right(ends, half), bisect_left(ends, ends[-1] - half) + 1
+        sample["tokens"] = [*tokens[:first], gap, *tokens[last:]]
+        sample["logprobs"] = [*sample["logprobs"][:first], 0.0, *sample["logprobs"][last:]]
+    return True
 
 
 def _groups(step: int, path: Path) -> list[dict[str, Any]]:

@@ -141,6 +141,25 @@ def test_completions_are_of_evenly_spread_steps_the_first_and_the_last_among_the
     assert "prompt" in first and "prompt" not in first["samples"][0], "a prompt is embedded once for its group"
 
 
+def test_of_long_completions_beginning_and_end_are_shown(tmp_path):
+    """Thousands of tokens in hundreds of completions made pages of 89 MB and more."""
+    folder = write_run(tmp_path / "run", steps=1)
+    path = folder / "completions" / "step_1.jsonl"
+    first, *others = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
+    tokens = [f"{i:03}" for i in range(1000)]
+    first |= {"completion": "".join(tokens), "tokens": tokens, "logprobs": [-0.001 * i for i in range(1000)]}
+    path.write_text("".join(json.dumps(record) + "\n" for record in (first, *others)), encoding="utf-8")
+    run = report.collect([folder], steps=1, groups=8, characters=100)["runs"][0]
+    long, short = run["completions"][0]["samples"]
+    gap = "\n[... 2,900 characters left out ...]\n"
+    assert long["completion"] == "".join(tokens)[:50] + gap + "".join(tokens)[-50:]
+    assert long["tokens"] == [*tokens[:16], gap, *tokens[-16:]]  # whole ones
+    assert long["logprobs"][:16] == first["logprobs"][:16] and long["logprobs"][17:] == first["logprobs"][-16:]
+    assert short["completion"] == others[0]["completion"] and short["tokens"] == others[0]["tokens"]
+    assert run["characters_shown"] == 100
+    assert report.collect([folder], steps=1, groups=8, characters=3000)["runs"][0]["characters_shown"] is None
+
+
 def test_nothing_that_a_model_wrote_ends_the_script_element_that_holds_the_data(folders):
     data = collect(folders)
     scripts = Scripts(report.page(data)).found
