@@ -77,8 +77,7 @@ def pick(run: Run, groups: list[Group], used: list[int]) -> list[Group]:
     """This rank's share of the groups that are used, by their places among the drawn; `groups`: its share of those."""
     if len(used) == len(groups) * run.world.size:
         return groups
-    everyones = run.world.everyones(groups)
-    return run.world.mine([everyones[i] for i in used])
+    return run.world.deal(groups, used)
 
 
 def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Tensor, dict[str, float]]:

@@ -18,7 +18,7 @@ from grpo import distributed
 from grpo.config import from_dict
 from grpo.distributed import StopRequest, World
 from grpo.run import settle
-from tests.ranks import CONTEXT, run_ranks
+from tests.ranks import CONTEXT, Ranks, run_ranks
 from tests.tiny import save_tiny_model
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -140,6 +140,38 @@ def test_a_deterministic_run_asks_torch_and_cublas_and_fills_no_memory_for_it(mo
     distributed.make_deterministic()
     assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+class Counted:
+    """Counts how often it is made from what travelled."""
+
+    made = []
+
+    def __init__(self, name):
+        self.name = name
+
+    def __setstate__(self, state):
+        self.made.append(state["name"])
+        vars(self).update(state)
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2, 3, 4, 5], [1, 2], [5, 0], []])
+def test_of_dealt_items_only_those_wanted_travel_and_a_rank_makes_only_its_own(places, monkeypatch):
+    monkeypatch.setattr(Counted, "made", [])
+    items, travelled, ranks = [Counted(i) for i in range(6)], [], Ranks(2)
+
+    class Rank(World):
+        def gather(self, item):
+            travelled.extend(item)
+            return ranks.gather(self.rank, item)
+
+    def work(rank):
+        world = Rank(rank, 2, torch.device("cpu"))
+        return [item.name for item in world.deal(world.mine(items), places)]
+
+    assert ranks.run(work) == [places[0::2], places[1::2]]
+    assert sorted(Counted.made) == sorted(places)
+    assert sum(item is not None for item in travelled) == len(places)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
