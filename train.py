@@ -138,11 +138,13 @@ def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor,
 
 def log_completions(run: Run, step: int, groups: list[Group], scores: Scores, advantages: Tensor) -> None:
     """Each rank puts its groups into words, rank 0 writes them down. scores, advantages: everyone's."""
-    world = run.world
-    mine = list(world.mine(range(len(advantages))))
+    world, wanted = run.world, run.config.log_groups
+    if wanted == 0:
+        return
+    mine = list(world.mine(range(len(advantages))[:wanted]))
     num_with_tokens = len(world.mine(range(GROUPS_WITH_TOKENS)))
-    facts = (scores.pick(mine), world.mine(advantages), run.token_text)
-    lines = completion_lines(groups, *facts, num_with_tokens=num_with_tokens)
+    facts = (scores.pick(mine), advantages[mine], run.token_text)
+    lines = completion_lines(groups[: len(mine)], *facts, num_with_tokens=num_with_tokens)
     run.log.log_completions(step, world.everyones(lines))
 
 

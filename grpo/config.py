@@ -302,6 +302,8 @@ class Config:
     """Checkpoint every this many steps; one is always written at the end."""
     keep_last: Annotated[int, "[1, inf)"] = 2
     """Checkpoints kept besides the best one."""
+    log_groups: Annotated[int | None, "[0, inf)"] = None
+    """Groups of each step whose completions are written into completions/, the first ones; None: all. Long completions fill a disk: 1,024 of some 4,500 tokens are 30 MB, every step."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """Kernels: auto decides by device, dtype and shape, and says what it chose."""
     deterministic: bool = False

@@ -17,6 +17,7 @@ FREE = (
     "num_steps",
     "save_every",
     "keep_last",
+    "log_groups",
     "eval",
     "track",
     "distributed",
