@@ -3,6 +3,8 @@
 Specialised as their launchers do for Qwen2.5; `make slow` adds the shapes that are hardest on registers.
 """
 
+from dataclasses import replace
+
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -14,7 +16,7 @@ SIZE = {"bf16": 2, "fp32": 4}
 QUERY = {"query": "*{0}:16", "stride_query_row": "i32:16", "stride_query_head": "i32:16"}
 SLAB = {"keys": "*{0}:16", "values": "*{0}:16", "stride_head": "i32:16", "stride_key": "i32:16"}
 LENGTHS = {"prefix_lengths": "*i64:16", "suffix_lengths": "*i64:16", "partial": "*fp32:16", "lse": "*fp32:16"}
-TERMS = {"chunks": "i32", "scale": "fp32", "softcap": "fp32", "window": "i32"}
+TERMS = {"parts": "i32", "scale": "fp32", "softcap": "fp32", "window": "i32"}
 
 
 def attend(name: str, own_types: dict, own_constants: dict, dtype: str, **shape) -> Kernel:
@@ -35,8 +37,14 @@ def attend_prefix(dtype: str, **shape) -> Kernel:
 
 def attend_suffix(dtype: str, **shape) -> Kernel:
     new = {"key": "*{0}:16", "value": "*{0}:16", "stride_new_row": "i32:16", "stride_new_head": "i32:16"}
-    own = {"stride_row": "i32:16", "output": "*{0}:16"}
-    return attend("suffix", new | own, dict(CHUNK=192, PADDED_REPEATS=16), dtype, **shape)
+    own = {"stride_row": "i32:16", "output": "*{0}:16", "chunks": "i32", "stored_chunk": "i32:16"}
+    return attend("suffix", new | own, dict(CHUNK=192, PADDED_REPEATS=16, IS_SPLIT=False), dtype, **shape)
+
+
+def attend_stored(dtype: str, **shape) -> Kernel:
+    own = {"stride_row": "i32:16", "chunks": "i32", "stored_chunk": "i32:16"}
+    kernel = attend("stored", own, dict(PADDED_REPEATS=16), dtype, **shape)
+    return replace(kernel, types={name: type for name, type in kernel.types.items() if name != "prefix_lengths"})
 
 
 def sampling(name: str, own_types: dict, **constants) -> Kernel:
@@ -50,6 +58,8 @@ CAPPED = dict(HAS_SOFTCAP=True, HAS_WINDOW=True)
 USUAL = {
     "prefix, Qwen2.5-7B": attend_prefix("bf16", REPEATS=7, WIDTH=128),
     "suffix, Qwen2.5-7B": attend_suffix("bf16", REPEATS=7, WIDTH=128),
+    "stored, Qwen2.5-7B": attend_stored("bf16", REPEATS=7, WIDTH=128),
+    "split suffix, Qwen2.5-7B": attend_suffix("bf16", REPEATS=7, WIDTH=128, IS_SPLIT=True),
     "weigh tiles": sampling("weigh_tiles", {}),
     "pick": sampling("pick", DRAWN, GREEDY=False, PADDED_TILES=64),
 }
@@ -61,7 +71,11 @@ HARD = {
     "prefix, 8 heads of 256": attend_prefix("bf16", REPEATS=8, WIDTH=256, **CAPPED),
     "prefix, fp32": attend_prefix("fp32", REPEATS=7, WIDTH=128, **CAPPED),
     "suffix, Gemma 2": attend_suffix("bf16", REPEATS=2, WIDTH=256, **CAPPED),
+    "stored, Gemma 2": attend_stored("bf16", REPEATS=2, WIDTH=256, **CAPPED),
+    "split suffix, Gemma 2": attend_suffix("bf16", REPEATS=2, WIDTH=256, IS_SPLIT=True, **CAPPED),
     "suffix, fp32": attend_suffix("fp32", REPEATS=7, WIDTH=128, **CAPPED),
+    "stored, fp32": attend_stored("fp32", REPEATS=7, WIDTH=128, **CAPPED),
+    "split suffix, fp32": attend_suffix("fp32", REPEATS=7, WIDTH=128, IS_SPLIT=True, **CAPPED),
     "pick, greedy": sampling("pick", DRAWN, GREEDY=True, PADDED_TILES=64),
 }
 
@@ -77,8 +91,8 @@ def test_no_kernel_spills_or_wants_more_shared_memory_than_there_is_and_attentio
     assert reports.keys() == SHARED_MEMORY.keys()
     # 16 query rows, as in a suffix, are too few for wgmma and tcgen05.
     for gpu, widest in {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}.items():
-        prefix, suffix, *_ = reports[gpu]
-        assert widest in prefix.tensor and "HMMA" in suffix.tensor
+        prefix, suffix, stored, *_ = reports[gpu]
+        assert widest in prefix.tensor and "HMMA" in suffix.tensor and "HMMA" in stored.tensor
     found = all_faults(USUAL, reports)
     if triton.__version__.startswith("3.6.") and found == SPILLS_OF_3_6:
         pytest.xfail("triton 3.6 spills 8 bytes of the 7B's prefix on Blackwell, and nothing elsewhere; 3.9 does not")

@@ -174,6 +174,37 @@ def test_a_neighbours_length_does_not_change_a_bit_of_a_rows_output():
         assert torch.equal(attend(case, "triton", **terms)[0][0], attend(other, "triton", **terms)[0][0])
 
 
+@pytest.mark.parametrize("terms", [{}, {"window": 1}, {"window": 40}, {"window": 170}, {"softcap": 3.0, "window": 65}])
+def test_long_suffixes_of_a_few_rows_are_read_in_chunks_to_the_same_result(terms, monkeypatch):
+    """Rows that end on a chunk's edge, one before and one behind it; a window's edge in each of the chunks."""
+    case = make(7, 1, 16, [40, 9], [1, 64, 65, 66, 129, 0, 200], seats=4, place=[0, 1, 2, 3, 4, 6, 7])
+    whole, _ = attend(case, "triton", **terms)
+    launched = []
+    monkeypatch.setattr(kernel, "STORED_CHUNK", 64)
+    size_of = kernel.stored_chunk_size
+    monkeypatch.setattr(kernel, "stored_chunk_size", lambda *shape: launched.append(size_of(*shape)) or launched[-1])
+    output, suffix = attend(case, "triton", **terms)
+    assert launched == [128]  # of 201 keys, in blocks of 64: 3 chunks would be of 67, and so of 128
+    assert (output - truth(case, **terms)).abs().max() < EXACT and (output - whole).abs().max() < EXACT
+    for row, _, _, length in case.rows():  # the newest is stored
+        assert torch.equal(suffix[0][row, :, :length], case.suffix[0][row, :, :length])
+
+
+@pytest.mark.parametrize(
+    "suffix_size, programs, expected",
+    [
+        (401, 16, 0),  # short completions
+        (16_385, 264, 0),  # as many programs as the device wants
+        (16_385, 16, 576),  # 8 rows of 2 heads: 32 chunks
+        (16_385, 256, 1856),  # 9 chunks
+        (1_024, 1, 512),
+        (1_023, 1, 0),
+    ],
+)
+def test_a_suffix_comes_in_chunks_where_programs_are_few_and_it_is_long(suffix_size, programs, expected):
+    assert kernel.stored_chunk_size(suffix_size, programs, 64) == expected
+
+
 @pytest.mark.parametrize("impl", ["definition", "torch"] + ["triton"] * (DEVICE == "cuda"))
 def test_bf16_scores_are_not_rounded_before_the_softmax(impl):
     case = make(4, 2, **SMALL, dtype=torch.bfloat16, seed=4)

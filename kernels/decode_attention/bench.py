@@ -38,6 +38,7 @@ SHAPES = {
         Shape("Qwen2.5-0.5B, long", 32, 8, 14, 2, 64, 700, 1024),
         Shape("Qwen2.5-0.5B, few rows", 4, 8, 14, 2, 64, 700, 1024),
         Shape("Qwen2.5-7B", 32, 8, 28, 4, 128, 700, 256),
+        Shape("Qwen2.5-1.5B, the last rows of a long rollout", 8, 1, 12, 2, 128, 700, 16_384),
     ],
 }
 

@@ -1,9 +1,11 @@
-"""Two Triton kernels, memory bound: every stored key and value is read once per step, a prefix once per group.
+"""Triton kernels, memory bound: every stored key and value is read once per step, a prefix once per group.
 
 `attend_prefix` takes a tile of a group's seats, so that one load of the prefix serves seats x heads-per-kv-head query
 rows (at least 16: the tensor cores' least), over one chunk of the prefix; it leaves an output and its log-sum-exp.
 `attend_suffix` takes one row: it stores the newest key and value, attends to the row's own suffix and folds the
-chunks in, as one softmax in fp32. Shapes alone decide the launch: nothing waits for the device, and a CUDA graph may
+chunks in, as one softmax in fp32. Of a few rows with room for thousands of tokens, as the last of a rollout are, the
+suffix comes in chunks as well, by `attend_stored`: a program to a row would leave most of the device idle, and read
+one key after another. Shapes alone decide the launch: nothing waits for the device, and a CUDA graph may
 capture both. What lies beyond a length is never loaded, whatever it holds; and blocks begin at fixed keys, so that a
 row's output does not depend on its neighbours.
 """
@@ -21,6 +23,8 @@ TILE_ROWS = {2: 64, 4: 16}  # query rows of a prefix tile, by bytes of an elemen
 BLOCK_BYTES = 8192  # of keys read at a time; with more, wide heads spill registers (tests/test_kernels_compile.py)
 CHUNK = 128  # least keys of a prefix chunk; below, writing and folding its partial result costs as much as reading it
 PROGRAMS = 264  # to aim for: two for each multiprocessor of an H100
+STORED_CHUNK = 512  # least keys of a chunk of a suffix
+STORED_CHUNKS = 8  # in which a suffix of all its room gives a program to each of PROGRAMS: one an eighth as long, too
 LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1.0e30)  # a finite score of no key: -inf - -inf would be NaN
 
@@ -67,24 +71,30 @@ def decode_attention(
     block = block_size(width, query.element_size())
     chunk = chunk_size(prefix_size, num_groups * tiles * kv_heads, block)
     chunks = triton.cdiv(prefix_size, chunk)
-    partial = query.new_empty(num_rows, num_heads, chunks, width, dtype=torch.float32)
-    lse = query.new_empty(num_rows, num_heads, chunks, dtype=torch.float32)
+    stored_chunk = stored_chunk_size(suffix[0].shape[2], num_rows * kv_heads, block)
+    parts = chunks + (triton.cdiv(suffix[0].shape[2], stored_chunk) if stored_chunk else 0)
+    partial = query.new_empty(num_rows, num_heads, parts, width, dtype=torch.float32)
+    lse = query.new_empty(num_rows, num_heads, parts, dtype=torch.float32)
     output = query.new_empty(num_rows, num_heads, width)
-    common = dict(
-        scale=scale, softcap=softcap or 0.0, window=window or 0, REPEATS=repeats, WIDTH=width, BLOCK=block, CHUNK=chunk
-    )
+    common = dict(scale=scale, softcap=softcap or 0.0, window=window or 0, REPEATS=repeats, WIDTH=width, BLOCK=block)
     common.update(HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None)
+    of_row = dict(PADDED_REPEATS=max(16, triton.next_power_of_2(repeats)), num_warps=4)
     if chunks:
         attend_prefix[(num_groups * tiles, kv_heads, chunks)](
             query, *query.stride()[:2], *prefix, *prefix[0].stride()[:3], place, prefix_lengths, suffix_lengths,
-            partial, lse, num_rows, seats, tiles, chunks,
-            TILE_SEATS=tile_seats, PADDED_REPEATS=padded_repeats, SEARCH_STEPS=num_rows.bit_length(),
+            partial, lse, num_rows, seats, tiles, parts,
+            TILE_SEATS=tile_seats, PADDED_REPEATS=padded_repeats, SEARCH_STEPS=num_rows.bit_length(), CHUNK=chunk,
             num_warps=prefix_warps(width, query.element_size()), **common,
+        )  # fmt: skip
+    if stored_chunk:
+        attend_stored[(num_rows, kv_heads, parts - chunks)](
+            query, *query.stride()[:2], *suffix, *suffix[0].stride()[:3], suffix_lengths, partial, lse, parts, chunks,
+            stored_chunk, **of_row, **common,
         )  # fmt: skip
     attend_suffix[(num_rows, kv_heads)](
         query, *query.stride()[:2], key, value, *key.stride()[:2], *suffix, *suffix[0].stride()[:3],
-        prefix_lengths, suffix_lengths, partial, lse, output, chunks,
-        PADDED_REPEATS=max(16, triton.next_power_of_2(repeats)), num_warps=4, **common,
+        prefix_lengths, suffix_lengths, partial, lse, output, parts, chunks, stored_chunk,
+        CHUNK=chunk, IS_SPLIT=stored_chunk > 0, **of_row, **common,
     )  # fmt: skip
     return output
 
@@ -110,6 +120,13 @@ def chunk_size(prefix_size: int, programs: int, block: int) -> int:
     """Keys of a prefix chunk, a multiple of `block`: long chunks, but enough programs to fill the device."""
     chunks = max(1, min(triton.cdiv(PROGRAMS, programs), prefix_size // CHUNK))
     return triton.cdiv(max(1, triton.cdiv(prefix_size, chunks)), block) * block
+
+
+def stored_chunk_size(suffix_size: int, programs: int, block: int) -> int:
+    """Keys of a chunk of a suffix, a multiple of `block`; 0 where each row's program reads its suffix whole."""
+    chunks = min(triton.cdiv(STORED_CHUNKS * PROGRAMS, programs), suffix_size // STORED_CHUNK)
+    is_worth_it = programs < PROGRAMS and chunks > 1
+    return triton.cdiv(triton.cdiv(suffix_size, chunks), block) * block if is_worth_it else 0
 
 
 @triton.jit
@@ -149,7 +166,7 @@ def _attend(
 @triton.jit
 def attend_prefix(
     query, stride_query_row, stride_query_head, keys, values, stride_group, stride_head, stride_key,
-    place, prefix_lengths, suffix_lengths, partial, lse, num_rows, seats, tiles, chunks, scale, softcap, window,
+    place, prefix_lengths, suffix_lengths, partial, lse, num_rows, seats, tiles, parts, scale, softcap, window,
     REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     TILE_SEATS: tl.constexpr, PADDED_REPEATS: tl.constexpr, SEARCH_STEPS: tl.constexpr,
@@ -193,7 +210,7 @@ def attend_prefix(
             scale, softcap, HAS_SOFTCAP, WIDTH, BLOCK,
         )  # fmt: skip
         # A row that sees nothing here, while another row of its tile does, leaves zeros and a weight of 2^NOTHING = 0.
-        target = (row * tl.num_programs(1) * REPEATS + head).to(tl.int64) * chunks + tl.program_id(2)
+        target = (row * tl.num_programs(1) * REPEATS + head).to(tl.int64) * parts + tl.program_id(2)
         total = tl.where(total > 0, total, 1.0)
         mean = sums / total[:, None]
         tl.store(partial + target[:, None] * WIDTH + column[None, :], mean, mask=is_live[:, None])
@@ -201,14 +218,65 @@ def attend_prefix(
 
 
 @triton.jit
-def attend_suffix(
-    query, stride_query_row, stride_query_head, key, value, stride_new_row, stride_new_head,
-    keys, values, stride_row, stride_head, stride_key, prefix_lengths, suffix_lengths, partial, lse, output, chunks,
-    scale, softcap, window,
-    REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+def attend_stored(
+    query, stride_query_row, stride_query_head, keys, values, stride_row, stride_head, stride_key,
+    suffix_lengths, partial, lse, parts, chunks, stored_chunk, scale, softcap, window,
+    REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, PADDED_REPEATS: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, kv head): store, attend, fold the prefix's chunks in, write the row's output."""
+    """Program (row, kv head, chunk of the suffix) -> partial[row, head, chunks + chunk] and its lse, log base 2."""
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    start = tl.program_id(2) * stored_chunk
+    stored = tl.load(suffix_lengths + row).to(tl.int32)
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(0, stored + 1 - window)
+    low = tl.maximum(start, first // BLOCK * BLOCK)
+    high = tl.minimum(start + stored_chunk, stored)
+    if low < high:
+        repeat = tl.arange(0, PADDED_REPEATS)
+        column = tl.arange(0, WIDTH)
+        mine = row * stride_query_row + (kv_head * REPEATS + repeat) * stride_query_head
+        stacked = tl.load(query + mine[:, None] + column[None, :], mask=(repeat < REPEATS)[:, None], other=0.0)
+        none = tl.zeros([PADDED_REPEATS], tl.int32)
+        best, total, sums = _attend(
+            stacked,
+            keys + row * stride_row + kv_head * stride_head,
+            values + row * stride_row + kv_head * stride_head,
+            stride_key, low, high, none + first, none + stored,
+            tl.full([PADDED_REPEATS], NOTHING, tl.float32), tl.zeros([PADDED_REPEATS], tl.float32),
+            tl.zeros([PADDED_REPEATS, WIDTH], tl.float32), scale, softcap, HAS_SOFTCAP, WIDTH, BLOCK,
+        )  # fmt: skip
+        head = row * tl.num_programs(1) * REPEATS + kv_head * REPEATS + repeat
+        target = head * parts + chunks + tl.program_id(2)
+        total = tl.where(total > 0, total, 1.0)
+        tl.store(
+            partial + target[:, None] * WIDTH + column[None, :], sums / total[:, None], mask=(repeat < REPEATS)[:, None]
+        )
+        tl.store(lse + target, best + tl.log2(total), mask=repeat < REPEATS)
+
+
+@triton.jit
+def _fold_in(partial, lse, part, best, total, sums, is_head, WIDTH: tl.constexpr):
+    """Fold a chunk's result into the softmax. part: [M], its place for each row of the query."""
+    theirs = tl.load(lse + part, mask=is_head, other=NOTHING)
+    mean = tl.load(partial + part[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=is_head[:, None], other=0.0)
+    new_best = tl.maximum(best, theirs)
+    shrink, weight = tl.exp2(best - new_best), tl.exp2(theirs - new_best)
+    return new_best, total * shrink + weight, sums * shrink[:, None] + mean * weight[:, None]
+
+
+@triton.jit
+def attend_suffix(
+    query, stride_query_row, stride_query_head, key, value, stride_new_row, stride_new_head,
+    keys, values, stride_row, stride_head, stride_key, prefix_lengths, suffix_lengths, partial, lse, output,
+    parts, chunks, stored_chunk, scale, softcap, window,
+    REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, PADDED_REPEATS: tl.constexpr, IS_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Program (row, kv head): store, attend (or, where the suffix is in chunks, fold them in), fold the prefix's chunks
+    in, write the row's output."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     repeat = tl.arange(0, PADDED_REPEATS)
@@ -238,19 +306,18 @@ def attend_suffix(
             seen = tl.maximum(0, length + stored + 1 - window)
         first = tl.maximum(0, seen - length)
         none = tl.zeros([PADDED_REPEATS], tl.int32)
-        best, total, sums = _attend(
-            stacked, keys, values, stride_key, first // BLOCK * BLOCK, stored, none + first, none + stored,
-            best, total, sums, scale, softcap, HAS_SOFTCAP, WIDTH, BLOCK,
-        )  # fmt: skip
+        if IS_SPLIT:
+            for chunk in range(first // stored_chunk, tl.where(first < stored, tl.cdiv(stored, stored_chunk), 0)):
+                part = head * parts + chunks + chunk
+                best, total, sums = _fold_in(partial, lse, part, best, total, sums, repeat < REPEATS, WIDTH)
+        else:
+            best, total, sums = _attend(
+                stacked, keys, values, stride_key, first // BLOCK * BLOCK, stored, none + first, none + stored,
+                best, total, sums, scale, softcap, HAS_SOFTCAP, WIDTH, BLOCK,
+            )  # fmt: skip
 
         for chunk in range(seen // CHUNK, tl.where(seen < length, tl.cdiv(length, CHUNK), 0)):
-            theirs = tl.load(lse + head * chunks + chunk, mask=repeat < REPEATS, other=NOTHING)
-            part = (head * chunks + chunk)[:, None] * WIDTH + column[None, :]
-            mean = tl.load(partial + part, mask=is_head, other=0.0)
-            new_best = tl.maximum(best, theirs)
-            shrink, weight = tl.exp2(best - new_best), tl.exp2(theirs - new_best)
-            total = total * shrink + weight
-            sums = sums * shrink[:, None] + mean * weight[:, None]
-            best = new_best
+            part = head * parts + chunk
+            best, total, sums = _fold_in(partial, lse, part, best, total, sums, repeat < REPEATS, WIDTH)
         result = sums / total[:, None]
     tl.store(output + head[:, None] * WIDTH + column[None, :], result.to(output.dtype.element_ty), mask=is_head)
