@@ -177,7 +177,14 @@ def together(world: World) -> Iterator[None]:
 def halve_micro_batches(updater: Updater, batch: Batch) -> None:
     """From here on micro-batches of half the tokens, with the final weights as they are. ValueError the second time."""
     if updater.too_large == updater.tokens_per_micro_batch:
-        raise ValueError(f"out of memory with {updater.token_budget} tokens, half of the first budget; {LESS_MEMORY}")
+        what = f"out of memory with {updater.token_budget} tokens, half of the first budget; {LESS_MEMORY}"
+        largest = max(batch.micro_batches, key=lambda micro_batch: micro_batch.input_ids.numel())
+        if len(largest.sequences) == 1 and largest.input_ids.numel() > updater.token_budget:
+            what += (
+                f" (the largest is a completion with its prompt, {largest.input_ids.numel()} tokens, which no budget "
+                "makes smaller: there only the latter helps, or a smaller rollout.max_new_tokens)"
+            )
+        raise ValueError(what)
     updater.too_large = updater.tokens_per_micro_batch
     if updater.world.device.type == "cuda":
         torch.cuda.empty_cache()  # its blocks have the sizes of the larger micro-batches

@@ -163,6 +163,17 @@ def test_a_second_lack_of_memory_ends_the_run_with_the_remedy(budget, half, is_f
             trainee.update()
 
 
+def test_a_completion_that_alone_is_too_long_is_told_apart_from_a_budget_that_is_too_large():
+    for budget, is_alone in ((60, False), (4, True)):
+        trainee = Trainee(budget=budget)
+        short_of_memory(trainee.module, over(5))
+        with pytest.raises(ValueError, match="out of memory") as failure:
+            trainee.update()
+        longest = max(micro_batch.input_ids.numel() for micro_batch in trainee.batch().micro_batches)
+        told = f"the largest is a completion with its prompt, {longest} tokens, which no budget makes smaller"
+        assert (told in str(failure.value)) == is_alone
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_halves_hold_the_same_tokens_with_the_same_columns_and_equally_many_everywhere(layout):
     batch = Trainee(layout=layout).batch()
