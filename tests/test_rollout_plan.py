@@ -51,6 +51,16 @@ def test_without_a_limit_all_rows_are_decoded_together():
     assert plan(10**9, max_rows=23).num_groups == 10  # twice the 5 groups that fill 23 rows
 
 
+def test_of_long_completions_last_rows_of_many_groups_keep_their_prefixes_while_others_come_in():
+    long = dict(num_problems=100, max_rows=23, suffix_size=501)
+    rows = 10 * 23 * 501  # bytes
+    assert plan(10**9, **long).num_groups == 20  # four times the 5 that fill 23 rows: 20 * 128 tokens beside 23 * 501
+    assert plan(rows + 10 * 19 * 128, **long).num_groups == 10
+    assert plan(rows + 10 * 9 * 128, **long).num_groups == 6  # 23 rows, idle ones too, have a seat in 6
+    assert {plan(rows + 10 * count * 128, **long).num_rows for count in (6, 9, 19, 99)} == {23}  # never for rows
+    assert plan(10**9, **{**long, "suffix_size": 445}).num_groups == 10  # prefixes would be more than a quarter
+
+
 @pytest.mark.parametrize("budget", range(2600, 27_000, 1111))
 def test_a_plan_has_the_most_rows_that_fit(budget):
     found = plan(budget)

@@ -87,16 +87,19 @@ def make_plan(
 ) -> Plan:
     """As many rows as `budget` bytes hold, at most max_rows; ValueError where one group is too much.
 
-    Rows come in buckets. With room there are twice the groups that fill the rows: as rows leave one by one, a group's
-    last row keeps its prefix, and others could not come in.
+    Rows come in buckets. With room there are twice the groups that fill the rows, and four times where their prefixes
+    are small beside the suffixes: as rows leave one by one, a group's last row keeps its prefix, and others could not
+    come in.
     """
     prefix_size = -(-longest_prefix // PREFIX_STEP) * PREFIX_STEP
     for limit in range(min(max_rows, num_problems * group_size), group_size - 1, -1):
         rows = bucket(limit)
         least = -(-rows // group_size)  # every row of a bucket, idle ones too, has a seat in some group
-        for groups in (2 * (limit // group_size), limit // group_size):
-            plan = Plan(num_problems, rows, max(min(groups, num_problems), least), prefix_size, suffix_size)
-            if plan.num_bytes(token_bytes) <= budget:
+        for times in (4, 2, 1):
+            groups = min(times * (limit // group_size), num_problems)
+            plan = Plan(num_problems, rows, max(groups, least), prefix_size, suffix_size)
+            is_cheap = times < 4 or groups * prefix_size <= rows * suffix_size // 4
+            if is_cheap and plan.num_bytes(token_bytes) <= budget:
                 return plan
     raise ValueError(
         f"{budget / GIB:.3g} GiB for keys and values hold no group: {group_size} completions of {suffix_size - 1} "
