@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from grpo.sharding import fill, fill_all, for_writer, share_of
-from kernels import is_old
 
 ADAPTER_CONFIG = "adapter_config.json"  # the file that tells a folder in PEFT's format
 
@@ -168,7 +167,8 @@ def choose_precision(precision: str, device: torch.device) -> str:
     """`auto` means bf16 on CUDA and fp32 elsewhere, on a GPU without bf16 too."""
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and not is_old(device) else "fp32"
+    is_slow = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if device.type == "cuda" and not is_slow else "fp32"
 
 
 def load_policy(path: str, *, precision: str, device: torch.device) -> Policy:

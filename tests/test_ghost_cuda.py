@@ -167,7 +167,8 @@ def test_in_fp32_it_is_the_run_on_the_cpu(workplace):
         found = run("cuda", *options)
     assert device.waits["a copy between devices"] > 0
     assert_close(found, expected)
-    with ghost_cuda(), mock.patch.object(torch.cuda, "get_device_capability", lambda *args: (7, 5)):
+    before_ampere = {"get_device_capability": lambda *args: (7, 5), "is_bf16_supported": lambda **options: False}
+    with ghost_cuda(), mock.patch.multiple(torch.cuda, **before_ampere):
         assert_close(run("old"), expected)  # which takes the same options by itself
 
 
