@@ -121,8 +121,11 @@ def test_the_data_hold_what_the_run_folder_holds(folders, shots):
 
 def test_a_run_that_is_not_finished_has_seconds_from_its_metrics(folders):
     (folders[0] / "summary.json").unlink()
+    with (folders[0] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "seconds/evaluation": 1.5}\n')
     run = collect(folders[:1])["runs"][0]
-    assert (run["seconds"], run["accuracy"], run["best_step"]) == ({"rollout": 4.0}, [], None)
+    assert run["seconds"] == {"rollout": 4.0, "evaluation": 1.5} and run["tokens"] == 20
+    assert (run["accuracy"], run["best_step"]) == ([], None)
 
 
 def test_a_line_of_metrics_that_is_being_written_is_left_out(folders):
@@ -136,6 +139,9 @@ def test_completions_are_of_evenly_spread_steps_the_first_and_the_last_among_the
     run = collect([write_run(tmp_path / "long", steps=10)], steps=4, groups=1)["runs"][0]
     assert [(group["step"], group["problem"]) for group in run["completions"]] == [(s, "p/0") for s in (1, 4, 7, 10)]
     assert (run["steps_shown"], run["steps_recorded"], run["groups_shown"]) == (4, 10, 1)
+    for steps, shown in ((1, [1]), (2, [1, 10])):
+        run = collect([tmp_path / "long"], steps=steps, groups=1)["runs"][0]
+        assert [group["step"] for group in run["completions"]] == shown
     first = run["completions"][0]
     assert [sample["sample"] for sample in first["samples"]] == [0, 1]
     assert "prompt" in first and "prompt" not in first["samples"][0], "a prompt is embedded once for its group"
@@ -200,6 +206,24 @@ def test_the_csv_files_hold_the_same_numbers(folders, shots, tmp_path, capsys):
     assert tables["seconds"][0] == {"run": "a0", "phase": "a", "seconds": "1"}
     assert [row["accuracy"] for row in tables["shots"]] == ["0.0", "0.4"]
     assert tables["config"][0] == {"key": "optim.lr", "a0": "0.1", "a1": "0.1", "b": "0.2"}
+
+
+def test_a_report_is_written_into_the_first_run_and_may_be_written_again(folders, tmp_path, capsys):
+    whole = report.page(collect(folders))
+    for _ in range(2):
+        assert report.main([*map(str, folders), "--csv", str(tmp_path / "deep" / "tables")]) == 0
+    assert (folders[0] / "report.html").read_text(encoding="utf-8") == whole
+    assert (tmp_path / "deep" / "tables" / "metrics.csv").read_text().startswith("run,step,")
+    capsys.readouterr()
+    assert report.main([str(folders[1])]) == 0
+    assert capsys.readouterr().out == f"written: {folders[1]}/report.html\n"
+
+
+@pytest.mark.parametrize("option", ["--steps", "--groups"])
+def test_a_report_of_no_steps_or_groups_is_refused(folders, option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(folders[0]), option, "0"])
+    assert "must be 1 or more" in capsys.readouterr().err
 
 
 def test_what_is_no_run_folder_and_no_evaluation_is_refused_by_name(folders, tmp_path, capsys):
