@@ -77,7 +77,49 @@ def test_a_second_count_within_a_phase_has_its_own_pace(clock, capsys):
     for done in range(1, 6):
         clock[0] += 0.5
         progress(done, 40)
-    assert screen(capsys.readouterr().out)[0].endswith(" 12%  5/40, 0:00:18 left")
+    drawn = capsys.readouterr().out
+    assert screen(drawn)[0].endswith(" 12%  5/40, 0:00:18 left")
+    for done in range(1, 6):  # and another of as many
+        clock[0] += 2
+        progress(done, 40)
+    drawn += capsys.readouterr().out
+    assert screen(drawn)[0].endswith(" 12%  5/40, 0:01:10 left")
+    for done in (50, 60):  # and one of more, of which the first word comes late
+        clock[0] += 3
+        progress(done, 100)
+    assert screen(drawn + capsys.readouterr().out)[0].endswith(" 60%  60/100, 0:00:12 left")
+
+
+def test_a_phase_that_counts_as_many_as_the_one_before_has_its_own_pace(clock, capsys):
+    progress = Progress(is_shown=True)
+    for seconds in (7, 2):
+        progress.begin("rollout")
+        clock[0] += seconds
+        progress(2, 4)
+    assert screen(capsys.readouterr().out)[0].endswith(" 50%  2/4, 0:00:02 left")
+
+
+def test_the_time_left_is_told_by_the_last_twenty_steps(clock, capsys):
+    progress = Progress(is_shown=True, num_steps=50)
+    for step in range(1, 31):
+        clock[0] += 2.0 if step > 10 else 100.0
+        progress.step_done({"step": step})
+    progress.begin("rollout")
+    assert screen(capsys.readouterr().out)[1] == "step 30 of 50, 2.00 s a step, 0:00:40 left"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "is_terminal", "kind", "expected"),
+    [("utf-8", True, "xterm", True), ("ascii", True, "xterm", False)]
+    + [("utf-8", False, "xterm", False), ("utf-8", True, "dumb", False)],
+)
+def test_the_view_is_for_terminals_that_can_move_and_print_bars(monkeypatch, encoding, is_terminal, kind, expected):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setenv("COLUMNS", "70")
+    assert live.can_show() == expected and live.line_width() == (70 if expected else float("inf"))
 
 
 def test_the_lines_below_say_where_the_run_stands(clock, capsys):
@@ -188,3 +230,4 @@ def test_lines_are_broken_between_words_and_where_they_are_too_wide_only():
     text = "kept:  as  it is\nthis goes over the edge"
     assert live.fold(text, 16) == "kept:  as  it is\nthis goes over\n    the edge"
     assert live.fold(text, float("inf")) == text
+    assert live.fold("see a/long-path/of-a-file.py", 12) == "see\n    a/long-path/of-a-file.py", "to be copied"
