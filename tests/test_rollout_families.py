@@ -99,6 +99,13 @@ def test_a_model_that_cannot_be_served_is_refused_by_name(family, overrides, mes
         sampler(model)
 
 
+def test_a_model_with_a_layer_that_has_no_attention_is_refused():
+    model = tiny_model("qwen2")
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **others: (hidden_states, None)
+    with pytest.raises(ValueError, match="only 1 of 2 layers of Qwen2ForCausalLM use attention that rollout can"):
+        sampler(model).generate(problems(3), step=0)
+
+
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 
 

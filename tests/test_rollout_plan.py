@@ -91,17 +91,31 @@ def test_a_budget_is_never_exceeded_and_changes_no_token(model, slabs, kib):
     assert engine_.plan.num_rows < 15 or kib == 100
 
 
+def test_without_a_limit_the_budget_is_a_share_of_the_memory(model, monkeypatch):
+    limited, free = sampler(model, kv_gib=0.3 * 200 * KIB / GIB), sampler(model)
+    monkeypatch.setattr(engine, "total_memory", lambda device: 200 * KIB)
+    for each in (limited, free):
+        each.generate(problems(*LENGTHS), step=1)
+    assert free.plan == limited.plan and free.plan.num_rows < 15
+
+
 def test_one_group_that_does_not_fit_is_refused_by_the_sampler_too(model):
     with pytest.raises(ValueError, match="hold no group: 3 completions of 12 tokens and a prompt of 30"):
         sampler(model, kv_gib=25 * KIB / GIB).generate(problems(*LENGTHS), step=0)  # 64 + 3 * 13 tokens: 25.75 KiB
 
 
-def test_the_slab_has_the_planned_size_and_is_freed_with_the_call(model, slabs):
-    sampler(model, max_sequences=7).generate(problems(*LENGTHS), step=0)
+def test_the_slab_has_the_planned_size_and_is_freed_with_the_call_also_by_one_that_raises(model, slabs):
+    engine_ = sampler(model, max_sequences=7)
+    engine_.generate(problems(*LENGTHS), step=0)
     # 4 groups (twice 7 // 3) of 29 prefix tokens, rounded up to 64; 7 rows of 12 + 1.
     assert [size for size, _ in slabs] == [TOKEN_BYTES * (4 * 64 + 7 * 13)]
     gc.collect()
     assert slabs[0][1]() is None
+    engine_.progress = lambda done, total: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        engine_.generate(problems(*LENGTHS), step=1)
+    gc.collect()
+    assert len(slabs) == 2 and slabs[1][1]() is None
 
 
 def test_a_slab_is_kept_on_cuda_alone_and_up_to_a_fifth_of_its_memory(monkeypatch):
@@ -111,7 +125,7 @@ def test_a_slab_is_kept_on_cuda_alone_and_up_to_a_fifth_of_its_memory(monkeypatc
 
 
 def test_a_slab_that_is_kept_is_made_once_and_released_on_demand(model, slabs, monkeypatch):
-    monkeypatch.setattr(engine, "is_kept", lambda num_bytes, device: True)
+    monkeypatch.setattr(engine, "is_kept", lambda num_bytes, device: num_bytes == slabs[0][0])
     warm = sampler(model)
     first = ids_of(warm.generate(problems(*LENGTHS), step=1))
     assert ids_of(warm.generate(problems(*LENGTHS), step=1)) == first
@@ -133,10 +147,16 @@ def test_a_resumed_sampler_takes_turns_as_the_first_one_would_have_to_the_bit(mo
     fresh.generate(problems(*LENGTHS), step=1)
     assert resumed.plan == first.plan != fresh.plan
     assert sampler(model).state_dict()["plan"] is None
-    for changed in ({"kv_gib": 50 * KIB / GIB}, {**limits, "max_sequences": 6}):  # out of memory, say
+    for changed in (
+        {"kv_gib": 50 * KIB / GIB},  # out of memory, say
+        {**limits, "max_sequences": 6},
+        {**limits, "group_size": 2},
+    ):
         other = sampler(model, **changed)
         other.load_state_dict(first.state_dict())
         assert other.plan is None
+    fresh.load_state_dict({"plan": first.state_dict()["plan"]})  # of a checkpoint that told no limits
+    assert fresh.plan == first.plan
 
 
 def test_planned_bytes_count_every_layer_in_its_own_dtype(model):

@@ -95,6 +95,11 @@ def test_weights_changed_in_place_need_no_new_graph_and_moved_ones_do(captured):
     moved = ids_of(warm.generate(made, step=1))
     assert moved != after and moved == ids_of(sampler(model, cuda_graph=False).generate(made, step=1))
     assert len(captured) == 2 * count
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 3  # a buffer, which is no parameter
+    turned = ids_of(warm.generate(made, step=1))
+    assert turned != moved and turned == ids_of(sampler(model, cuda_graph=False).generate(made, step=1))
+    again = len(captured)
+    assert again > 2 * count and ids_of(warm.generate(made, step=1)) == turned and len(captured) == again
 
 
 def test_a_longer_prompt_than_ever_makes_a_larger_slab_and_new_graphs(model, captured):
@@ -102,6 +107,7 @@ def test_a_longer_prompt_than_ever_makes_a_larger_slab_and_new_graphs(model, cap
     for lengths in (LENGTHS, (100, 3), LENGTHS):
         made = problems(*lengths)
         assert ids_of(warm.generate(made, step=1)) == ids_of(sampler(model, cuda_graph=False).generate(made, step=1))
+        assert warm.plan.num_problems == 5, "of the calls before, too"
     assert warm.plan.prefix_size == 128 and warm.plan.num_problems == 5
 
 
