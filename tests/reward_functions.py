@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -50,7 +51,7 @@ def in_words(completions, **columns):
     values = []
     for text in completions:
         if text == "raise":
-            raise RuntimeError("asked to")
+            raise RuntimeError("asked to") from ValueError("longer than what is kept of a traceback " * 99)
         if text == "hang":
             time.sleep(1000)
         if text == "stubborn":  # ignores what can be ignored, and leaves a child behind
@@ -81,6 +82,12 @@ def stops_afterwards(completions, **columns):
     """Stops its process a little after the call."""
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
     return [0.0] * len(completions)
+
+
+def stops_midway(completions, **columns):
+    """Stops its process when a part of an answer is in the pipe."""
+    os.write(int(sys.argv[1]), struct.pack("!i", 100) + b"{")
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def faulty_on_some(completions, **columns):

@@ -15,7 +15,7 @@ import pytest
 
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT
 from grpo.rewards import Reward, correctness_reward, runner, score_texts
-from grpo.rewards.pool import Pool, Work
+from grpo.rewards.pool import Pool, Work, Worker
 from grpo.user_code import load_object
 from tests import reward_functions as functions
 
@@ -169,6 +169,15 @@ def test_a_worker_that_has_stopped_since_its_last_answer_costs_its_deadline_and_
         time.sleep(0.5)
         assert statuses(pool(["a" * 10**6], {}, rewards)) == [TIMEOUT]  # more than a pipe holds
         assert statuses(pool(["a"], {}, rewards)) == [OK]
+
+
+def test_a_worker_that_stops_in_the_midst_of_its_answer_is_late(monkeypatch):
+    with Pool(workers=1, timeout_s=100, step_timeout_s=100) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr("grpo.rewards.pool.IMPORT_TIMEOUT_S", 1.0)
+            pool.workers.append(Worker())
+        assert statuses(pool(["a"], {}, {"stops": Reward(functions.stops_midway, 1.0)})) == [TIMEOUT]
+        assert not pool.workers
 
 
 def test_a_component_that_was_late_once_costs_one_deadline_for_each_hanging_completion(monkeypatch):
