@@ -190,7 +190,7 @@ class Pool:
         for connection in wait(list(busy), max(0.0, first - time.monotonic())):
             self._receive(busy[connection], connection, work)
         for worker in self._busy():
-            is_late = worker.deadline <= min(time.monotonic(), end)
+            is_late = worker.deadline <= time.monotonic()
             if is_late and not worker.connection.poll():  # an answer that is there counts, however late we look
                 self._lose(worker, work, TIMEOUT, "timeout", f"no answer within {self.timeout_s} s")
 
