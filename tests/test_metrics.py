@@ -27,9 +27,10 @@ def logger(tmp_path):
 
 def test_each_step_is_one_line_that_is_on_disk_at_once(logger, tmp_path, capsys):
     logger.log(row(1))
-    logger.log(row(2, loss=float("nan")))
-    assert metrics.read_metrics(tmp_path) == [row(1), {**row(2), "loss": None}]
-    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    logger.log(row(2, loss=float("nan"), grad_norm=float("inf")))
+    assert metrics.read_metrics(tmp_path) == [row(1), {**row(2), "loss": None, "grad_norm": None}]
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in written and "Infinity" not in written
 
 
 def test_a_line_that_is_cut_off_is_left_out_in_the_middle_of_a_character_too(tmp_path):

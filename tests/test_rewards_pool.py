@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,6 +179,24 @@ def test_a_worker_that_stops_in_the_midst_of_its_answer_is_late(monkeypatch):
             pool.workers.append(Worker())
         assert statuses(pool(["a"], {}, {"stops": Reward(functions.stops_midway, 1.0)})) == [TIMEOUT]
         assert not pool.workers
+
+
+def test_an_answer_that_is_there_counts_however_late_we_look(monkeypatch):
+    clock, looks = [0.0], []
+
+    def look(connections, timeout):
+        """Every other time the answer comes while this process is stopped: behind the deadline it is still unseen."""
+        assert all(connection.poll(30) for connection in connections)
+        looks.append(1)
+        if len(looks) % 2 == 0:
+            return connections
+        clock[0] += 1000
+        return []
+
+    monkeypatch.setattr("grpo.rewards.pool.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("grpo.rewards.pool.wait", look)
+    with Pool(workers=1, timeout_s=10, step_timeout_s=10**6) as pool:
+        assert pool(["a"], {}, IN_WORDS) == [[(1.0, OK)]]
 
 
 def test_a_component_that_was_late_once_costs_one_deadline_for_each_hanging_completion(monkeypatch):
