@@ -66,7 +66,7 @@ def parse_command(argv: list[str]) -> Command:
 
 def _base_config(argv: list[str]) -> tuple[Path, str]:
     """The YAML file to start from, and the sentence that says why it is this one."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--resume"):
         early.add_argument(name, nargs="?")  # a missing value is reported by the full parser
     chosen, _ = early.parse_known_args(argv)

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -292,6 +294,21 @@ def test_the_environment_names_versions_commit_seed_and_dispatch(logger, tmp_pat
     assert json.loads((tmp_path / "env.json").read_text()) == env
     assert (env["seed"], env["world_size"], env["dispatch"]) == (3, 2, {"sample_token": "torch"})
     assert env["versions"]["torch"] in (torch.__version__, torch.__version__.partition("+")[0])  # without +cu130
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_told_whole_and_marked_where_files_differ_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "metrics.py"))
+    assert metrics.git_commit() is None, "outside git"
+    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-c", "tag.gpgsign=false")
+    git = lambda *what: subprocess.check_output(["git", "-C", tmp_path, *who, *what], text=True).strip()
+    (tmp_path / "file").write_text("as it was")
+    for command in (["init"], ["add", "file"], ["commit", "-m", "one"], ["tag", "-a", "-m", "v1", "v1"]):
+        git(*command)
+    commit = git("rev-parse", "HEAD")
+    assert metrics.git_commit() == commit and len(commit) == 40, "not by its tag"
+    (tmp_path / "file").write_text("changed")
+    assert metrics.git_commit() == f"{commit}-dirty"
 
 
 def test_documented_keys_cover_names_within_a_pattern_and_nothing_else():
