@@ -178,10 +178,8 @@ class Pool:
                 self.workers.append(idle := Worker())
             job = work.next_job()
             idle.calls, idle.deadline = deque(job), time.monotonic() + IMPORT_TIMEOUT_S
-            try:
+            with suppress(OSError):  # it has died, as reading from it will say; or it has stopped, and is late now
                 idle.connection.send_bytes(work.message(job))
-            except OSError:  # it has died, and reading from it will say so; or it has stopped, and is late
-                idle.deadline = time.monotonic()
 
     def _collect(self, work: Work, end: float) -> None:
         """Wait for an answer or a deadline, and take what there is."""
