@@ -284,9 +284,11 @@ def test_a_wrong_value_exits_with_status_2_too(yaml_path, line, capsys):
 
 
 def test_resuming_what_is_no_run_folder_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse_command(["--resume", str(tmp_path)])
-    assert "no config.yaml there; name a run folder" in capsys.readouterr().err
+    for prepare in (lambda path: None, Path.touch):  # the second as of a run that was killed at once
+        prepare(tmp_path / "config.yaml")
+        with pytest.raises(SystemExit):
+            parse_command(["--resume", str(tmp_path)])
+        assert "no config.yaml there; name a run folder" in capsys.readouterr().err
 
 
 def docstrings() -> dict[str, str]:
@@ -496,7 +498,13 @@ def test_the_memory_estimate_by_hand():
     assert memory["working copy, bf16"] == memory["frozen reference"] == 2000
     assert memory["KV cache"] == 5280 * 128
     assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 64) * 2
-    assert memory["logits of a chunk"] == 4 * 100 * 16
+    assert memory["logits of a chunk"] == 4 * 100 * 16 and memory["logits of a decoding step"] == 2 * 4 * 100 * 128
+    turns = replace(SETTLED, rollout=replace(Config().rollout, max_sequences=20))  # of 3 groups at a time
+    assert dry_run.memory_estimate(turns, 1, FACTS)["KV cache"] == (3 * 10 + 20 * 40) * 128
+    assert dry_run.memory_estimate(SETTLED, 2, FACTS)["KV cache"] == 5280 // 2 * 128
+    checkpointed = replace(SETTLED, model=replace(Config().model, gradient_checkpointing=True))
+    memory = dry_run.memory_estimate(checkpointed, 1, FACTS)
+    assert memory["activations of a micro-batch"] == 16384 * (2 * 32 + 8 * 32 + 4 * 64) * 2
     adapted = dry_run.memory_estimate(SETTLED, 1, replace(FACTS, num_trained=10))
     assert adapted["fp32 masters"] == adapted["gradients, fp32"] == 40 and adapted["Adam moments, fp32"] == 80
     assert adapted["frozen base"] == 2 * 990
@@ -511,6 +519,7 @@ def test_the_memory_estimate_by_hand():
     gpt2 = replace(FACTS, shape=GPT2Config(n_layer=2, n_head=4, n_embd=32))
     memory = dry_run.memory_estimate(SETTLED, 1, gpt2)
     assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 128) * 2
+    assert memory["KV cache"] == 5280 * 2 * 2 * 4 * 8 * 2
 
 
 def test_long_completions_take_turns_in_the_memory_for_keys_and_values():

@@ -147,7 +147,9 @@ def test_the_rows_of_the_table_stay_above_what_is_rewritten(tmp_path, capsys, mo
         pass
     logger.log({"step": 2, "reward": 0.5})
     logger.close()
-    said, heading, *rows = screen(capsys.readouterr().out)
+    written = capsys.readouterr().out
+    assert "step 1 of 2" in written, "below the bar of the second phase"
+    said, heading, *rows = screen(written)
     assert said == "a word during a phase" and heading.split()[0] == "step"
     assert [row.split()[0] for row in rows] == ["1", "2"]
 

@@ -29,8 +29,8 @@ def logger(tmp_path):
 
 def test_each_step_is_one_line_that_is_on_disk_at_once(logger, tmp_path, capsys):
     logger.log(row(1))
-    logger.log(row(2, loss=float("nan"), grad_norm=float("inf")))
-    assert metrics.read_metrics(tmp_path) == [row(1), {**row(2), "loss": None, "grad_norm": None}]
+    logger.log(row(2, loss=float("nan"), grad_norm=float("inf"), entropy=None))
+    assert metrics.read_metrics(tmp_path) == [row(1), row(2, loss=None, grad_norm=None, entropy=None)]
     written = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in written and "Infinity" not in written
 
