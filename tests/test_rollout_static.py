@@ -1,5 +1,7 @@
 """The decode step as CUDA graphs run it: fixed addresses, rows in buckets, recorded once and replayed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -100,6 +102,32 @@ def test_weights_changed_in_place_need_no_new_graph_and_moved_ones_do(captured):
     assert turned != moved and turned == ids_of(sampler(model, cuda_graph=False).generate(made, step=1))
     again = len(captured)
     assert again > 2 * count and ids_of(warm.generate(made, step=1)) == turned and len(captured) == again
+
+
+def test_a_size_runs_twice_before_it_is_recorded_and_all_share_a_pool_until_a_weight_moves(monkeypatch):
+    seen = []
+
+    class Step:
+        model = torch.nn.Linear(1, 1)
+
+        def __call__(self, layout):
+            seen.append("run")
+
+    def capture(run, pool):
+        seen.append(pool)
+        return lambda: seen.append("replay"), "pool"
+
+    monkeypatch.setattr(graphs, "on_side_stream", lambda run: (seen.append("aside"), run()))
+    monkeypatch.setattr(graphs, "capture", capture)
+    steps = graphs.Graphs(Step())
+    for rows in (8, 8, 8, 8, 4, 4, 4):
+        steps(SimpleNamespace(place=range(rows)))
+    twice = ["aside", "run"] * 2
+    assert seen == [*twice, None, "replay", "replay", *twice, "pool", "replay"]
+    Step.model.weight = torch.nn.Parameter(torch.ones(1, 1))
+    steps.check()
+    steps(SimpleNamespace(place=range(8)))
+    assert seen[-2:] == [None, "replay"]
 
 
 def test_a_longer_prompt_than_ever_makes_a_larger_slab_and_new_graphs(model, captured):
