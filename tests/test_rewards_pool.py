@@ -17,6 +17,7 @@ import pytest
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT
 from grpo.rewards import Reward, correctness_reward, runner, score_texts
 from grpo.rewards.pool import Pool, Work, Worker
+from grpo.rewards.worker import pack_function
 from grpo.user_code import load_object
 from tests import reward_functions as functions
 
@@ -224,7 +225,7 @@ def test_the_deadline_of_the_step_leaves_what_is_not_scored_as_timeout():
         assert statuses(pool(["a"], {}, IN_WORDS)) == [OK]  # and the next step goes on
 
 
-def test_functions_of_a_users_file_and_partials_reach_the_workers(pool, tmp_path):
+def test_functions_of_a_users_file_and_partials_reach_the_workers(pool, tmp_path, monkeypatch):
     file = tmp_path / "my_rewards.py"
     file.write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
@@ -234,6 +235,10 @@ def test_functions_of_a_users_file_and_partials_reach_the_workers(pool, tmp_path
     brevity = load_object(f"{file}:brevity")
     rewards = {"brevity": Reward(brevity, 1.0), "tenfold": Reward(partial(brevity, scale=10), 1.0)}
     assert [[o.value for o in row] for row in pool(["ab"], {}, rewards)] == [[0.5, 5.0]]
+    packed = pack_function("brevity", brevity)
+    monkeypatch.setattr(brevity, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "brevity", brevity, raising=False)
+    assert pack_function("brevity", brevity) == packed, "of the script that runs, too: in a worker another one does"
 
 
 def test_workers_find_the_modules_that_this_process_finds_and_get_nothing_of_what_is_typed(tmp_path, monkeypatch):

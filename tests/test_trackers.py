@@ -44,6 +44,25 @@ def place(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
+def test_a_tracker_gets_settings_its_id_the_next_step_scalars_and_tables(place, monkeypatch):
+    calls = []
+
+    class Recorder:
+        def __init__(self, folder, config, run_id, next_step):
+            calls.append((config, run_id, next_step))
+            self.id = run_id or "its id"
+
+        log = log_completions = lambda self, *given: calls.append(given)
+        close = lambda self: calls.append("closed")
+
+    monkeypatch.setitem(trackers.TRACKERS, "recorder", Recorder)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert run_two_steps_die_and_go_on("recorder", place) == "its id"
+    settings = {"optim.lr": 0.5}
+    first = [(settings, None, 1), (1, [TABLE_ROW]), (1, {"reward": 0.25}), (2, {"reward": 9.0}), "closed"]
+    assert calls == [*first, (settings, "its id", 2), (2, {"reward": 0.75}), (3, {"reward": 1.0}), "closed"]
+
+
 def test_tensorboard_hides_the_lost_steps_of_a_killed_run(place):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run_two_steps_die_and_go_on("tensorboard", place)
