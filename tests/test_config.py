@@ -183,11 +183,12 @@ def test_options_override_the_file_which_overrides_the_defaults(yaml_path):
 
 
 def test_a_switch_that_may_be_none_takes_its_value_in_either_case(yaml_path):
-    options = "--objective.dynamic-sampling true --objective.kl_corrected=false --model.compile True"
-    command = parse_command(["--config", yaml_path, *options.split(), "--objective.mask-truncated=none"])
+    options = "--objective.dynamic-sampling true --seed 5 --objective.kl_corrected=false --num-steps 9"
+    options += " --model.compile True --objective.mask-truncated=none"
+    command = parse_command(["--config", yaml_path, *options.split()])
     objective = command.config.objective
     assert (objective.dynamic_sampling, objective.kl_corrected, objective.mask_truncated) == (True, False, None)
-    assert command.config.model.compile is True
+    assert command.config.model.compile is True and (command.config.seed, command.config.num_steps) == (5, 9)
 
 
 def test_dashes_and_underscores_are_the_same(yaml_path):

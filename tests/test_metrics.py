@@ -44,11 +44,15 @@ def test_a_line_that_is_cut_off_is_left_out_in_the_middle_of_a_character_too(tmp
 
 def test_a_resumed_run_repeats_no_line_and_loses_none(logger, tmp_path):
     logger.log(row(1))
+    logger.log_completions(1, ["first\n", "second\n"])
     state = json.loads(json.dumps(logger.state_dict()))
     logger.log(row(2, reward=9.0))
+    logger.log_completions(2, ["lost\n"])
     logger.close()
     resumed = RunLogger(tmp_path, is_writer=True)
     resumed.load_state_dict(state)
+    kept = {path.name: path.read_text() for path in (tmp_path / "completions").iterdir()}
+    assert kept == {"step_1.jsonl": "first\nsecond\n"} and resumed.state_dict() == state
     resumed.log(row(2))
     resumed.log(row(3))
     assert metrics.read_metrics(tmp_path) == [row(1), row(2), row(3)]
