@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,6 +185,19 @@ def test_a_worker_that_stops_in_the_midst_of_its_answer_is_late(monkeypatch):
         assert not pool.workers
 
 
+def test_a_worker_that_is_killed_before_it_reads_its_job_costs_that_job_alone(monkeypatch):
+    with Pool(workers=1, timeout_s=10, step_timeout_s=60) as pool:
+        pool.workers.append(worker := Worker())
+        worker.process.send_signal(signal.SIGSTOP)
+
+        def look(connections, timeout):
+            worker.process.kill()  # what it has not read makes this a reset connection, not an ended one
+            return wait(connections, timeout)
+
+        monkeypatch.setattr("grpo.rewards.pool.wait", look)
+        assert statuses(pool(["a"], {}, IN_WORDS)) == [ERROR]
+
+
 def test_an_answer_that_is_there_counts_however_late_we_look(monkeypatch):
     clock, looks = [0.0], []
 
@@ -270,6 +286,14 @@ def test_a_file_is_run_once_whatever_of_it_is_named(tmp_path, monkeypatch):
 def test_a_function_that_only_this_process_knows_is_refused_with_a_remedy(pool):
     with pytest.raises(ValueError, match="reward 'mine' cannot be sent .*define it by `def` at the top of a file"):
         pool(["a"], {}, {"mine": Reward(lambda completions, **_: [1.0], 1.0)})
+
+
+def test_a_function_that_was_typed_and_one_that_holds_what_cannot_be_sent_are_refused_too():
+    typed = {"__name__": "__main__"}  # no __file__: a notebook, a prompt
+    exec("def one(completions, **columns):\n    return [1.0]", typed)
+    for mine in (typed["one"], partial(functions.nap, seconds=threading.Lock())):
+        with pytest.raises(ValueError, match="reward 'mine' cannot be sent .*define it by `def` at the top of a file"):
+            pack_function("mine", mine)
 
 
 def test_a_column_that_only_this_process_knows_is_refused_with_a_remedy(pool):
