@@ -233,6 +233,8 @@ def test_the_cpu_path_leaves_to_the_definition_what_it_cannot_do(terms):
     case = make(4, 2, **SMALL)
     assert not cpu.serves(case.query, case.prefix, case.suffix, **terms)
     assert not cpu.serves(case.query.bfloat16(), case.prefix, case.suffix)
+    assert not cpu.serves(case.query.to("meta"), case.prefix, case.suffix), "of another device"
+    assert cpu.serves(case.query, case.prefix, case.suffix) == (DEVICE == "cpu")
     narrow = case.prefix[0], case.prefix[1][..., :8]  # values of another width
     assert not cpu.serves(case.query, narrow, case.suffix)
 

@@ -166,6 +166,10 @@ def test_a_step_with_too_many_unscored_completions_is_refused_with_the_share_and
     refuse_unscored(scores, 0.25)
     with pytest.raises(ValueError, match=r"25% .*1 errors, 0 timeouts.*max_unscored=0.2;.*--rewards.timeout-s"):
         refuse_unscored(scores, 0.2)
+    half = score_groups([group("ab", "axb"), group("x", "d")], {"x": Reward(refuse_x, 1.0)}, require_finish=True)
+    refuse_unscored(half, 0.5)
+    with pytest.raises(ValueError, match=r"50% .*2 errors"):
+        refuse_unscored(half, 0.4)
 
 
 def test_interrupting_a_reward_is_not_swallowed():
