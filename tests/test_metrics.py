@@ -221,6 +221,14 @@ def test_only_the_first_groups_of_a_step_are_recorded_token_by_token():
     assert not {"tokens", "logprobs"} & set(last)
 
 
+def test_lengths_and_speed_by_hand():
+    lengths, zeros = torch.tensor([[3, 5], [8, 0]]), torch.zeros(2, 2)
+    status = [[["ok"]] * 2] * 2
+    scores = Scores(("c",), (1.0,), zeros[..., None], status, zeros, zeros == 0, lengths, lengths > 7)
+    expected = {"tokens": 16, "tokens_per_second": 16 / 5, "completion_length": 4.0, "truncated": 0.25}
+    assert metrics.length_metrics(scores, 5.0) == expected
+
+
 def test_the_texts_of_single_tokens_keep_the_spaces_that_join_them():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
