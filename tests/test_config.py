@@ -1,5 +1,6 @@
 """The config: typed both ways, mistakes named with the remedy, every field in the help."""
 
+import copy
 import math
 import re
 import typing
@@ -481,6 +482,8 @@ def test_the_effective_batch_by_hand():
     [
         ("packed", 660, 8),  # 16 groups of 330 tokens, two at a time
         ("auto", 130, 48),  # a group in three parts: 130 tokens hold the prompt and 3 completions of 40
+        ("auto", 125, 64),  # and of 2, without the prompt: 125 - 10 < 3 * 40
+        ("packed", 40, 128),  # a part is never less than a completion
         ("padded", 130, 64),  # 128 sequences of 50, two at a time
         ("padded", 40, 128),  # a sequence that is longer than the budget has one to itself
     ],
@@ -521,6 +524,8 @@ def test_the_memory_estimate_by_hand():
     memory = dry_run.memory_estimate(SETTLED, 1, gpt2)
     assert memory["activations of a micro-batch"] == 16384 * 2 * (8 * 32 + 4 * 128) * 2
     assert memory["KV cache"] == 5280 * 2 * 2 * 4 * 8 * 2
+    (wide := copy.deepcopy(FACTS.shape)).head_dim = 24  # of its own, as Qwen3's
+    assert dry_run.memory_estimate(SETTLED, 1, replace(FACTS, shape=wide))["KV cache"] == 5280 * 128 * 3
 
 
 def test_long_completions_take_turns_in_the_memory_for_keys_and_values():
