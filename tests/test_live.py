@@ -92,10 +92,10 @@ def test_a_second_count_within_a_phase_has_its_own_pace(clock, capsys):
 
 def test_a_phase_that_counts_as_many_as_the_one_before_has_its_own_pace(clock, capsys):
     progress = Progress(is_shown=True)
-    for seconds in (7, 2):
+    for done in (4, 2):
         progress.begin("rollout")
-        clock[0] += seconds
-        progress(2, 4)
+        clock[0] += done
+        progress(done, 4)
     assert screen(capsys.readouterr().out)[0].endswith(" 50%  2/4, 0:00:02 left")
 
 

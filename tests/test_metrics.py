@@ -256,6 +256,8 @@ def test_curves_show_each_panel_and_both_lines_on_one_axis_of_seconds(logger, tm
     assert lines["supervised training, same seconds"] == [[0, 0.1], [6, 0.3]]
     assert lines["reward/format"] == [[1, 0.25], [2, 0.25], [3, 0.25]]
     assert lines["kl"] == [[1, 0.01], [2, 0.01], [3, 0.01]]
+    named = {axes.get_title() for axes in chart.axes if axes.get_legend()}
+    assert named == {"validation accuracy", "mean reward"}, "where there are several lines"
 
 
 def drawn_lines(logger, tmp_path, monkeypatch, steps):
