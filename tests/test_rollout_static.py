@@ -1,5 +1,6 @@
 """The decode step as CUDA graphs run it: fixed addresses, rows in buckets, recorded once and replayed."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +129,35 @@ def test_a_size_runs_twice_before_it_is_recorded_and_all_share_a_pool_until_a_we
     steps.check()
     steps(SimpleNamespace(place=range(8)))
     assert seen[-2:] == [None, "replay"]
+
+
+def test_warm_ups_and_captures_share_a_stream_that_waits_for_the_work_before_and_holds_up_the_work_after(monkeypatch):
+    """On CPU there is no race to lose, so this is the order itself."""
+    done = []
+
+    class Stream:
+        def __init__(self, name="aside"):
+            self.name = name
+
+        def wait_stream(self, other):
+            done.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def within(kind, **options):
+        done.append(options or kind.name)
+        yield
+
+    for name, value in (("Stream", Stream), ("stream", within), ("graph", within), ("CUDAGraph", recorded_graph.Graph)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
+    graphs.side_stream.cache_clear()
+    try:
+        graphs.on_side_stream(lambda: done.append("run"))
+        assert done == ["aside waits for current", "aside", "run", "current waits for aside"]
+        graphs.capture(lambda: None, (0, 7))
+        assert done[4:] == [{"pool": (0, 7), "stream": graphs.side_stream(), "capture_error_mode": "thread_local"}]
+    finally:
+        graphs.side_stream.cache_clear()
 
 
 def test_a_longer_prompt_than_ever_makes_a_larger_slab_and_new_graphs(model, captured):
