@@ -515,6 +515,8 @@ def test_the_memory_estimate_by_hand():
     assert adapted["working copy, bf16"] == adapted["frozen reference"] == 20
     moved = replace(SETTLED, objective=replace(Config().objective, ref_refresh_every=5))
     assert dry_run.memory_estimate(moved, 1, FACTS)["masters of the reference, fp32"] == 4000
+    in_fp32 = dry_run.memory_estimate(moved, 1, replace(FACTS, bytes_per_element=4))
+    assert "masters of the reference, fp32" not in in_fp32, "they are the reference"
     waiting = replace(SETTLED, model=replace(Config().model, reference_offload=True))
     memory = dry_run.memory_estimate(waiting, 1, FACTS)
     assert "frozen reference" not in memory and memory["activations, or frozen reference"] == 16384 * 2 * 512 * 2

@@ -211,6 +211,14 @@ def test_a_prompt_that_just_fits_is_served(model):
     assert all(completion.ids for completion in groups[0].completions)
 
 
+def test_a_model_that_names_no_context_is_served(monkeypatch):
+    model = tiny_model("qwen2")
+    del model.config.max_position_embeddings
+    monkeypatch.delattr(type(model.config), "max_position_embeddings", raising=False)  # its default
+    assert not hasattr(model.config, "max_position_embeddings"), "as of BLOOM"
+    assert sampler(model).generate(problems(3), step=0)
+
+
 def test_settings_that_cannot_work_are_refused(model, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="Triton kernels need a CUDA device, not cpu"):
