@@ -26,7 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from grpo.layers import attention_mode, refuse_extras
 from grpo.records import SharedPrefix
-from kernels import is_old
+from kernels import old_capability
 
 SHARED_PREFIX = "grpo_shared_prefix"
 WINDOW_ROWS = 512  # on a CPU, of a mask of a sliding window
@@ -249,7 +249,7 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
 
     Dropout would too (completions would share the prompt's): `grpo.policy` refuses it in any layout.
     """
-    if capability := is_old(model.device):
+    if capability := old_capability(model.device):
         return f"is on a GPU of compute capability {capability}, and packed attention needs 8.0"
     config = model.config.get_text_config()
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

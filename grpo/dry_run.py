@@ -13,7 +13,7 @@ from grpo.config import Config, dump
 from grpo.layers import decoder_layers
 from grpo.lora import LoraLinear, Nf4, add_adapters
 from grpo.policy import choose_precision, load_model_config
-from grpo.rollout.slab import GIB, MEMORY_SHARE, total_memory
+from grpo.rollout.slab import GIB, kv_budget
 from grpo.tasks.word_problems import LEVELS
 from kernels.linear_logprob.modes import rows_per_chunk
 
@@ -76,10 +76,9 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
 
 def _kv_budget(config: Config, device: torch.device, is_bf16: bool) -> float:
     """As the sampler has it; unknown, unless it is stated, on a CPU in bf16: that is asked for a card elsewhere."""
-    if config.rollout.kv_gib is not None:
-        return config.rollout.kv_gib * GIB
+    kv_gib = config.rollout.kv_gib
     is_here = torch.cuda.is_available() if device.type == "cuda" else not is_bf16
-    return MEMORY_SHARE * total_memory(device) if is_here else math.inf
+    return math.inf if kv_gib is None and not is_here else kv_budget(kv_gib, device)
 
 
 def dry_run_report(config: Config, world_size: int, model: ModelFacts) -> str:

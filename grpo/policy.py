@@ -167,8 +167,10 @@ def choose_precision(precision: str, device: torch.device) -> str:
     """`auto` means bf16 on CUDA and fp32 elsewhere, on a GPU without bf16 too."""
     if precision != "auto":
         return precision
+    if device.type != "cuda":
+        return "fp32"
     is_slow = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if device.type == "cuda" and not is_slow else "fp32"
+    return "fp32" if is_slow else "bf16"
 
 
 def load_policy(path: str, *, precision: str, device: torch.device) -> Policy:

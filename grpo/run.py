@@ -35,7 +35,7 @@ from grpo.tasks.stream import ProblemStream
 from grpo.tasks.word_problems import WordProblems
 from grpo.update import Updater, make_optimizer
 from grpo.user_code import located
-from kernels import dispatch_table, is_old, missing_to_launch
+from kernels import dispatch_table, missing_to_launch, old_capability
 
 BASE_CACHE = Path(".cache") / "base"
 TOKENS_PER_MICRO_BATCH = {"cuda": 16_384, "cpu": 4_096}
@@ -73,7 +73,7 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
     model, batch = config.model, config.batch
     if model.compile is None:
         is_hindered = config.deterministic or model.gradient_checkpointing or config.distributed.strategy == "fsdp"
-        is_hindered = is_hindered or missing_to_launch() or is_old(world.device)
+        is_hindered = is_hindered or missing_to_launch() or old_capability(world.device)
         model = replace(model, compile=world.device.type == "cuda" and not is_hindered)
     if batch.tokens_per_micro_batch is None:
         batch = replace(batch, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH[world.device.type])

@@ -69,10 +69,10 @@ def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
         return f"Triton kernels need a CUDA device, not {device.type}"
     if missing := missing_to_launch():
         return missing
-    return (old := is_old(device)) and f"Triton kernels need compute capability 8.0, not {old}"
+    return (old := old_capability(device)) and f"Triton kernels need compute capability 8.0, not {old}"
 
 
-def is_old(device: torch.device) -> str | None:
+def old_capability(device: torch.device) -> str | None:
     """The compute capability of a GPU before Ampere (T4, V100), else None: such have no bf16, and neither flash
     attention nor what Triton makes for bf16 runs on them."""
     has_one = device.type == "cuda" and torch.cuda.is_available()

@@ -18,6 +18,7 @@ from grpo.command_line import parse_command
 from grpo.config import Config, ObjectiveConfig, dump, flat, from_dict, known_keys, load, save
 from grpo.config_check import FIXED, FREE, changes, check
 from grpo.objectives import resolve
+from grpo.rollout import slab
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = flat(asdict(Config()))
@@ -541,7 +542,7 @@ def test_long_completions_take_turns_in_the_memory_for_keys_and_values():
 
 
 def test_the_memory_for_keys_and_values_is_the_samplers_where_it_is_known(monkeypatch):
-    monkeypatch.setattr(dry_run, "total_memory", lambda device: 1000)
+    monkeypatch.setattr(slab, "total_memory", lambda device: 1000)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert dry_run._kv_budget(Config(), cpu, False) == 0.3 * 1000
     assert dry_run._kv_budget(Config(), cpu, True) == math.inf  # asked on a CPU for a card

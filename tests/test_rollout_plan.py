@@ -93,7 +93,7 @@ def test_a_budget_is_never_exceeded_and_changes_no_token(model, slabs, kib):
 
 def test_without_a_limit_the_budget_is_a_share_of_the_memory(model, monkeypatch):
     limited, free = sampler(model, kv_gib=0.3 * 200 * KIB / GIB), sampler(model)
-    monkeypatch.setattr(engine, "total_memory", lambda device: 200 * KIB)
+    monkeypatch.setattr(slab, "total_memory", lambda device: 200 * KIB)
     for each in (limited, free):
         each.generate(problems(*LENGTHS), step=1)
     assert free.plan == limited.plan and free.plan.num_rows < 15

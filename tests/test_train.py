@@ -378,10 +378,10 @@ def test_what_depends_on_the_device_is_settled_before_a_run(settings, compiled, 
     assert [settled[kind].batch.tokens_per_micro_batch for kind in ("cuda", "cpu")] == [16384, 4096]
     asked = from_dict(settings | {"batch": {"tokens_per_micro_batch": 7}})
     assert run.settle(asked, World(0, 1, torch.device("cpu")))[0].batch.tokens_per_micro_batch == 7
-    monkeypatch.setattr(run, "is_old", lambda device: "7.5")
+    monkeypatch.setattr(run, "old_capability", lambda device: "7.5")
     old = run.settle(from_dict(settings), World(0, 1, torch.device("cuda")))[0]
     assert old.model.compile == settings.get("model", {}).get("compile", False)
-    monkeypatch.setattr(run, "is_old", lambda device: None)
+    monkeypatch.setattr(run, "old_capability", lambda device: None)
     monkeypatch.setattr(run, "missing_to_launch", lambda: "there is no C compiler")
     without = run.settle(from_dict(settings), World(0, 1, torch.device("cuda")))[0]
     assert without.model.compile == settings.get("model", {}).get("compile", False)

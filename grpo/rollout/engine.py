@@ -23,7 +23,7 @@ from grpo.rollout.draw import Draw
 from grpo.rollout.graphs import Graphs
 from grpo.rollout.philox import TRAINING, refuse_large_words
 from grpo.rollout.schedule import bucket, ladder
-from grpo.rollout.slab import GIB, MEMORY_SHARE, KVSlab, LayerShape, Plan, Probe, is_kept, make_plan, total_memory
+from grpo.rollout.slab import KVSlab, LayerShape, Plan, Probe, is_kept, kv_budget, make_plan
 from grpo.rollout.step import DecodeStep, forward
 from grpo.rollout.stops import Ending, eos_ids
 
@@ -138,11 +138,9 @@ class Sampler:
             return
         if old:
             num_problems, longest_prefix = max(num_problems, old.num_problems), max(longest_prefix, old.prefix_size)
-        gib = self.rollout.kv_gib
-        budget = MEMORY_SHARE * total_memory(self.model.device) if gib is None else gib * GIB
         self.plan = make_plan(
             self._token_bytes(),
-            int(budget),
+            kv_budget(self.rollout.kv_gib, self.model.device),
             num_problems=num_problems,
             group_size=self.rollout.group_size,
             max_rows=self.rollout.max_sequences,

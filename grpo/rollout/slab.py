@@ -108,6 +108,11 @@ def make_plan(
     )
 
 
+def kv_budget(kv_gib: float | None, device: torch.device) -> int:
+    """Bytes that keys and values may take: as given (rollout.kv_gib), or a share of the device's memory."""
+    return int(MEMORY_SHARE * total_memory(device) if kv_gib is None else kv_gib * GIB)
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes of the device's memory; on CPU this rank's share of the machine's."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_share()

@@ -6,7 +6,7 @@ rows (at least 16: the tensor cores' least), over one chunk of the prefix; it le
 chunks in, as one softmax in fp32. Of a few rows with room for thousands of tokens, as the last of a rollout are, the
 suffix comes in chunks as well, by `attend_stored`: a program to a row would leave most of the device idle, and read
 one key after another. Shapes alone decide the launch: nothing waits for the device, and a CUDA graph may
-capture both. What lies beyond a length is never loaded, whatever it holds; and blocks begin at fixed keys, so that a
+capture them. What lies beyond a length is never loaded, whatever it holds; and blocks begin at fixed keys, so that a
 row's output does not depend on its neighbours.
 """
 
