@@ -266,15 +266,20 @@ def test_the_slurm_script_starts_torchrun_and_a_requeued_job_goes_on(tmp_path):
     job = {"SLURM_JOB_NAME": "grpo", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
     environment = {**job, "SLURM_GPUS_ON_NODE": "8", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
-    def said(**more):
-        script = ["bash", str(ROOT / "docs" / "train.sbatch"), "--seed", "3"]
+    def said(*options, **more):
+        script = ["bash", str(ROOT / "docs" / "train.sbatch"), *options]
         subprocess.run(script, cwd=tmp_path, env={**environment, **more}, check=True)
         return (tmp_path / "said").read_text().split()
 
-    first = said()
+    first = said("--seed", "3")
     assert first[:2] == ["--nnodes=2", "--nproc-per-node=8"] and "--rdzv-endpoint=localhost:29500" in first
     assert first[-5:] == ["train.py", "--run-dir", "runs/grpo-7", "--seed", "3"]
     (tmp_path / "runs" / "grpo-7").mkdir(parents=True)
-    assert said(SLURM_RESTART_COUNT="1")[-5:] == first[-5:] and not (tmp_path / "runs" / "grpo-7").exists()
+    assert said("--seed", "3", SLURM_RESTART_COUNT="1")[-5:] == first[-5:]
+    assert not (tmp_path / "runs" / "grpo-7").exists()
     (tmp_path / "runs" / "grpo-7" / "checkpoints" / "step_2").mkdir(parents=True)
-    assert said(SLURM_RESTART_COUNT="2")[-3:] == ["train.py", "--resume", "runs/grpo-7"]
+    assert said("--seed", "3", SLURM_RESTART_COUNT="2")[-3:] == ["train.py", "--resume", "runs/grpo-7"]
+    again = ["--resume", "runs/grpo-7", "--num-steps", "9"]  # a new job, which is requeued at once
+    for restarts in ({}, {"SLURM_RESTART_COUNT": "1"}):
+        assert said(*again, SLURM_JOB_ID="8", **restarts)[-5:] == ["train.py", *again]
+    assert said("--resume=runs/grpo-7", SLURM_JOB_ID="8")[-2:] == ["train.py", "--resume=runs/grpo-7"]
