@@ -1,10 +1,10 @@
-"""Train a language model with GRPO: build, then the step again and again, then the result.
+"""Train a language model with GRPO: build the run, repeat the training step, report the result.
 
     python train.py                                       the embedded demo, or GSM8K where there is a CUDA device
     torchrun --nproc_per_node=8 train.py --config FILE    the same over 8 ranks
 
-No maths and no tensor indexing here: read `train_step` first, it names the rooms in the order in which data flows
-through them. What a run is made of, and how it is saved, is in grpo/run.py; what it says at its end in grpo/results.py.
+Read `train_step` first: it calls the modules of grpo/ in the order in which data flows through them; the maths and the
+tensor indexing are there. grpo/run.py builds and saves a run, grpo/results.py makes its final report.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from grpo.update import fill_frozen, learning_rate, update_policy
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
-    """One rollout and its optimizer steps. Steps count from 1."""
+    """One rollout and the optimizer steps on it. Returns the metrics of this step; steps count from 1."""
     groups, drawn, drawn_advantages = draw(run, step)
     used = fill_with_teaching(drawn_advantages, run.config.rollout.prompts_per_step)
     groups, scores = pick(run, groups, used), drawn.pick(used)
@@ -49,9 +49,10 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
-    """This rank's groups, and everyone's scores and advantages: prompts_per_step, or more with dynamic sampling.
+    """Sample and score prompts_per_step groups; with dynamic sampling, again until so many have unequal rewards.
 
-    A group that is drawn and not used is dropped: kept for later it would be off-policy.
+    Returns this rank's groups, and the scores and advantages ([P, G]) of all ranks' groups. Groups that are drawn but
+    not used are discarded: in a later step they would be off-policy.
     """
     config, world, timer, objective = run.config, run.world, run.log.timer, run.updater.objective
     groups, scores = [], []
@@ -61,7 +62,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
             with run.policy.at_hand():
                 new = run.sampler.generate(run.prompter.ask(problems), step)
             groups += new
-            world.barrier()  # to wait for the slowest rank is a part of rollout, not of scoring
+            world.barrier()  # waiting for the slowest rank counts as rollout time, not as scoring
         with timer("score"):
             scores.append(merge_scores(world.gather(run.score(new))))
             refuse_unscored(scores[-1], config.rewards.max_unscored)
@@ -74,15 +75,17 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
 
 
 def pick(run: Run, groups: list[Group], used: list[int]) -> list[Group]:
-    """This rank's share of the groups that are used, by their places among the drawn; `groups`: its share of those."""
+    """This rank's share of the groups at `used`, indices into those of all ranks. groups: its share of all drawn."""
     if len(used) == len(groups) * run.world.size:
         return groups
     return run.world.deal(groups, used)
 
 
 def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Tensor, dict[str, float]]:
-    """The optimizer steps on this rank's groups, and everyone's scores. Returns the advantages, [P, G], and what is
-    worth logging."""
+    """Advantages, token weights and the optimizer steps of one rollout. groups: this rank's; scores: all ranks'.
+
+    Returns all ranks' advantages, [P, G], and metrics. `draw`'s own only choose the groups: they ignore penalties.
+    """
     config, world, objective = run.config, run.world, run.updater.objective
     if step == run.first_step:
         with run.policy.at_hand():
@@ -96,7 +99,7 @@ def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Ten
     if objective.kl_in_reward:
         advantages = advantages_of(run, scores, penalty - kl_penalty(run, batch))
     set_weights(run, batch, groups, advantages, scores.scored)
-    torch.manual_seed(hash((config.seed, step, world.rank)))  # of dropout, resumed or not
+    torch.manual_seed(hash((config.seed, step, world.rank)))  # so that a resumed run repeats its dropout
     lr = learning_rate(step, config.optim, config.num_steps)
     metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
     if run.moving and step % objective.ref_refresh_every == 0:
@@ -107,19 +110,19 @@ def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Ten
 
 
 def advantages_of(run: Run, scores: Scores, penalty: Tensor | float = 0.0) -> Tensor:
-    """Advantages of everyone's groups, [P, G], from their scores and what is added to the rewards."""
+    """Advantages of all ranks' groups, [P, G], from their total rewards plus `penalty` ([P, G] or a number)."""
     by_component = {"components": scores.components, "weights": scores.weights}
     return normalise(run.updater.objective.advantages, scores.total + penalty, scores.scored, **by_component)
 
 
 def kl_penalty(run: Run, batch: Batch) -> Tensor:
-    """What the rewards of everyone's groups lose for their distance from the reference: [P, G]."""
+    """beta * KL estimate summed over each completion of all ranks, [P, G]: to be subtracted from its reward."""
     mine = kl_by_completion(batch)
     return run.updater.objective.beta * torch.stack(run.world.everyones(list(mine)))
 
 
 def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:
-    """Final token weights of this rank's groups: aggregation, then the masks and corrections of the objective."""
+    """Write each token's advantage and final weight into the batch: aggregation, then masks and corrections."""
     objective, world = run.updater.objective, run.world
     counted = counted_completions(groups, world.mine(scored), mask_truncated=objective.mask_truncated)
     weigh(
@@ -137,7 +140,7 @@ def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor,
 
 
 def log_completions(run: Run, step: int, groups: list[Group], scores: Scores, advantages: Tensor) -> None:
-    """Each rank puts its groups into words, rank 0 writes them down. scores, advantages: everyone's."""
+    """Each rank formats its own groups, rank 0 writes them. groups: this rank's; scores, advantages: all ranks'."""
     world, wanted = run.world, run.config.log_groups
     if wanted == 0:
         return
@@ -149,7 +152,7 @@ def log_completions(run: Run, step: int, groups: list[Group], scores: Scores, ad
 
 
 def train(run: Run, stop: StopRequest) -> int:
-    """Every step that is left; validation and checkpoints when they are due. The exit status: not 0 after a signal."""
+    """Run the steps that are left, validating and saving when due. Returns the exit status: 0 unless a signal came."""
     config, log, status = run.config, run.log, 0
     for step in range(run.first_step, config.num_steps + 1):
         row = {"step": step, **train_step(run, step)}
@@ -165,14 +168,14 @@ def train(run: Run, stop: StopRequest) -> int:
                 save_checkpoint(run, step)
         if status:
             break
-    run.world.after_writer("written", run.writer.wait)  # the best checkpoint is read by every rank
+    run.world.after_writer("written", run.writer.wait)  # every rank reads the best checkpoint next
     if status:
         log.say(f"\nstopped after step {step}; go on with: python train.py --resume {log.run_dir}")
     return status
 
 
 def run_command(command: Command, world: World) -> int:
-    """The whole job; the exit status."""
+    """Settle the config, then print the dry run or train. Returns the exit status."""
     if world.is_writer:
         print(command.source, flush=True)
     config, objective = settle(command.config, world)
@@ -196,7 +199,7 @@ def run_command(command: Command, world: World) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, join the other ranks, work; a user's mistake is one line and status 2."""
+    """Parse, join the process group, run. Returns the exit status: 2, after one line, for a mistake of the user's."""
     print_any_text()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

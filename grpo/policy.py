@@ -1,9 +1,9 @@
-"""The model being trained, its tokenizer, its two precisions and the reference, which stays or follows it.
+"""The model being trained, its tokenizer, its two precisions, and the reference, frozen or following the policy.
 
-On CUDA the fp32 *masters* are what DistributedDataParallel and AdamW see, and one bf16 *working* copy at fixed
-addresses serves the sampler and the training forward alike; `refresh` rewrites it in place after each optimizer
-step. In fp32 the two are the same module. What is not trained (under LoRA, grpo.lora, nearly all) has no master: it is
-there once, in the precision of the forward pass. Over several ranks the masters may be shared out (grpo.sharding).
+In bf16, DistributedDataParallel and AdamW see the fp32 *masters*, and one bf16 *working* copy at fixed addresses
+serves both the sampler and the training forward; `refresh` rewrites it in place after each optimizer step. In fp32 the
+two are the same module. A parameter that is not trained (under LoRA, grpo.lora, nearly all) has no master: it exists
+once, in the precision of the forward pass. Over several ranks the masters may be sharded (grpo.sharding).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from transformers import (
 
 from grpo.sharding import fill, fill_all, for_writer, share_of
 
-ADAPTER_CONFIG = "adapter_config.json"  # the file that tells a folder in PEFT's format
+ADAPTER_CONFIG = "adapter_config.json"  # its presence marks a folder in PEFT's format
 
 
 class Policy:
     """masters: the model that is trained, in fp32.  model: the working copy that samples and runs forward.
 
-    trained: the parameters that get gradients.  own: what this rank keeps of each, by name: itself, or a share of it.
+    trained: the parameters that get gradients.  own: what this rank keeps of each, by name: the whole, or its shard.
     """
 
     def __init__(self, masters: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str):
@@ -44,25 +44,25 @@ class Policy:
         self.trained = list(self.own.values())
         self.tokenizer = tokenizer
         self.model = masters if precision == "fp32" else bf16_copy(masters)
-        self.is_sampler_only = False  # the working copy, which then is made for every rollout
+        self.is_sampler_only = False  # whether the working copy only samples: it then has weights during rollouts only
 
     @property
     def context_length(self) -> int:
-        """Most tokens, prompt and completion together, that the model has positions for."""
+        """Most tokens, prompt plus completion, that the model has positions for."""
         return self.model.config.max_position_embeddings
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the working copy up to the masters, in place: its addresses never change."""
+        """Copy the masters into the working copy, in place: its addresses never change."""
         working = dict(self.model.named_parameters())
         pairs = ((working[name], own) for name, own in self.own.items())
-        # A working copy without memory gets its weights in `at_hand`.
+        # Skipped: a working copy whose memory is freed gets its weights in `at_hand`.
         fill_all((whole, own) for whole, own in pairs if own is not whole and whole.untyped_storage().nbytes())
 
     @torch.no_grad()
     def keep_shares(self, mesh: DeviceMesh) -> None:
-        """Keep this rank's share of each master that is trained. In fp32 it is a part of the working copy; in bf16 the
-        masters are then without memory: what is left of them has their shape and gets their gradients."""
+        """Keep only this rank's shard of each trained master. In fp32 it is a view of the working copy. In bf16 the
+        masters give up their memory: as expanded scalars they keep their shape and still receive gradients."""
         for name, master in list(self.own.items()):
             share = share_of(master.detach(), mesh)
             if self.model is not self.masters:
@@ -71,16 +71,16 @@ class Policy:
             self.own[name] = nn.Parameter(share)
 
     def sample_from_copy(self) -> None:
-        """From here on training runs the masters themselves, and the working copy is for `at_hand` alone."""
+        """From here on training runs on the masters themselves; the working copy only samples, within `at_hand`."""
         if self.model is self.masters:
             self.model = copy.deepcopy(self.masters).requires_grad_(False)
             for parameter in self.model.parameters():
-                parameter.data = parameter.data.clone()  # in a storage of its own
+                parameter.data = parameter.data.clone()  # a storage of its own, which `at_hand` can resize
         self.is_sampler_only = True
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:
-        """Within it the working copy has its weights; outside, too, unless it is there to sample only."""
+        """Within it the working copy has its weights. One that only samples has none outside: its memory is freed."""
         if not self.is_sampler_only:
             yield
             return
@@ -96,7 +96,7 @@ class Policy:
     def save(self, folder: Path, state: dict | None = None) -> None:
         """Write the working copy and the tokenizer in Hugging Face layout.
 
-        state: a copy of an earlier `state_dict`, to be written instead of what the policy is now.
+        state: write these weights, a copy of an earlier `state_dict`, instead of the current ones.
         """
         weights = None
         if state is not None:
@@ -107,12 +107,12 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> dict:
-        """The fp32 masters, bit for bit, and no copy of whole ones. Of masters in shares every rank must call it, and
-        rank 0 gets them."""
+        """The fp32 masters, bit for bit: the tensors themselves, not copies. Sharded ones are gathered on rank 0, so
+        every rank must call it."""
         return {"masters": {name: for_writer(own) for name, own in self.own.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Masters from `state_dict`, then the working copy."""
+        """Fill the masters from `state_dict`, then the working copy. ValueError if names or shapes differ."""
         expected = {name: tuple(own.shape) for name, own in self.own.items()}
         found = {name: tuple(tensor.shape) for name, tensor in state["masters"].items()}
         if expected != found:
@@ -127,13 +127,13 @@ class Policy:
         self.refresh()
 
     def copy_of(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy of the masters or of the working copy; what is not trained is shared."""
+        """A copy of `model`, the masters or the working copy, that shares the parameters that are not trained."""
         pairs = zip(model.parameters(), self.masters.parameters(), strict=True)
         return copy.deepcopy(model, {id(own): own for own, master in pairs if not master.requires_grad}).eval()
 
 
 def bf16_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A frozen copy whose parameters are bf16; those that are bf16 already are shared.
+    """A frozen copy with bf16 parameters; those that are bf16 already are shared, not copied.
 
     Buffers stay fp32: rotary frequencies do not survive rounding.
     """
@@ -145,9 +145,9 @@ def bf16_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class MovingReference(Policy):
-    """A reference that follows the policy at a distance.
+    """A reference that is moved towards the policy from time to time.
 
-    Its masters are fp32 as the policy's are: many small moves add up where bf16 would round each of them away.
+    Its masters are fp32: bf16 would round each small move away, and many would not add up.
     """
 
     def __init__(self, policy: Policy):
@@ -164,7 +164,7 @@ class MovingReference(Policy):
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`auto` means bf16 on CUDA and fp32 elsewhere, on a GPU without bf16 too."""
+    """The precision of the forward pass. auto: bf16 on a CUDA device that supports it, else fp32."""
     if precision != "auto":
         return precision
     if device.type != "cuda":
@@ -174,16 +174,16 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def load_policy(path: str, *, precision: str, device: torch.device) -> Policy:
-    """A hub id or local folder -> Policy on `device`, fp32 masters, SDPA attention, gradients on."""
+    """A hub id or local folder -> Policy on `device`, with fp32 masters, SDPA attention and gradients on."""
     masters = load_model(path, torch.float32).to(device)
-    # Dropout is refused; train mode is what lets gradient checkpointing work.
+    # Gradient checkpointing needs train mode; there is no dropout that it could turn on.
     return Policy(masters.train(), from_hub(AutoTokenizer, path), choose_precision(precision, device))
 
 
 def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a hub id or local folder, with SDPA attention. ValueError where its files do not fill it:
-    transformers would draw what is left at random, with a warning at most."""
-    load_model_config(path)  # refuses, in words, what transformers would fail at or load otherwise
+    """The model of a hub id or local folder, with SDPA attention. ValueError if its files lack weights: transformers
+    would initialise those at random, with a warning at most."""
+    load_model_config(path)  # clear errors for what transformers would fail on, or load as something else
     options = {"dtype": dtype, "attn_implementation": "sdpa", "ignore_mismatched_sizes": True}
     model, found = from_hub(AutoModelForCausalLM, path, output_loading_info=True, **options)
     absent = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
@@ -196,19 +196,19 @@ def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     generation = model.generation_config
     try:
         generation.validate(strict=True)
-    except ValueError:  # a temperature without do_sample, say: transformers reads what it then refuses to write
+    except ValueError:  # e.g. temperature without do_sample: transformers loads such a config, then refuses to save it
         tokens = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**tokens)
     return model
 
 
 def load_reference(policy: Policy) -> PreTrainedModel:
-    """The frozen reference: the policy as it is now, in its own forward precision."""
+    """The frozen reference: the policy as it is now, in the precision of the forward pass."""
     return policy.copy_of(policy.model).requires_grad_(False)
 
 
 def load_model_config(path: str) -> object:
-    """The transformers config of a hub id or local folder, without its weights."""
+    """The transformers config of a hub id or folder. ValueError for a run folder, adapters or a quantized model."""
     if (Path(path).expanduser() / "config.yaml").is_file():
         raise ValueError(f"model.path={path!r} is a run folder; name one of its checkpoints: {path}/checkpoints/step_N")
     if (Path(path).expanduser() / ADAPTER_CONFIG).is_file():
@@ -220,7 +220,7 @@ def load_model_config(path: str) -> object:
 
 
 def from_hub(auto_class: type, path: str, **kwargs: object) -> object:
-    """`auto_class.from_pretrained(path)`, with an error that says how to work without the hub."""
+    """`auto_class.from_pretrained(path)`; ValueError says what is wrong, and what to pass without a connection."""
     folder = Path(path).expanduser()
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not folder.is_dir():
         raise ValueError(
@@ -228,7 +228,7 @@ def from_hub(auto_class: type, path: str, **kwargs: object) -> object:
             "(config.json, *.safetensors, tokenizer files) or a hub id"
         )
     try:
-        # Not asked for, transformers would ask on the terminal whether to run code that comes with the model.
+        # Unset, transformers would ask on the terminal whether to run code that comes with the model.
         return auto_class.from_pretrained(folder if folder.is_dir() else path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -241,13 +241,13 @@ def from_hub(auto_class: type, path: str, **kwargs: object) -> object:
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Refuse what sees more than text, dropout, by which old and new log-probs differ, and what our head or SDPA would
-    leave out."""
+    """ValueError for a model that is not text-only, has dropout (old and new log-probs would differ), or does something
+    to its logits or attention scores that our head or SDPA leaves out."""
     if model.config.get_text_config() is not model.config:
         raise ValueError(f"{type(model).__name__} has parts for more than text, which nothing here trains; use another")
     named = model.config.to_dict().items()
     dropouts = {key: value for key, value in named if "dropout" in key and isinstance(value, int | float) and value > 0}
-    for unused in ("classifier_dropout", "summary_first_dropout"):  # of a head that classifies
+    for unused in ("classifier_dropout", "summary_first_dropout"):  # of a classification head, which is not used
         dropouts.pop(unused, None)
     dropouts |= {name: part.p for name, part in model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0}
     if dropouts:

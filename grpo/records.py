@@ -1,6 +1,6 @@
-"""Every record that crosses a doorway, in the order in which data flows.
+"""The records that modules pass to each other, in the order in which data flows.
 
-Problem -> Group of Completions -> Scores -> Batch of OptimizerSteps of MicroBatches -> token losses.
+Problem -> Group of Completions -> Scores -> Batch (optimizer steps of MicroBatches) -> token losses.
 Problems, completions and groups are plain Python: they travel between ranks and to disk. P counts
 prompts, G completions of each, N = P * G sequences, T completion tokens (always flat, never padded).
 """
@@ -16,28 +16,28 @@ if TYPE_CHECKING:  # reward workers import this module, and must start without l
     import torch
     from torch import Tensor
 
-LEAST_COMMON = 32  # tokens; a shorter beginning does not pay for a further part of attention
+LEAST_COMMON = 32  # tokens; for a shorter prefix one more part of attention costs more than sharing saves
 OK, ABSTAIN, TIMEOUT, ERROR = "ok", "abstain", "timeout", "error"
-BY_COMPLETION = ("components", "total", "scored", "lengths", "truncated")  # the tensors of Scores
+BY_COMPLETION = ("components", "total", "scored", "lengths", "truncated")  # the fields of Scores that are tensors
 
 
 @dataclass(frozen=True)
 class Problem:
     """One thing to solve. `prompt` and `prompt_ids` are filled by the task's prompter."""
 
-    id: str  # identity in its data set, for example "train/17"
+    id: str  # unique in its data set, for example "train/17"
     question: str
     answer: str  # the reference answer, as text
-    solution: str = ""  # a worked solution, where the data has one: exemplars and supervised training
-    columns: dict[str, Any] = field(default_factory=dict)  # further columns that reward functions may ask for
-    index: int = 0  # global problem index: its place in the stream, or in an evaluated split; keys random numbers
+    solution: str = ""  # a worked solution, if the data has one: for exemplars and supervised training
+    columns: dict[str, Any] = field(default_factory=dict)  # its row's further columns, passed to reward functions
+    index: int = 0  # its place in the training stream or the evaluated split; sampling's random numbers depend on it
     prompt: str = ""
     prompt_ids: tuple[int, ...] = ()
 
 
 def common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens the prompts have in common at their start, each but for its last; 0 where these are fewer than
-    LEAST_COMMON, and not worth sharing."""
+    """Length in tokens of the prompts' longest common prefix that leaves each its last token; 0 for a single prompt,
+    or below LEAST_COMMON, where sharing does not pay."""
     if len(prompts) < 2:
         return 0
     length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
@@ -46,10 +46,10 @@ def common_length(prompts: Sequence[Sequence[int]]) -> int:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer. `text` is cut before the stop string; `ids` are kept through it."""
+    """One sampled answer. `text` ends before the stop string; `ids` include it."""
 
     ids: list[int]
-    logprobs: list[float]  # of each id under the distribution that it was drawn from (tempered, truncated), natural log
+    logprobs: list[float]  # natural log, of each id as drawn: after temperature, top-p, top-k and min-p
     text: str
     finish: str  # eos, stop or length
     sample: int  # 0 .. G-1
@@ -74,12 +74,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of P groups of G completions by K components, over all ranks or of one rank.
+    """Rewards of P groups of G completions in K components, of one rank or of all.
 
     components: [P, G, K] fp32, unweighted; NaN where the status is not ok.   status: nested lists [P][G][K].
     total: [P, G] fp32, weighted sum (an abstaining component adds 0).   scored: [P, G] bool; False takes the
     completion out of its group's statistics (a weighted component timed out or failed, or all of them abstained).
-    lengths: [P, G] int64, tokens of each completion.   truncated: [P, G] bool, ended by `length`.
+    lengths: [P, G] int64, tokens of each completion.   truncated: [P, G] bool, finish is `length`.
     """
 
     names: tuple[str, ...]
@@ -92,25 +92,25 @@ class Scores:
     truncated: Tensor
 
     def means(self) -> dict[str, float]:
-        """Mean total over what could be scored, and of each component over what it judged."""
+        """Mean total reward of scored completions, mean of each component over those it judged, share unscored."""
         components = {f"reward/{name}": self.components[..., k].nanmean().item() for k, name in enumerate(self.names)}
         unscored = 1 - self.scored.float().mean().item()
         return {"reward": self.total[self.scored].mean().item(), **components, "unscored": unscored}
 
     def pass_rates(self, component: str) -> list[float | None]:
-        """Of each group, the share of completions to which the component gave 1 or more; None where it judged none."""
+        """For each group, the share of the completions judged by the component that it gave 1 or more; None of none."""
         values = self.components[..., self.names.index(component)]
         counts = zip((values >= 1).sum(1).tolist(), (~values.isnan()).sum(1).tolist(), strict=True)
         return [passed / judged if judged else None for passed, judged in counts]
 
     def pick(self, groups: list[int]) -> Scores:
-        """Of these groups, in this order."""
+        """The scores of these groups, in this order."""
         columns = {name: getattr(self, name)[groups] for name in BY_COMPLETION}
         return replace(self, **columns, status=[self.status[g] for g in groups])
 
 
 def join_scores(draws: list[Scores]) -> Scores:
-    """Scores of one draw after another."""
+    """The groups of several Scores, one after the other."""
     import torch
 
     columns = {name: torch.cat([getattr(draw, name) for draw in draws]) for name in BY_COMPLETION}
@@ -118,7 +118,7 @@ def join_scores(draws: list[Scores]) -> Scores:
 
 
 def merge_scores(shares: list[Scores]) -> Scores:
-    """Scores of all ranks from each rank's own: prompt i was on rank i mod W."""
+    """Scores of all W ranks in the order of prompts, from each rank's own: prompt i was on rank i mod W."""
     each = len(shares[0].status)
     return join_scores(shares).pick([rank * each + i for i in range(each) for rank in range(len(shares))])
 
@@ -133,43 +133,43 @@ class Movable:
 
 @dataclass
 class TokenColumns(Movable):
-    """What is known of each completion token of a micro-batch: flat [T], in the order of its sequences.
+    """Per-token data of a micro-batch's completions: flat [T], one sequence after the other.
 
-    `weight` is final: splitting, packing or accumulating multiplies nothing more, except the world size
-    where the reduction over ranks is a mean.
+    `weight` is final: the loss is the plain sum of weight * loss over all tokens, micro-batches and ranks
+    (times the world size where DDP or FSDP takes the mean over ranks).
     """
 
     target: Tensor  # [T] int64: the token
-    sequence: Tensor  # [T] int64: its row among the sequences of this micro-batch
-    sampler: Tensor  # [T] fp32 log-prob as drawn
+    sequence: Tensor  # [T] int64: index of its sequence in this micro-batch
+    sampler: Tensor  # [T] fp32 log-prob reported by the sampler
     old: Tensor | None = None  # [T] fp32 log-prob at the start of the update; None: use the current one
-    ref: Tensor | None = None  # [T] fp32 log-prob under the frozen reference; None: not asked for
+    ref: Tensor | None = None  # [T] fp32 log-prob under the reference; None: not asked for
     entropy: Tensor | None = None  # [T] fp32 at the start of the update, nats; None: not asked for
     advantage: Tensor | None = None  # [T] fp32
     weight: Tensor | None = None  # [T] fp32, 0 where the token is not active
-    counted: Tensor | None = None  # [T] bool: in the denominators
+    counted: Tensor | None = None  # [T] bool: in the loss's denominators
     active: Tensor | None = None  # [T] bool: contributes a gradient
-    head_rows: Tensor | None = None  # int64: counted tokens, ascending; None: all of them
+    head_rows: Tensor | None = None  # int64: indices of the counted tokens, ascending; None: all are counted
 
 
-@dataclass(eq=False)  # not frozen: torch.compile of 2.11 looks into what is, and compiles for each number of groups
+@dataclass(eq=False)  # not frozen: torch 2.11 specialises compiled code on the contents of frozen dataclasses
 class SharedPrefix(Movable):
-    """How the tokens of one packed row of length L see each other.
+    """Which tokens of one packed row of length L attend to which.
 
-    The row holds groups one after the other: each its prompt, once, then its completions without their last token.
-    A token attends to the prompt of its group and to its own completion. Positions restart after the prompt. Where all
-    prompts of the row begin alike, as with the same worked exemplars, their beginning stands once before the first
-    group (`common`): every token attends to it too, and prompts go on from there.
+    The row holds one group after the other: its prompt, once, then each completion without its last token. A token
+    attends, causally, to its group's prompt and to its own completion. Each completion's positions continue from the
+    prompt's. A prefix common to all prompts of the row (the same worked exemplars, say) comes once, before the first
+    group (`common`): every token attends to it too, and the prompts continue from it.
     """
 
-    common: slice  # rows that every other row sees; of none: slice(0, 0)
-    groups: list[tuple[slice, list[slice]]]  # rows of prompt and completions; a one-token completion has none
-    group: Tensor  # [L] int64, counted in this row; -1: common
-    completion: Tensor  # [L] int64: 0 in a prompt, then 1, 2, ... in its group
+    common: slice  # of the row's tokens: seen by all others; slice(0, 0): no common prefix
+    groups: list[tuple[slice, list[slice]]]  # tokens of prompt and completions; a one-token completion has none here
+    group: Tensor  # [L] int64, index in this row; -1: common
+    completion: Tensor  # [L] int64: 0 in a prompt, 1, 2, ... in the completions of a group
     position: Tensor  # [L] int64
-    # The same as one attention over sequences of unequal length, with keys prompt | prompt, c1 | prompt, c2 ..., and
-    # the common rows before those of each:
-    key_rows: Tensor  # [K] int64: the row that each key comes from
+    # The same as variable-length attention: its sequences have the queries common | prompt | c1 | c2 ... and the keys
+    # common | common, prompt | common, prompt, c1 | common, prompt, c2 ...
+    key_rows: Tensor  # [K] int64: the row's token that each key comes from
     query_starts: Tensor  # [sequences + 1] int32
     key_starts: Tensor  # [sequences + 1] int32
     longest_query: int
@@ -180,27 +180,27 @@ class SharedPrefix(Movable):
 class MicroBatch(Movable):
     """One forward and backward pass: one packed row, or a row per sequence, padded on the right.
 
-    Positions are explicit. `source[t]` is the flat row (of the [rows * length] hidden states) that predicts token t:
-    the only shift of tokens against log-probs is made there, by grpo.batch, and applied in grpo.logprobs.
+    `source[t]` indexes the hidden states, flattened to [rows * length], at the position that predicts token t. It is
+    the only place where tokens are shifted against log-probs: made by grpo.batch, applied in grpo.logprobs.
     """
 
     input_ids: Tensor  # [rows, length] int64
     position_ids: Tensor  # [rows, length] int64
     source: Tensor  # [T] int64
     tokens: TokenColumns
-    sequences: list[tuple[int, int]]  # (group, sample) of each, group counted in this rank's list; none: weight 0
+    sequences: list[tuple[int, int]]  # (group, sample); group indexes this rank's list. Empty: a dummy of weight 0
     shared_prefix: SharedPrefix | None = None  # None: padded rows
 
 
 @dataclass
 class Batch:
-    """A list of optimizer steps, each a list of micro-batches: equally many on every rank, the same in every pass."""
+    """Optimizer steps, each a list of micro-batches: as many on every rank, and the same ones in every pass."""
 
-    optimizer_steps: list[list[MicroBatch]]  # of one pass
+    optimizer_steps: list[list[MicroBatch]]  # those of one pass
     passes: int
-    groups: list[range]  # of each optimizer step, by place in this rank's list, silent ones too
+    groups: list[range]  # of each optimizer step: indices into this rank's list, silent groups included
     lengths: Tensor  # [groups of this rank, G] int64: tokens of each completion
-    made_of: list[Group] = field(default_factory=list)  # this rank's list: what packing anew needs
+    made_of: list[Group] = field(default_factory=list)  # this rank's list: kept for repacking in smaller micro-batches
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
