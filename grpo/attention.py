@@ -1,13 +1,13 @@
 """The attention of the training forward over packed rows: every prompt once, shared by its completions.
 
-Registered with AttentionInterface only: for a name that has no mask function transformers builds no mask (its own
-guess from restarted positions would hide the prompt from all completions but the first). The forward pass hands its
-keyword argument `shared_prefix` down to every layer. A token attends to its group's prompt and to its own completion,
-up to itself, and no further back than a sliding window in positions; where all prompts of a row begin alike, their
-common beginning is there once, and every token attends to it.
+A token attends, up to itself, to its row's common prefix, its group's prompt and its own completion (SharedPrefix in
+grpo/records.py), and within a sliding window, counted in positions, if the model has one. The model's forward pass
+hands the keyword argument `shared_prefix` down to every layer. Registered with AttentionInterface only: for a name
+without a mask function transformers builds no mask (its own guess, from where positions restart, would hide the prompt
+from all completions but the first).
 
-One function per backend, all exact, all plain autograd to the caller: `two_part` (CPU), `gathered` (CUDA, flash
-attention over variable lengths) and `flex` (CUDA, what the former cannot do).
+One function per backend, all exact, all plain autograd to the caller: `two_part` (CPU), `gathered` (CUDA,
+variable-length flash attention) and `flex` (CUDA, for what `gathered` cannot do).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from grpo.records import SharedPrefix
 from kernels import old_capability
 
 SHARED_PREFIX = "grpo_shared_prefix"
-WINDOW_ROWS = 512  # on a CPU, of a mask of a sliding window
+WINDOW_ROWS = 512  # of queries that share one sliding-window mask on CPU
 
 
-@torch.compiler.disable  # of compiled layers: it looks at lengths, and every batch has others
+@torch.compiler.disable  # it reads lengths, which differ in every batch: compiled layers would be recompiled
 def shared_prefix_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -45,9 +45,9 @@ def shared_prefix_attention(
     sliding_window: int | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row as `shared_prefix` lays it out.
+    """Attention of one packed row, laid out by `shared_prefix`, in the signature that transformers calls.
 
-    query: [1, H, L, D]; key, value: [1, Hkv, L, D], as transformers calls it.  Returns [1, L, H, D].
+    query: [1, H, L, D]; key, value: [1, Hkv, L, D].  Returns [1, L, H, D]. ValueError for masks, dropout, soft caps.
     """
     refuse_extras(module, attention_mask, others, "packed rows cannot do; use batch.layout=padded")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -56,7 +56,7 @@ def shared_prefix_attention(
 
 
 def backend(query: Tensor) -> Callable[[Tensor, Tensor, Tensor, SharedPrefix, float, int | None], Tensor]:
-    """Which of the three computes it: decided on the tensor."""
+    """The backend for this query's device, dtype and head width."""
     if query.device.type == "cpu":
         return two_part
     width = query.shape[-1]
@@ -70,14 +70,15 @@ def backend(query: Tensor) -> Callable[[Tensor, Tensor, Tensor, SharedPrefix, fl
 def two_part(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale: float, window: int | None
 ) -> Tensor:
-    """Own completion and prompt apart, merged by their log-sum-exps: no key is copied, no mask is made without need."""
+    """Own span, prompt and common prefix in separate calls, merged by their log-sum-exps: no key is copied, and no mask
+    made unless a sliding window needs it."""
     return _TwoPart.apply(query, key, value, layout, scale, window)
 
 
 class _TwoPart(torch.autograd.Function):
-    """Softmax over a union of parts: the parts' outputs weighted by exp(lse_part - lse), lse = log sum exp(lse_part).
+    """Softmax over a union of parts: the sum of their outputs times exp(lse_part - lse), lse = log sum exp(lse_part).
 
-    Backward: a key's probability is exp(score - lse) whichever part it is in, so the flash backward of each part,
+    Backward: a key's probability is exp(score - lse) in whichever part it is, so the flash backward of each part,
     given the *merged* output and log-sum-exp, yields that part's exact share of the gradient. (Merging two
     differentiable calls instead would need the gradient of lse, which torch's flash functions drop.)
     """
@@ -94,7 +95,7 @@ class _TwoPart(torch.autograd.Function):
             part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, rows], key[:, :, keys], value[:, :, keys], 0.0, is_causal, attn_mask=mask, scale=scale
             )
-            if mask is not None:  # a row that sees nothing here comes back with 0
+            if mask is not None:  # for a query that sees no key here the kernel returns lse 0
                 part_lse = part_lse.masked_fill(mask.isinf().all(-1), -math.inf)
             merged = torch.logaddexp(lse[:, :, rows], part_lse)
             before, now = (torch.exp(old - merged)[..., None] for old in (lse[:, :, rows], part_lse))
@@ -123,21 +124,21 @@ class _TwoPart(torch.autograd.Function):
 def _parts(
     layout: SharedPrefix, window: int | None, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
-    """(query rows, key rows, causal?, additive mask) of every attention call; a row's own span comes first, so that its
-    log-sum-exp is finite before a part in which it may see nothing."""
-    common, after = layout.common, []  # spans that see what is common
-    calls: list[tuple[list[slice], slice]] = []  # spans of neighbouring rows, and what they see: themselves or another
+    """(query rows, key rows, is causal, additive mask) of every attention call. A token's own span comes first: its
+    log-sum-exp is then finite before a part in which a sliding window may hide every key."""
+    common, after = layout.common, []  # after: the spans behind the common prefix
+    calls: list[tuple[list[slice], slice]] = []  # adjacent spans of queries, and the span of keys that they see
     for prompt, completions in layout.groups:
         completions = [span for span in completions if span.stop > span.start]
         calls += [([span], span) for span in (prompt, *completions)]
-        calls += [(completions, prompt)] if completions else []  # all completions at once
+        calls += [(completions, prompt)] if completions else []  # all completions in one call
         after += [prompt, *completions]
     if common.stop:
         calls += [([common], common), (after, common)]
     for spans, keys in calls:
         rows = slice(spans[0].start, spans[-1].stop)
         is_own = rows == keys
-        age = 0 if window is None else int(layout.position[rows].max() - layout.position[keys.start])  # the greatest
+        age = 0 if window is None else int(layout.position[rows].max() - layout.position[keys.start])  # largest
         if window is None or age < window:
             yield rows, keys, is_own, None
         else:
@@ -148,15 +149,15 @@ def _parts(
 def _near(
     span: slice, keys: slice, is_own: bool, window: int, position: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, bool, Tensor]]:
-    """A span's attention to `keys` in blocks of rows, each beside the keys that its window reaches: masks do not grow
-    with the square of a length. Positions are neighbours in the span as in the keys."""
+    """A span's windowed attention to `keys`, in blocks of queries with only the keys in their window, so that masks do
+    not grow quadratically. Positions are consecutive within the span and within the keys."""
     first_key = int(position[keys.start])
     for start in range(span.start, span.stop, WINDOW_ROWS):
         rows = slice(start, min(start + WINDOW_ROWS, span.stop))
-        oldest = int(position[start]) - window + 1  # that its first row sees
+        oldest = int(position[start]) - window + 1  # first position in the window of the block's first query
         near = slice(keys.start + max(0, oldest - first_key), rows.stop if is_own else keys.stop)
         if near.start >= near.stop:
-            return  # further rows are further away still
+            return  # later queries are even further away
         age = position[rows, None] - position[near]
         hidden = (age < 0) | (age >= window)
         yield rows, near, False, torch.zeros(age.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
@@ -164,7 +165,7 @@ def _near(
 
 # CUDA -----------------------------------------------------------------------------------------------------------------
 
-VARLEN_OPTIONS = set(inspect.signature(varlen.varlen_attn).parameters)  # they grew from one torch release to the next
+VARLEN_OPTIONS = set(inspect.signature(varlen.varlen_attn).parameters)  # they differ between torch releases
 
 
 def gathered(
@@ -172,20 +173,20 @@ def gathered(
 ) -> Tensor:
     """One flash call: queries stay where they are, keys and values are gathered as prompt | prompt, c1 | prompt, c2 ...
 
-    Causal from the bottom right: the last query of a sequence sees its last key.
+    The mask is causal from the bottom right: the last query of a sequence sees its last key.
     """
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     key, value = (_Rows.apply(tensor, layout.key_rows) for tensor in (key, value))
     options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.11 need not be told: its kernels always could
+    if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.11 has no such option: its kernels always do grouped queries
         options["enable_gqa"] = query.shape[1] > key.shape[1]
     starts = (layout.query_starts, layout.key_starts, layout.longest_query, layout.longest_key)
     return varlen.varlen_attn(query, key, value, *starts, **options).transpose(0, 1)[None]
 
 
 class _Rows(torch.autograd.Function):
-    """tensor[rows], whose gradient is added up in fp32. Indexing would add it in the tensor's dtype: in bf16 a key that
-    a hundred sequences share would be rounded a hundred times."""
+    """tensor[rows] with a gradient accumulated in fp32. Indexing would accumulate in the tensor's dtype: in bf16 the
+    gradient of a key that a hundred sequences share would be rounded a hundred times."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, rows: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ class _Rows(torch.autograd.Function):
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale: float, window: int | None) -> Tensor:
-    """flex_attention over the layout's blocks: any dtype, compiled once for all lengths."""
+    """flex_attention with the layout's block mask: any dtype, on CUDA compiled once for all lengths."""
     function = _compiled(flex_attention) if query.device.type == "cuda" else flex_attention
     mask, is_grouped = block_mask(layout, window), query.shape[1] != key.shape[1]
     return function(query, key, value, block_mask=mask, scale=scale, enable_gqa=is_grouped)
@@ -210,7 +211,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale:
 
 @functools.lru_cache(maxsize=4)
 def block_mask(layout: SharedPrefix, window: int | None) -> BlockMask:
-    """Which blocks of keys each block of queries needs: made once per micro-batch and window, for every layer."""
+    """Which blocks of keys each block of queries needs. Cached: every layer of a pass asks for the same."""
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_group = layout.group[query] == layout.group[key]
@@ -235,7 +236,7 @@ AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 
 
 def choose_layout(layout: str, model: PreTrainedModel) -> tuple[str, str]:
-    """`packed` or `padded` for batch.layout, and why. ValueError where `packed` is asked for and cannot be."""
+    """`packed` or `padded` for batch.layout, and why. ValueError if `packed` is asked for and the model cannot."""
     reason = why_not_packed(model)
     if layout == "packed" and reason:
         raise ValueError(f"batch.layout=packed, but {type(model).__name__} {reason}; use auto or padded")
@@ -245,9 +246,9 @@ def choose_layout(layout: str, model: PreTrainedModel) -> tuple[str, str]:
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
-    """What keeps this model's completions from sharing a prompt, as far as its class, config and device tell.
+    """Why this model's completions cannot share a prompt, as far as class, config and device tell; None if they can.
 
-    Dropout would too (completions would share the prompt's): `grpo.policy` refuses it in any layout.
+    Dropout (the completions would share their prompt's mask) is no reason here: `grpo.policy` refuses it in any layout.
     """
     if capability := old_capability(model.device):
         return f"is on a GPU of compute capability {capability}, and packed attention needs 8.0"

@@ -1,11 +1,10 @@
 """Groups -> optimizer steps of micro-batches, and the weight of every token. The only file that packs, masks,
-splits or weights tokens.
+splits or weights tokens. Called by train.py; grpo.update halves micro-batches.
 
-`pack` lays tokens out before any reward is needed: groups in one row with every prompt once (`packed`), or a row per
-sequence (`padded`) for models that cannot share a prompt. `weigh` then writes advantages and final weights, after which
-`keep_high_entropy` and `correct_mismatch` may silence or scale tokens. All of it is done per optimizer step over all
-ranks before the step is split, so that the size of a micro-batch, the packing and the number of ranks cannot change
-the gradient.
+`pack` lays out the tokens: whole groups in one row, each prompt once (`packed`), or a row per sequence (`padded`) for
+models that cannot share a prompt. `weigh` then writes advantages and final weights, after which `keep_high_entropy` and
+`correct_mismatch` may silence or scale tokens. Denominators and thresholds are those of the whole optimizer step over
+all ranks, so that micro-batch size, packing and number of ranks cannot change the gradient.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from torch import Tensor
 
 from grpo.records import Batch, Completion, Group, MicroBatch, SharedPrefix, TokenColumns, common_length
 
-Reduce = Callable[[Tensor], Tensor]  # over all ranks
+Reduce = Callable[[Tensor], Tensor]  # element-wise over all ranks
 
 
 def sequence_mean(lengths: Tensor, num_sequences: float, num_tokens: float, max_new_tokens: int) -> Tensor:
-    """1 / (N_c * length of the sequence): the mean over sequences of their token means (GRPO, arXiv:2402.03300)."""
+    """1 / (N_c * length), N_c counted sequences: the mean over sequences of their token means (arXiv:2402.03300)."""
     return 1.0 / (num_sequences * lengths)
 
 
 def token_mean(lengths: Tensor, num_sequences: float, num_tokens: float, max_new_tokens: int) -> Tensor:
-    """1 / counted tokens of the optimizer step: every token weighs the same (DAPO, arXiv:2503.14476)."""
+    """1 / (counted tokens of the optimizer step): every token weighs the same (DAPO, arXiv:2503.14476)."""
     return torch.full_like(lengths, 1.0 / num_tokens)
 
 
@@ -45,9 +44,9 @@ AGGREGATIONS = {"sequence_mean": sequence_mean, "token_mean": token_mean, "const
 
 Members = list[tuple[int, int]]  # (group, sample) of each sequence of a micro-batch
 
-SAME_ENTROPY = 1e-4  # nats
+SAME_ENTROPY = 1e-4  # nats; see keep_high_entropy
 
-ROW_MULTIPLE = {"cuda": 128}  # packed rows end on a whole block of keys there: flex_attention's backward asks for it
+ROW_MULTIPLE = {"cuda": 128}  # packed rows are padded to whole blocks of keys: flex_attention's backward needs them
 
 
 def pack(
@@ -61,12 +60,12 @@ def pack(
     layout: str = "packed",
     silent: Sequence[bool] | None = None,
 ) -> Batch:
-    """Lay out this rank's groups: passes * minibatches optimizer steps, equally many micro-batches on all ranks.
+    """Lay out this rank's groups for passes * minibatches optimizer steps, with as many micro-batches on every rank.
 
-    A minibatch is a contiguous block of prompts; since prompt i lives on rank i mod W, a rank's share of it is a
-    contiguous block of its own groups, and membership does not depend on W. Neither the layout (`packed` or `padded`)
-    nor tokens_per_micro_batch, which counts the tokens of that layout, can change the gradient; a single sequence that
-    is longer gets a micro-batch to itself.
+    A minibatch is a contiguous block of prompts, whatever the number of ranks W: prompt i is on rank i mod W, so a
+    rank's share of the block is a contiguous block of its own groups. tokens_per_micro_batch counts tokens as laid out,
+    padding included; a single longer sequence gets a micro-batch to itself. silent: groups that contribute no gradient
+    and are left out.
     """
     if len(groups) % minibatches:
         raise ValueError(
@@ -89,8 +88,8 @@ def pack(
 
 
 def divide_groups(chosen: Sequence[int], groups: list[Group], budget: int, max_over_ranks: Reduce) -> list[Members]:
-    """Whole groups to micro-batches within the budget, balanced by tokens. A group over the budget is split by
-    completions, its prompt computed once in each part. What all prompts begin with counts once a micro-batch."""
+    """Assign whole groups to micro-batches within the budget, balanced by tokens. A group over the budget is split by
+    completions, with its prompt in each part. A prefix common to all prompts counts once per micro-batch."""
     parts, sizes = [], []
     common = common_length([groups[g].prompt_ids for g in chosen])
     for g in chosen:
@@ -104,7 +103,7 @@ def divide_groups(chosen: Sequence[int], groups: list[Group], budget: int, max_o
 
 
 def fewest_bins(sizes: list[int], capacity: int) -> int:
-    """How many bins `balance` needs for each to hold no more than the capacity, or a single item."""
+    """The least number of bins for which `balance` puts at most the capacity, or one larger item, in each."""
     for count in range(max(1, math.ceil(sum(sizes) / max(1, capacity))), len(sizes)):
         if all(len(items) == 1 or sum(sizes[i] for i in items) <= capacity for items in balance(sizes, count)):
             return count
@@ -112,8 +111,8 @@ def fewest_bins(sizes: list[int], capacity: int) -> int:
 
 
 def balance(sizes: list[int], count: int) -> list[list[int]]:
-    """The items (by index) in each of `count` bins: largest first, always into the bin with least in it."""
-    bins = [(0, 0, place) for place in range(count)]  # load, number of items: an empty bin comes before one of load 0
+    """The items (by index) in each of `count` bins: greedy, the largest item first, always into the least full bin."""
+    bins = [(0, 0, place) for place in range(count)]  # load, number of items (so that items of size 0 spread, too)
     contents: list[list[int]] = [[] for _ in bins]
     for item in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):
         load, number, place = bins[0]
@@ -123,8 +122,8 @@ def balance(sizes: list[int], count: int) -> list[list[int]]:
 
 
 def packed_row(groups: list[Group], members: Members, device: torch.device) -> MicroBatch:
-    """One row: what all prompts begin with, then of each group its prompt and its completions. A last token is a
-    target, never an input."""
+    """One row: the prompts' common prefix, then for each group the rest of its prompt and its completions. A
+    completion's last token is only a target, never an input."""
     members = sorted(members)
     prompts = {g: groups[g].prompt_ids for g, _ in members}
     shared = common_length(list(prompts.values()))
@@ -147,7 +146,7 @@ def packed_row(groups: list[Group], members: Members, device: torch.device) -> M
         spans.append((prompt, completions))
     padding = -len(ids) % ROW_MULTIPLE.get(device.type, 1)
     if padding:
-        spans.append((append([0] * padding), []))  # a group without completions: sees itself only, predicts nothing
+        spans.append((append([0] * padding), []))  # a prompt without completions: not seen, predicts nothing
     shared_prefix = lay_out(spans, common)
     return MicroBatch(
         input_ids=torch.frombuffer(ids, dtype=torch.int64)[None],
@@ -160,11 +159,11 @@ def packed_row(groups: list[Group], members: Members, device: torch.device) -> M
 
 
 def lay_out(spans: list[tuple[slice, list[slice]]], common: slice = slice(0, 0)) -> SharedPrefix:
-    """Everything that attention backends need to know of a packed row, from where its prompts and completions are."""
-    table, key_rows, lengths = [], [], []  # a line a span, in the order of its rows
+    """The attention layout of a packed row, given the spans of its prompts, completions and common prefix."""
+    table, key_rows, lengths = [], [], []  # one entry per span, in row order
 
     def add(span: slice, seen: Tensor, group: int, completion: int) -> Tensor:
-        """A span whose rows see those in `seen`; returns what a span sees that also sees this one."""
+        """Add a span that sees itself and the row's tokens in `seen`; returns both together."""
         size = span.stop - span.start
         table.append((size, group, completion, len(seen) - span.start))
         if size:
@@ -200,7 +199,7 @@ def lay_out(spans: list[tuple[slice, list[slice]]], common: slice = slice(0, 0))
 
 
 def divide_sequences(chosen: Sequence[int], groups: list[Group], budget: int, max_over_ranks: Reduce) -> list[Members]:
-    """Sequences, longest first, cut into runs whose padded size stays within the budget; as many runs on every rank."""
+    """Cut the sequences, longest first, into micro-batches of padded size within the budget; as many on every rank."""
 
     def length(member: tuple[int, int]) -> int:
         group = groups[member[0]]
@@ -219,7 +218,7 @@ def divide_sequences(chosen: Sequence[int], groups: list[Group], budget: int, ma
 
 
 def padded_rows(groups: list[Group], members: Members, device: torch.device) -> MicroBatch:
-    """One row per sequence: prompt and completion, padded on the right. The last token is a target, never an input."""
+    """One row per sequence, padded on the right. A completion's last token is only a target, never an input."""
     pairs = [(groups[g].prompt_ids, groups[g].completions[s]) for g, s in members]
     width = max(len(prompt) + len(completion.ids) - 1 for prompt, completion in pairs)
     input_ids = torch.zeros(len(pairs), width, dtype=torch.int64)
@@ -244,7 +243,7 @@ LAYOUTS = {"packed": (divide_groups, packed_row), "padded": (divide_sequences, p
 
 
 def token_columns(completions: list[Completion]) -> TokenColumns:
-    """What sampling knows of each token, flat."""
+    """The columns that are known from sampling, flat over the completions."""
     lengths = torch.tensor([len(completion.ids) for completion in completions])
     return TokenColumns(
         target=torch.frombuffer(_joined("q", (c.ids for c in completions)), dtype=torch.int64),
@@ -254,13 +253,14 @@ def token_columns(completions: list[Completion]) -> TokenColumns:
 
 
 def _joined(kind: str, lists: Iterable[Sequence[float]]) -> array:
-    """All of their numbers. Through arrays, list by list: of one iterator it takes twice as long, by torch.tensor ten
+    """All lists as one array. List by list is fastest: one chained iterator takes twice as long, torch.tensor ten
     times."""
     return functools.reduce(array.__iadd__, (array(kind, numbers) for numbers in lists), array(kind))
 
 
 def dummy(build: Callable[..., MicroBatch], group: Group, device: torch.device) -> MicroBatch:
-    """One token of weight 0: its backward pass touches every parameter, so that a rank with less work keeps in step."""
+    """A micro-batch of one token, to be given weight 0: on a rank that has fewer, its backward pass still gives every
+    parameter a gradient, which DDP and FSDP wait for."""
     first = group.completions[0]
     token = Completion(first.ids[:1], first.logprobs[:1], "", first.finish, 0)
     micro_batch = build([Group(group.problem, [token], group.step)], [(0, 0)], device)
@@ -269,9 +269,9 @@ def dummy(build: Callable[..., MicroBatch], group: Group, device: torch.device) 
 
 
 def halve(micro_batches: list[MicroBatch], groups: list[Group]) -> list[MicroBatch]:
-    """Each micro-batch as two of about half its tokens, with every column as it is: the same gradient in less memory.
+    """Each micro-batch as two of about half its tokens, with the same weights: the same gradient in less memory.
 
-    Still equally many on every rank: beside one that has a single sequence, or none, comes a dummy.
+    One with a single sequence, or none, gets a dummy beside it, so that every rank still has as many.
     """
     halves = []
     for micro_batch in micro_batches:
@@ -288,7 +288,7 @@ def halve(micro_batches: list[MicroBatch], groups: list[Group]) -> list[MicroBat
 
 
 def _part(whole: MicroBatch, groups: list[Group], members: Members, span: slice) -> MicroBatch:
-    """Some neighbouring sequences of a weighed micro-batch; `span`: their tokens."""
+    """A micro-batch of some consecutive sequences of one that is weighed already; `span`: their tokens."""
     build = packed_row if whole.shared_prefix else padded_rows
     part = build(groups, members, whole.source.device)
     _copy_columns(whole, part, lambda column: column[span])
@@ -299,24 +299,22 @@ def _part(whole: MicroBatch, groups: list[Group], members: Members, span: slice)
 
 
 def dummy_like(micro_batch: MicroBatch, groups: list[Group]) -> MicroBatch:
-    """A dummy with the columns that this weighed micro-batch has."""
+    """A dummy with the columns of this micro-batch, which is weighed already; all are 0."""
     made = dummy(packed_row if micro_batch.shared_prefix else padded_rows, groups[0], micro_batch.source.device)
     _copy_columns(micro_batch, made, lambda column: column.new_zeros(1))
     return made
 
 
 def _copy_columns(source: MicroBatch, to: MicroBatch, take: Callable[[Tensor], Tensor]) -> None:
-    """`take` of every column that is written after `pack`, where there is one."""
+    """Write take(column) into `to` for every column that is filled in after `pack`; None stays None."""
     for name in ("old", "ref", "entropy", "advantage", "weight", "counted", "active"):
         column = getattr(source.tokens, name)
         setattr(to.tokens, name, None if column is None else take(column))
 
 
 def counted_completions(groups: list[Group], scored: Tensor, *, mask_truncated: bool) -> Tensor:
-    """Which completions of this rank are in the denominators: those with a score, and (mask_truncated) an end.
-
-    scored: [groups, G] bool; returns the same. A masked completion stays in the mean of its group.
-    """
+    """Which completions of this rank are in the loss and its denominators: those scored and, with mask_truncated, not
+    truncated. scored: [groups, G] bool; returns the same. A truncated one stays in its group's mean and std."""
     finished = [[completion.finish != "length" for completion in group.completions] for group in groups]
     return scored & torch.tensor(finished) if mask_truncated else scored
 
@@ -324,7 +322,7 @@ def counted_completions(groups: list[Group], scored: Tensor, *, mask_truncated: 
 def kl_by_completion(batch: Batch) -> Tensor:
     """Sum over each completion's tokens of old - ref, the k1 estimate of KL(policy || ref), in nats.
 
-    Returns [groups of this rank, G]. For the KL in the reward, before advantages are made.
+    Returns [groups of this rank, G]. For the KL in the reward (kl_where=reward), before advantages are computed.
     """
     sums = torch.zeros(batch.lengths.shape)
     for micro_batch in batch.micro_batches:
@@ -340,9 +338,9 @@ def weigh(
 ) -> None:
     """Write advantage, counted, active and the final weight of every token, in place.
 
-    advantages: [groups of this rank, G] fp32; counted: the same shape, bool. A completion that is not counted (without
-    a score, or masked) is not active either; every other token is both (a group without spread stays in the
-    denominators: its KL still acts). `keep_high_entropy` and `correct_mismatch` may then silence counted tokens.
+    advantages: [groups of this rank, G] fp32; counted: the same shape, bool. *Counted* tokens are in the denominators,
+    *active* ones contribute a gradient. Here both are the same; `keep_high_entropy` and `correct_mismatch` may then
+    silence counted tokens. A group without spread is counted: its KL still acts.
     """
     for micro_batches, chosen in zip(batch.optimizer_steps, batch.groups, strict=True):
         mine = slice(chosen.start, chosen.stop)
@@ -352,23 +350,23 @@ def weigh(
             tokens, device = micro_batch.tokens, micro_batch.source.device
             length = torch.bincount(tokens.sequence).cpu()
             members = tuple(zip(*micro_batch.sequences, strict=True))
-            mask = counted[members] if members else torch.tensor([False])  # a dummy's one row
+            mask = counted[members] if members else torch.tensor([False])  # a dummy has one sequence
             row_advantages = advantages[members] if members else torch.tensor([0.0])
             row_weights = AGGREGATIONS[aggregation](length.float(), num_sequences, num_tokens, max_new_tokens) * mask
             tokens.advantage = row_advantages.to(device)[tokens.sequence]
             tokens.weight = row_weights.to(device)[tokens.sequence]
             tokens.counted = mask.to(device)[tokens.sequence]
             tokens.active = tokens.counted.clone()
-            if not mask.all():  # found here, where the mask is on the CPU: no GPU has to be waited for
+            if not mask.all():  # done here, where the mask is on the CPU: no wait for the GPU
                 tokens.head_rows = mask.repeat_interleave(length).nonzero()[:, 0].to(device)
 
 
 def keep_high_entropy(batch: Batch, share: float, gather: Callable[[Tensor], list[Tensor]]) -> None:
-    """Only this share of an optimizer step's counted tokens over all ranks, those of highest entropy, stays active.
+    """Keep active only the `share` of an optimizer step's counted tokens, over all ranks, with the highest entropy.
 
-    arXiv:2506.01939. The denominators stay all counted tokens. Entropies that equal the edge to SAME_ENTROPY all stay:
-    those of one distribution, computed in different micro-batches, differ in their last bits.
-    gather: [tokens of this rank] -> the same of every rank.
+    arXiv:2506.01939. The denominators remain those of all counted tokens. Tokens within SAME_ENTROPY of the threshold
+    stay: the same distribution computed in two micro-batches differs in its last bits.
+    gather: [tokens of this rank] -> the list of every rank's.
     """
     for micro_batches in batch.optimizer_steps:
         columns = [micro_batch.tokens for micro_batch in micro_batches]
@@ -381,12 +379,12 @@ def keep_high_entropy(batch: Batch, share: float, gather: Callable[[Tensor], lis
 
 
 def correct_mismatch(batch: Batch, mode: str, *, level: str, cap: float) -> None:
-    """Multiply weights by the ratio of the training forward to the sampler, rho = exp(old - sampler), or reject by it.
+    """Correct for the sampler's distribution by the importance ratio rho = exp(old - sampler): weight tokens or reject.
 
-    token_truncate: min(rho_t, cap). sequence_truncate: min(rho_s, cap). sequence_mask: sequences with rho_s outside
-    1/cap to cap are not active. log rho_s is the mean or the sum of the log-ratios (`level`): the sum is the weight
-    that makes the mean over samples right, but it leaves 1 further and further behind as completions get longer; the
-    mean does not, and is no such weight. (Truncated importance sampling: fengyao.notion.site/off-policy-rl.)
+    token_truncate: weight *= min(rho_t, cap). sequence_truncate: weight *= min(rho_s, cap). sequence_mask: sequences
+    with rho_s outside 1/cap to cap are not active. log rho_s is the sum or the mean of the log-ratios (`level`): the
+    sum is the unbiased importance weight, but drifts away from 1 as completions get longer; the mean does not, but is
+    biased. (Truncated importance sampling: fengyao.notion.site/off-policy-rl.)
     """
     for micro_batch in batch.micro_batches:
         tokens = micro_batch.tokens
@@ -400,7 +398,7 @@ def correct_mismatch(batch: Batch, mode: str, *, level: str, cap: float) -> None
 
 
 def sum_by_sequence(values: Tensor, sequence: Tensor) -> Tensor:
-    """[T] -> [T], of which the first entries are the sums of sequences 0, 1, ... (T bounds their number)."""
+    """[T] -> [T]: entry i is the sum over sequence i, the rest 0 (T bounds their number, so no GPU is waited for)."""
     return torch.zeros_like(values).index_add(0, sequence, values)
 
 
