@@ -1,6 +1,6 @@
-"""Global rewards [P, G] -> advantages [P, G]. Pure functions and the table of their names.
+"""Rewards of all ranks, [P, G] -> advantages, [P, G]. Pure functions and the table of their names.
 
-Rewards of all ranks are gathered first, so that a group's statistics never depend on the number of ranks.
+Rewards of all ranks are gathered first, so that statistics never depend on the number of ranks.
 A completion that could not be scored takes no part in its group's statistics and gets advantage 0.
 """
 
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-SPREAD_TOLERANCE = 1e-6  # rewards closer than this are equal: rounding noise must not be blown up by the division
+SPREAD_TOLERANCE = 1e-6  # rewards closer than this count as equal: dividing by std must not blow up rounding noise
 STD_OFFSET = 1e-4
 
 
 def group_mean_and_spread(rewards: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of the scored rewards of each group, and whether they differ at all.
+    """Mean of each group's scored rewards, and whether it has *spread*: whether these rewards differ.
 
     rewards: [P, G] fp32; scored: [P, G] bool.  Returns [P, 1] fp32 and [P, 1] bool; a group with fewer than two
     scored completions has no spread.
@@ -37,8 +37,8 @@ def group_mean(rewards: Tensor, scored: Tensor) -> Tensor:
 def group(rewards: Tensor, scored: Tensor) -> Tensor:
     """(r - mean_g) / (std_g + 1e-4) (GRPO, arXiv:2402.03300 section 4.1.2).  [P, G] -> [P, G].
 
-    std is the sample standard deviation (ddof 1), a choice that the paper leaves open: one success among eight
-    gives it 2.4742, where the population standard deviation would give 2.6450.
+    std is the sample standard deviation (ddof 1), a choice that the paper leaves open: if one of eight succeeds, its
+    advantage is 2.4742; the population standard deviation would make it 2.6450.
     """
     centred = group_mean(rewards, scored)
     degrees = (scored.sum(1, keepdim=True) - 1).clamp_min(1)
@@ -47,9 +47,9 @@ def group(rewards: Tensor, scored: Tensor) -> Tensor:
 
 
 def batch(rewards: Tensor, scored: Tensor) -> Tensor:
-    """(r - mean_g) / (std + 1e-4), std over all scored raw rewards of the step, ddof 1 (arXiv:2508.08221).
+    """(r - mean_g) / (std + 1e-4), std over all scored rewards of the step, ddof 1 (arXiv:2508.08221).
 
-    Groups that are hard to tell apart keep their small differences. std is of raw rewards, not of centred ones.
+    A group whose rewards differ little keeps small advantages. std is of raw rewards, not of centred ones.
     """
     count = scored.sum().clamp_min(2)
     mean = rewards.sum() / count
@@ -64,13 +64,13 @@ def rloo(rewards: Tensor, scored: Tensor) -> Tensor:
 
 
 def per_reward(components: Tensor, weights: Tensor, scored: Tensor) -> Tensor:
-    """Every component is normalised in its group, then weighted, summed and scaled over the step (GDPO,
+    """Each reward component normalised in its group, then the weighted sum scaled over the step (GDPO,
     arXiv:2601.05242), so that a component with a small range is not drowned by one with a large range.
 
     x = sum_k w_k (r_k - mean_g r_k) / (std_g r_k + 1e-4),  A = x / (std of x over the step + 1e-4); ddof 1.
-    The paper also subtracts the mean of x: it is 0 by construction, and so its rounding cannot reach a group without
-    spread. components: [P, G, K], NaN where a component abstained (it is then out of that component's statistics and
-    adds 0); weights: [K]; scored: [P, G] bool.  Returns [P, G].
+    The paper also subtracts the mean of x. It is 0 by construction, and subtracting its rounding error would give
+    groups without spread an advantage. components: [P, G, K], NaN where a component abstained (the completion is then
+    out of that component's statistics, which adds 0); weights: [K]; scored: [P, G] bool.  Returns [P, G].
     """
     judged = scored[..., None] & ~components.isnan()
     normalised = [
@@ -95,7 +95,7 @@ def normalise(
 ) -> Tensor:
     """Advantages by the named formula.  rewards: [P, G]; scored: [P, G] bool; returns [P, G] fp32.
 
-    Only `per_reward` looks at components [P, G, K] and weights instead of their weighted sum, `rewards`.
+    Only `per_reward` uses components [P, G, K] and weights [K], and not their weighted sum, `rewards`.
     """
     if name == "per_reward":
         return per_reward(components, torch.tensor(weights), scored)
@@ -103,7 +103,7 @@ def normalise(
 
 
 def overlong_penalty(lengths: Tensor, max_new_tokens: int, share: float) -> Tensor:
-    """0 up to (1 - share) of the limit, then falling in a line to -1 at the limit (DAPO, arXiv:2503.14476 section 3.4).
+    """0 up to (1 - share) of the limit, then falling linearly to -1 at the limit (DAPO, arXiv:2503.14476 section 3.4).
 
     lengths: [P, G] tokens; returns [P, G] fp32, to be added to the rewards. share 0: no penalty.
     """
@@ -112,19 +112,19 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, share: float) -> Tens
 
 
 def fill_with_teaching(advantages: Tensor, num_groups: int) -> list[int]:
-    """The first num_groups of the drawn groups that have spread and, where those are too few, the first of the others.
+    """Indices of the first num_groups groups that have spread, filled up with the first of the others if too few do.
 
-    advantages: [drawn, G].  Returns indices in the order drawn (DAPO's dynamic sampling, arXiv:2503.14476).
+    advantages: [drawn, G].  The indices are in the order drawn (DAPO's dynamic sampling, arXiv:2503.14476).
     """
     order = without_spread(advantages).to(torch.int8).argsort(stable=True)
     return sorted(order[:num_groups].tolist())
 
 
 def zero_spread_share(advantages: Tensor) -> float:
-    """Share of groups that teach nothing because all their advantages, [P, G], are 0."""
+    """Share of groups without spread: all their advantages, of [P, G], are 0."""
     return without_spread(advantages).float().mean().item()
 
 
 def without_spread(advantages: Tensor) -> Tensor:
-    """Which groups teach nothing.  [P, G] -> [P] bool."""
+    """Which groups have only advantages of 0, and so no policy gradient.  [P, G] -> [P] bool."""
     return (advantages == 0).all(1)

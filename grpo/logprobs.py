@@ -1,6 +1,6 @@
-"""Micro-batch -> flat log-probs and entropy of its completion tokens. Policy, old and reference all go this way.
+"""Micro-batch -> flat log-probs and entropy of its completion tokens, for policy, old policy and reference alike.
 
-`LogprobModel` is the computation; `PolicyModule` is the only module that DistributedDataParallel wraps and
+`LogprobModel` is the computation; `PolicyModule` is the only module that DistributedDataParallel or FSDP wraps, and
 `PolicyModule.forward` the only call that training makes. Every gradient flows through autograd.
 """
 
@@ -19,14 +19,14 @@ from grpo.policy import Policy
 from grpo.records import Batch, MicroBatch, TokenColumns
 from kernels import linear_logprob, linear_logprob_loss
 
-# (logprobs, entropy, rows of the micro-batch's [T]: an index) -> loss per token
+# (logprobs, entropy, index of these tokens in the micro-batch's [T]) -> loss per token
 TokenLoss = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
 
 
 class LogprobModel(nn.Module):
-    """A causal language model as a function from micro-batch to log-probs and entropy, fp32, tempered.
+    """A causal language model as a function from micro-batch to log-probs and entropy, in fp32, at `temperature`.
 
-    entropy_gradient: the entropy carries a gradient as the log-prob does, for an objective with an entropy bonus.
+    impl: kernels to use.  entropy_gradient: the entropy carries a gradient, too, for an objective with entropy bonus.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LogprobModel(nn.Module):
         self._waiting: dict[nn.Parameter, Tensor] = {}
 
     def keep_on_cpu(self) -> None:
-        """From here on the weights, which are frozen, are in CPU memory (for CUDA pinned) outside `at_hand`."""
+        """From here on the (frozen) weights stay in CPU memory, pinned for CUDA, except within `at_hand`."""
         for parameter in self.parameters():
             weights = parameter.data.cpu()
             self._waiting[parameter] = weights.pin_memory() if parameter.is_cuda else weights
@@ -66,15 +66,15 @@ class LogprobModel(nn.Module):
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
         """Log-probs and entropy, each [T]; or, given `token_loss`, as `PolicyModule.forward`."""
-        # row source[t] predicts token t: the only shift
+        # The only shift of tokens against log-probs: hidden state source[t] predicts token t.
         hidden = self._hidden(micro_batch).flatten(0, 1)[micro_batch.source]
         if token_loss is None:
             return self._head(linear_logprob, hidden, micro_batch.tokens.target)
         return self.folded_loss(hidden, micro_batch.tokens, token_loss)
 
     def folded_loss(self, hidden: Tensor, tokens: TokenColumns, token_loss: TokenLoss) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed loss, log-probs and entropy, given hidden states [T, D]. Tokens that are not counted never reach
-        the head: their log-prob is NaN."""
+        """Summed loss, log-probs and entropy, given hidden states [T, D]. Tokens that are not counted skip the head:
+        their log-prob and entropy are NaN."""
         rows = tokens.head_rows
         if rows is None:
             return self._head(linear_logprob_loss, hidden, tokens.target, token_loss)
@@ -83,7 +83,7 @@ class LogprobModel(nn.Module):
         return loss, *(column.new_full((len(hidden),), torch.nan).index_copy_(0, rows, column) for column in columns)
 
     def _head(self, op: Callable, hidden: Tensor, target: Tensor, *token_loss: TokenLoss) -> tuple[Tensor, ...]:
-        """One of the two ops on this model's head."""
+        """`linear_logprob` or `linear_logprob_loss` (kernels/) with this model's head."""
         head = self.model.get_output_embeddings()
         return op(
             *(hidden, head.weight, target, *token_loss),
@@ -100,19 +100,19 @@ class LogprobModel(nn.Module):
         attention = self.model.config._attn_implementation
         if micro_batch.shared_prefix is not None:
             attention, inputs["shared_prefix"] = SHARED_PREFIX, micro_batch.shared_prefix
-        # Right padding needs no mask under causal attention, and explicit positions leave nothing to be guessed.
+        # No mask is needed: causal attention never sees the padding on the right, and positions are explicit.
         with self.training_mode(attention):
             return self.model.base_model(**inputs).last_hidden_state
 
     @contextmanager
     def training_mode(self, attention: str) -> Iterator[None]:
-        """The model attends through `attention`, and its layers are the compiled ones: rollout wants neither."""
+        """Within it the model uses this attention and its compiled layers, if any; rollout sets its own."""
         with using_forwards(self._forwards), attention_mode(self.model, attention):
             yield
 
 
 class _WorkingCopy(torch.autograd.Function):
-    """Forward: the bf16 working copy. Backward: its gradient goes to the fp32 master, in fp32."""
+    """Forward: the bf16 working copy's weight. Backward: its gradient goes to the fp32 master, cast to fp32."""
 
     @staticmethod
     def forward(ctx, master: Tensor, working: Tensor) -> Tensor:
@@ -129,14 +129,14 @@ class PolicyModule(nn.Module):
     options: those of LogprobModel.
     """
 
-    compute: LogprobModel  # what runs
-    working: PreTrainedModel  # what samples
+    compute: LogprobModel  # runs the training forward
+    working: PreTrainedModel  # what the sampler uses
 
     def __init__(self, policy: Policy, *, checkpointing: bool = False, **options: object):
         super().__init__()
         self.masters = policy.masters
         model = policy.masters if policy.is_sampler_only else policy.model
-        # Past nn.Module, so that the working copy is not registered as parameters too.
+        # Bypasses nn.Module, which would register the working copy's parameters as this module's.
         vars(self).update(compute=LogprobModel(model, **options), working=policy.model)
         self._shares_weights = model is policy.masters
         self._weights: dict[str, Tensor] = {}
@@ -147,15 +147,16 @@ class PolicyModule(nn.Module):
         """Log-probs and entropy, each [T]; or, given `token_loss`, the weighted loss summed over the micro-batch
         (a scalar) with detached log-probs and entropy, NaN where a token is not counted.
 
-        With `token_loss` the head computes its logits once, chunk by chunk, so a token's loss may depend on no other
-        token. A loss of whole sequences is made from the log-probs and costs the logits a second time.
+        With `token_loss` the head computes its logits once, chunk by chunk, so a token's loss must not depend on other
+        tokens. A loss over whole sequences needs all log-probs first, and computes the logits a second time.
         """
         with self._weights_for_this_pass():
             return self.compute(micro_batch, token_loss)
 
     def _weights_for_this_pass(self) -> AbstractContextManager:
-        """The working copy; for gradients tied to the masters by a cast whose backward hands them fp32 ones. Without,
-        it is as it is: compiled layers are then those of the reference."""
+        """For a pass with gradients: replace the working copy's weights by outputs of `_WorkingCopy`, which pass their
+        gradients on to the masters. Without gradients it stays as it is: compiled layers then share the reference's
+        graphs."""
         if self._shares_weights or not torch.is_grad_enabled():
             return nullcontext()
         working = dict(self.compute.model.named_parameters())
@@ -164,12 +165,12 @@ class PolicyModule(nn.Module):
         return using_weights(self.compute.model, self._weights)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """For the forward pass of a checkpointed layer, and for its second computation in the backward pass."""
+        """Contexts for a checkpointed layer's forward pass and for its recomputation in the backward pass."""
         return nullcontext(), self._as_now(self.compute.model.config._attn_implementation, self._weights)
 
     @contextmanager
     def _as_now(self, attention: str, weights: dict[str, Tensor]) -> Iterator[None]:
-        """The attention and the weights of this forward pass: both are put back long before its backward pass runs."""
+        """Within it the model has this forward pass's attention and weights again: it lost both at the pass's end."""
         weights_then = using_weights(self.compute.model, weights) if weights else nullcontext()
         with self.compute.training_mode(attention), weights_then:
             yield
@@ -179,10 +180,11 @@ class PolicyModule(nn.Module):
 def frozen_logprobs(
     batch: Batch, policy: PolicyModule, reference: LogprobModel | None, *, always_policy: bool = False
 ) -> None:
-    """Fill `old` and `entropy` (where the policy will move within the batch, or always) and `ref` (with a reference).
+    """Fill the batch's columns `old` and `entropy`, if the policy takes several steps on it, and `ref`, if there is a
+    reference.
 
     With one optimizer step per rollout old is the current log-prob itself: no pass is made for it, unless the
-    objective has to know it beforehand (`Objective.needs_frozen_pass`).
+    objective needs it earlier (always_policy, see `Objective.needs_frozen_pass`).
     """
     if always_policy or batch.passes * len(batch.optimizer_steps) > 1:
         for micro_batch in batch.micro_batches:

@@ -1,14 +1,14 @@
-"""Surrogates, KL estimators and the table of presets: pure functions on flat per-token tensors [T].
+"""Surrogate objectives, KL estimators and the table of presets: pure functions on flat per-token tensors [T].
 
     loss = sum_t weight_t * (-surrogate_t + beta * kl_t - entropy_bonus * entropy_t)
 
-`weight_t` is final and carries the mean (grpo/batch.py), so nothing here knows of micro-batches or ranks. No model
-and no config object enters. Log-probs are of the sampled tokens, natural log, under the policy being trained
-(`logprobs`), the policy at the start of the update (`old`) and the frozen reference (`ref`).
+`weight_t` includes the division by the number of tokens or sequences (grpo/batch.py), so nothing here depends on
+micro-batches or ranks, nor on a model or config. Log-probs are of the sampled tokens, natural log, under the policy
+being trained (`logprobs`), the policy at the start of the update (`old`) and the reference (`ref`).
 
-A surrogate of your own is a function in a file of yours, `objective.surrogate: my_file.py:my_function`, called as
-`my_function(logprobs, old, advantages, **settings)` and returning [T]. Its settings are whichever of SETTINGS it
-declares as keyword-only parameters. One that declares `sequence` sees all tokens of a micro-batch at once.
+To use a surrogate of your own, set `objective.surrogate: my_file.py:my_function`. It is called as
+`my_function(logprobs, old, advantages, **settings)` and returns [T], to be maximised. Its settings are those of
+SETTINGS that it declares as keyword-only parameters. One that declares `sequence` sees all tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from grpo.user_code import load_object
 
-ADVANTAGES = ("group", "group_mean", "batch", "rloo", "per_reward")  # the tables of grpo.advantages and grpo.batch
+ADVANTAGES = ("group", "group_mean", "batch", "rloo", "per_reward")  # the keys of grpo.advantages and grpo.batch
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
 MISMATCH = ("none", "token_truncate", "sequence_truncate", "sequence_mask")
 SETTINGS = ("clip_low", "clip_high", "ratio_cap", "tau_positive", "tau_negative", "sequence")
@@ -32,7 +32,7 @@ SETTINGS = ("clip_low", "clip_high", "ratio_cap", "tau_positive", "tau_negative"
 
 @dataclass(frozen=True)
 class Objective:
-    """One row of the table: every choice that makes a variant of GRPO. ObjectiveConfig says what each means."""
+    """Every choice that makes a variant of GRPO: a row of PRESETS. grpo.config.ObjectiveConfig explains each field."""
 
     advantages: str
     surrogate: str
@@ -60,7 +60,7 @@ class Objective:
 
     @property
     def needs_whole_sequences(self) -> bool:
-        """The surrogate looks at whole sequences: it cannot be computed on a few rows of a micro-batch at a time."""
+        """The surrogate needs all tokens of a sequence: it cannot be computed on part of a micro-batch at a time."""
         return "sequence" in find_surrogate(self.surrogate).settings
 
     @property
@@ -73,21 +73,22 @@ class Objective:
 
     @property
     def needs_frozen_pass(self) -> bool:
-        """Old log-probs or entropies decide rewards or weights, so they are wanted even where one step is made."""
+        """Old log-probs or entropies enter rewards or weights, so they are computed even for one optimizer step."""
         return self.mismatch != "none" or self.entropy_share < 1 or self.kl_in_reward
 
     @property
     def acts_without_advantage(self) -> bool:
-        """There is a gradient even where every advantage is 0: for a surrogate of the user's own, who knows."""
+        """There may be a gradient although every advantage is 0; of a user's own surrogate that is assumed."""
         return self.kl_in_loss or self.entropy_bonus != 0 or self.surrogate not in SURROGATES
 
     @property
     def hears_all(self) -> bool:
-        """A group whose advantages are all 0 still matters: to the gradient, or to a threshold over all tokens."""
+        """Groups whose advantages are all 0 must be computed, too: for their gradient, or for their old log-probs or
+        entropies. Otherwise they are left out of the batch."""
         return self.acts_without_advantage or self.needs_frozen_pass
 
 
-# grpo: beta 0.02, half the paper's 0.04: short runs move little, and the reference is exercised by default.
+# grpo: beta 0.02, half the paper's 0.04, because short runs move little; not 0, so that the default uses a reference.
 PRESETS = {
     "grpo": Objective("group", "clip", "sequence_mean", beta=0.02),
     "dr_grpo": Objective("group_mean", "clip", "constant"),
@@ -116,7 +117,8 @@ def dual_clipped_surrogate(
 ) -> Tensor:
     """As `clipped_surrogate`, but never below ratio_cap * A where A < 0 (arXiv:1912.09729).
 
-    A token that became ever likelier although it was bad then stops pulling.  ratio_cap > 1 + clip_high.
+    A token with A < 0 has no gradient above ratio_cap; `clipped_surrogate` would push it down the harder the larger its
+    ratio.  ratio_cap > 1 + clip_high.
     """
     surrogate = clipped_surrogate(logprobs, old, advantages, clip_low=clip_low, clip_high=clip_high)
     return torch.where(advantages < 0, torch.maximum(surrogate, ratio_cap * advantages), surrogate)
@@ -128,8 +130,8 @@ def sequence_surrogate(
     """One ratio per sequence, clipped as a whole (GSPO, arXiv:2507.18071 Eq. 5).
 
     min(s A, clip(s, 1 - clip_low, 1 + clip_high) A),  s = exp(mean over the sequence of (logprobs - old)).
-    The clip range is that of a geometric mean: about 3e-4 and 4e-4.  sequence: [T], which sequence a token is in; it
-    must hold all tokens of every sequence.  Returns [T], equal within a sequence.
+    s is a geometric mean of ratios and hence near 1: clip_low and clip_high are about 3e-4 and 4e-4.  sequence: [T],
+    each token's sequence, of which all tokens must be present.  Returns [T], equal within a sequence.
     """
     ratio = torch.exp(mean_by_sequence(logprobs - old, sequence))
     return _smaller_of_clipped_and_not(ratio, advantages, clip_low, clip_high)
@@ -138,7 +140,7 @@ def sequence_surrogate(
 def sequence_token_surrogate(
     logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, sequence: Tensor
 ) -> Tensor:
-    """As `sequence_surrogate` in value, while a token's gradient is its own (GSPO-token, arXiv:2507.18071).
+    """Same value as `sequence_surrogate`, but each token gets only its own gradient (GSPO-token, arXiv:2507.18071).
 
     s_t = stop[s] * exp(logprobs - stop[logprobs]).  With one advantage per sequence and sequence_mean the gradient is
     that of `sequence_surrogate`.
@@ -148,10 +150,10 @@ def sequence_token_surrogate(
 
 
 def cispo_surrogate(logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_high: float) -> Tensor:
-    """stop[min(r, 1 + clip_high)] * A * logprobs: the weight is capped, no token loses its gradient.
+    """stop[min(r, 1 + clip_high)] * A * logprobs: the weight is capped, but no token loses its gradient.
 
-    CISPO, arXiv:2506.13585, which bounds the weight from above only. The cap is 1 + clip_high, not clip_high: a cap
-    below 1 would shrink every gradient.
+    CISPO, arXiv:2506.13585, which caps the weight from above only. r = exp(logprobs - old). The cap is 1 + clip_high,
+    not clip_high: a cap below 1 would shrink every gradient.
     """
     return torch.exp(logprobs - old).clamp(max=1 + clip_high).detach() * advantages * logprobs
 
@@ -159,22 +161,23 @@ def cispo_surrogate(logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_h
 def sapo_surrogate(
     logprobs: Tensor, old: Tensor, advantages: Tensor, *, tau_positive: float, tau_negative: float
 ) -> Tensor:
-    """(4 / tau) * sigmoid(tau (r - 1)) * A, tau by the sign of A: a soft gate (SAPO, arXiv:2511.20347).
+    """(4 / tau) * sigmoid(tau (r - 1)) * A, a soft gate in place of the clip (SAPO, arXiv:2511.20347).
 
-    At r = 1 the gradient is that of r A; away from it, it fades instead of stopping.
+    tau is tau_positive for A > 0, else tau_negative. At r = 1 the gradient is that of r A; away from it the gradient
+    fades instead of stopping.
     """
     tau = torch.where(advantages > 0, tau_positive, tau_negative)
     return 4 / tau * torch.sigmoid(tau * (torch.exp(logprobs - old) - 1)) * advantages
 
 
 def reinforce_surrogate(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """A * logprobs: no ratio, so it is right only for the first step after sampling."""
+    """A * logprobs: without a ratio, so right only for the first optimizer step after sampling."""
     return advantages * logprobs
 
 
 def mean_by_sequence(values: Tensor, sequence: Tensor) -> Tensor:
     """The mean over its sequence, at every token.  values, sequence: [T]; returns [T]."""
-    sums = torch.zeros_like(values).index_add(0, sequence, values)  # T bounds the sequences: no GPU is waited for
+    sums = torch.zeros_like(values).index_add(0, sequence, values)  # T bounds their number: no GPU sync to count them
     counts = torch.zeros_like(values).index_add(0, sequence, torch.ones_like(values))
     return (sums / counts.clamp_min(1))[sequence]
 
@@ -192,7 +195,7 @@ SURROGATES: dict[str, Callable[..., Tensor]] = {
     "sapo": sapo_surrogate,
     "reinforce": reinforce_surrogate,
 }
-CLIP_RANGE = {  # what clip_high bounds, and a value that has been used with it
+CLIP_RANGE = {  # surrogate: what clip_high bounds, and a usual value
     "clip": ("the ratio of a token", 0.2),
     "dual_clip": ("the ratio of a token", 0.2),
     "sequence": ("the mean ratio of a sequence", 4e-4),
@@ -224,10 +227,10 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2
 
 
 def corrected_kl(name: str, logprobs: Tensor, old: Tensor, ref: Tensor) -> Tensor:
-    """The estimator times the ratio, so that its gradient is that of KL(policy || ref) on tokens that `old` drew.  [T].
+    """The estimator times the ratio r, so that its gradient is that of KL(policy || ref) on tokens drawn by `old`. [T].
 
-    The ratio of k1 and k3 is differentiated: per token r (logprobs - ref + 1), the 1 being 0 in the mean, and
-    r (logprobs - ref). That of k2 is not: its own gradient is already logprobs - ref.
+    For k1 and k3 r is differentiated, too: d/dlogprobs is r (logprobs - ref + 1), where the 1 vanishes in expectation,
+    and r (logprobs - ref). For k2 it is not: the gradient of k2 is logprobs - ref already.
     """
     ratio = torch.exp(logprobs - old)
     return KL_ESTIMATORS[name](logprobs, ref) * (ratio.detach() if name == "k2" else ratio)
@@ -235,7 +238,7 @@ def corrected_kl(name: str, logprobs: Tensor, old: Tensor, ref: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A surrogate and which of SETTINGS it wants."""
+    """A surrogate and the SETTINGS that it takes as keyword arguments."""
 
     function: Callable[..., Tensor]
     settings: tuple[str, ...]
@@ -243,7 +246,8 @@ class Surrogate:
 
 @functools.cache
 def find_surrogate(name: str) -> Surrogate:
-    """The row of a name in SURROGATES, or a user's own by `grpo.user_code`. ValueError says what is wrong."""
+    """The surrogate of this name in SURROGATES, or a user's own (`path/to/file.py:name`). ValueError for an unknown
+    name or a wrong signature."""
     function = load_object(name) if ":" in name else _lookup(SURROGATES, name, "surrogate")
     parameters = inspect.signature(function).parameters.values()
     settings = tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
@@ -257,10 +261,9 @@ def find_surrogate(name: str) -> Surrogate:
 
 
 def resolve(preset: str, **overrides: object) -> Objective:
-    """The preset's row with every override that is not None put over it.
+    """The preset's row, with every override that is not None in place of its value.
 
-    ValueError: an unknown name, with the nearest; a number out of range; a combination that cannot be meant, with
-    the reason.
+    ValueError for an unknown name (with the nearest), a negative number, or a contradiction (with the reason).
     """
     row = _lookup(PRESETS, preset, "preset")
     stated = {name: value for name, value in overrides.items() if value is not None}
@@ -286,7 +289,7 @@ def resolve(preset: str, **overrides: object) -> Objective:
 
 
 def contradictions(objective: Objective) -> Iterator[str]:
-    """What cannot be meant, each with its reason and remedy."""
+    """A message, with reason and remedy, for each combination of settings that makes no sense."""
     wants, estimator = find_surrogate(objective.surrogate).settings, objective.kl_estimator
     if objective.kl_in_loss and estimator == "k1" and not objective.kl_corrected:
         yield "objective.kl_estimator=k1 in the loss has gradient 0 in the mean; set kl_corrected, or use k2 or k3"
@@ -316,7 +319,7 @@ def contradictions(objective: Objective) -> Iterator[str]:
 
 
 def check_steps(objective: Objective, optimizer_steps: int) -> None:
-    """ValueError where the surrogate cannot make this many optimizer steps on one rollout."""
+    """ValueError if the surrogate is not valid for this many optimizer steps on one rollout."""
     if objective.surrogate == "reinforce" and optimizer_steps > 1:
         raise ValueError(
             f"objective.surrogate=reinforce has no ratio, so it cannot make batch.passes * batch.minibatches="
@@ -345,9 +348,9 @@ def token_loss(
 ) -> Tensor:
     """Loss per token, unweighted: -surrogate + beta * kl - entropy_bonus * entropy.
 
-    All [T] fp32. old None: the policy has not moved since it was measured, so old = stop_gradient(logprobs) and the
-    ratio is exactly 1 without a pass of its own. ref only where the KL is in the loss, entropy (with its gradient)
-    only where there is a bonus, sequence only where the objective needs whole sequences.
+    All [T] fp32. old None: the policy has not moved in this update, so old = stop_gradient(logprobs) and the ratio is
+    exactly 1, without a further forward pass. ref is needed only for a KL in the loss, entropy (with its gradient) only
+    for a bonus, sequence only where the objective needs whole sequences. ValueError for a user's faulty surrogate.
     """
     old = logprobs.detach() if old is None else old
     row = find_surrogate(objective.surrogate)
@@ -378,9 +381,8 @@ def clipped_low_and_high(
 ) -> tuple[Tensor, Tensor]:
     """Where the clip acts: ratio below 1 - clip_low with A < 0, or above 1 + clip_high with A > 0.
 
-    The ratio is that of the sequence where the surrogate looks at whole ones. A bound that the surrogate does not
-    have clips nothing; that of cispo caps weights where A < 0, too, which is not told here.  All [T].  Returns two [T]
-    bool masks, low and high.
+    The ratio is the sequence's if the surrogate needs whole sequences. Without the setting a mask is all False; cispo's
+    cap also acts where A < 0, which is not counted here.  All [T].  Returns two [T] bool masks, low and high.
     """
     wants = find_surrogate(objective.surrogate).settings
     difference = logprobs - old
