@@ -1,5 +1,5 @@
-"""A transformers model that computes otherwise for a while: with other weights, in fp32, with its layers compiled, or
-with each of them computed again in the backward pass. Put back afterwards, all but `checkpoint_layers`.
+"""Contexts that change how a transformers model computes: with other weights, other attention, in fp32, or with
+compiled layers. They restore it at their end; only `checkpoint_layers` is permanent.
 
 Used by grpo.logprobs, which trains, and by grpo.rollout, which samples.
 """
@@ -15,20 +15,20 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 BACKEND = "inductor"  # of torch.compile
-MOST_GRAPHS = 64  # of one piece of a layer: with and without gradient, decoding, one row or several ...
+MOST_GRAPHS = 64  # compiled variants of one piece of a layer: with and without gradient, decoding, one row, several ...
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of any family, whatever it calls their list."""
+    """The decoder layers of a model of any family, whatever their list is called there."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
 def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Let `model` compute with these tensors in place of its parameters so named, tied ones too; then put them back.
+    """Within it `model` computes with these tensors in place of its parameters of the same names, tied ones included.
 
     Like torch.func.functional_call, but as a context, because gradient checkpointing has to enter it again when it
-    computes a layer a second time in the backward pass.
+    recomputes a layer in the backward pass.
     """
     owners = []
     by_parameter = {id(parameter): weights[name] for name, parameter in model.named_parameters() if name in weights}
@@ -47,7 +47,7 @@ def using_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None
 
 @contextmanager
 def using_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Let modules compute by these functions in place of their class's own."""
+    """Within it each of these modules uses the given function as its forward."""
     try:
         for module, forward in forwards.items():
             module.forward = forward
@@ -59,7 +59,7 @@ def using_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
 
 @contextmanager
 def attention_mode(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """The model attends through the function registered as `name`; its own comes back in any case."""
+    """Within it the model uses the attention registered as `name`; its own is restored even after an error."""
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(name)
@@ -69,9 +69,9 @@ def attention_mode(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def refuse_extras(module: nn.Module, mask: Tensor | None, others: dict[str, object], who: str) -> None:
-    """ValueError for what a layer hands to its attention and one of ours would leave out.
+    """ValueError if a layer passes its attention something that our attention function would ignore.
 
-    others: what that one does not take by name.  who: ends the sentence.
+    others: the keyword arguments that ours does not name.  who: the end of the message, after "which".
     """
     wants = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     wants += ["dropout"] if others.get("dropout") else []
@@ -82,7 +82,7 @@ def refuse_extras(module: nn.Module, mask: Tensor | None, others: dict[str, obje
 
 @contextmanager
 def in_fp32(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` compute in fp32, with the weights of one layer at a time converted."""
+    """Within it `model` computes in fp32; only one layer's weights are converted at a time, to save memory."""
     layers = decoder_layers(model)
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     outside = {name: weight.float() for name, weight in model.named_parameters() if id(weight) not in in_layers}
@@ -99,21 +99,21 @@ def in_fp32(model: PreTrainedModel) -> Iterator[None]:
 
 
 def compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable]:
-    """For `using_forwards`: every decoder layer by torch.compile, for any number of rows and any length.
+    """Every decoder layer's forward under torch.compile, for any number of rows and any length; for `using_forwards`.
 
-    Layers are alike, so what is compiled for the first serves all: norm, rotary and MLP arithmetic in a few kernels
-    around the matmuls, and attention left alone. A piece that cannot be compiled, or whose backward pass cannot, is run
-    as it is, with a warning.
+    Layers are alike, so the first one's compiled code serves all: norm, rotary and MLP arithmetic in a few kernels
+    around the matmuls, attention left alone. A piece that cannot be compiled, forward or backward, runs eagerly, with a
+    warning.
     """
     lenient = torch._dynamo.config.patch(suppress_errors=True, recompile_limit=MOST_GRAPHS)
-    # A backward pass compiled with its forward pass: one that cannot be would only fail when it is needed.
+    # Compile the backward with the forward: lazily, one that cannot be compiled would fail only when it is run.
     early = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     compiled = lambda layer: early(lenient(torch.compile(layer.forward, dynamic=True, backend=BACKEND)))
     return {layer: compiled(layer) for layer in decoder_layers(model)}
 
 
 def checkpoint_layers(model: PreTrainedModel, **options: object) -> None:
-    """Compute each layer again in the backward pass. options: of torch.utils.checkpoint."""
+    """Recompute each layer in the backward pass instead of keeping activations. options: of torch.utils.checkpoint."""
     # transformers 5.17 has only the second name; 6 will have only the first
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, **options})

@@ -1,4 +1,8 @@
-"""One rollout's optimizer steps: micro-batches, backward, check, clip, step. Called by train.py every training step."""
+"""One rollout's optimizer steps: micro-batches, backward, check, clip, step. Called by train.py every training step.
+
+If a rank runs out of memory, all ranks halve their micro-batches and repeat the optimizer step, with the same gradient.
+Only possible while no rank waits for another: under DDP before the last micro-batch, which reduces; under FSDP never.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +37,9 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclass
 class Updater:
-    """What one update needs besides the batch, and what went wrong in updates so far: its state.
+    """What an update needs besides the batch; its state remembers what failed in earlier updates.
 
-    `module` is the PolicyModule, where there are ranks wrapped by DDP or turned into shares by FSDP (grpo.sharding).
+    module: the PolicyModule; over several ranks wrapped by DDP or sharded by FSDP (grpo.sharding).
     """
 
     module: nn.Module
@@ -43,17 +47,17 @@ class Updater:
     objective: Objective
     world: World
     max_grad_norm: float
-    refresh: Callable[[], None]  # brings the working copy up to the masters
+    refresh: Callable[[], None]  # copies the masters into the working copy
     tokens_per_micro_batch: int = 0  # as configured
     max_skipped_steps: int = 0
     say: Callable[[str], None] = print
     is_warm: bool = False  # see `warm_up`
-    skipped: int = 0  # optimizer steps in a row
-    too_large: int | None = None  # tokens_per_micro_batch that did not fit into the device's memory
+    skipped: int = 0  # consecutive skipped optimizer steps, up to now
+    too_large: int | None = None  # the tokens_per_micro_batch that ran out of memory
 
     @property
     def token_budget(self) -> int:
-        """Tokens of a micro-batch: as configured, or half of it if that was too large."""
+        """Tokens per micro-batch: as configured, or half of that if it ran out of memory."""
         return max(1, self.tokens_per_micro_batch // (2 if self.too_large == self.tokens_per_micro_batch else 1))
 
     def state_dict(self) -> dict:
@@ -81,7 +85,7 @@ def learning_rate(step: int, optim: OptimConfig, num_steps: int) -> float:
 def make_optimizer(
     parameters: list[nn.Parameter], optim: OptimConfig, own: list[Tensor] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW on the fp32 masters, as one fused kernel.  own: what this rank keeps of each, where they are shared out."""
+    """Fused AdamW on the fp32 masters.  own: what this rank keeps of each, if they are sharded."""
     options = {name: getattr(optim, name) for name in ("lr", "betas", "eps", "weight_decay")} | {"fused": True}
     is_shared = own is not None and any(isinstance(tensor, DTensor) for tensor in own)
     return SharedAdamW(own, parameters, **options) if is_shared else torch.optim.AdamW(parameters, **options)
@@ -90,7 +94,7 @@ def make_optimizer(
 def update_policy(
     updater: Updater, batch: Batch, *, step: int, lr: float, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, float]:
-    """Make every optimizer step of the batch; return the means of what is worth logging, over all ranks."""
+    """Make every optimizer step of every pass over the batch; returns metrics over all ranks (see `summarise`)."""
     for parameters in updater.optimizer.param_groups:
         parameters["lr"] = lr
     totals: dict[str, float] = {}
@@ -109,10 +113,10 @@ def update_policy(
 
 
 def warm_up(updater: Updater, batch: Batch) -> None:
-    """A pass of weight 0, before the first that counts in this process.
+    """A pass of weight 0 before this process's first real one.
 
-    DistributedDataParallel averages its first pass by another operation and in other buckets than every later one: of
-    three ranks or more a run that goes on would have other last bits than one that never stopped.
+    DistributedDataParallel reduces its very first pass by another operation and in other buckets than all later ones:
+    with three or more ranks a resumed run would differ in the last bits from one that was never interrupted.
     """
     device = updater.world.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), together(updater.world):
@@ -121,10 +125,10 @@ def warm_up(updater: Updater, batch: Batch) -> None:
 
 
 def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) -> dict[str, float]:
-    """One optimizer step of the batch; returns its sums and maxima over all ranks.
+    """One optimizer step of the batch; returns sums and maxima over all ranks (see `token_statistics`).
 
-    A step whose loss or gradient is not finite moves nothing and is counted; NonFiniteLoss where max_skipped_steps in
-    a row were skipped before it. All ranks alike.
+    A step whose loss or gradient is not finite is skipped and counted; NonFiniteLoss if the max_skipped_steps before it
+    were skipped, too. All ranks do the same.
     """
     try:
         attempt = lambda: accumulate_gradients(updater, batch.optimizer_steps[position], step=step)
@@ -141,20 +145,20 @@ def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) 
 
 
 def fill_frozen(updater: Updater, batch: Batch, policy: PolicyModule, reference: LogprobModel | None) -> None:
-    """`frozen_logprobs` of what the objective asks for, in smaller micro-batches if a rank runs out of memory."""
+    """`frozen_logprobs` as the objective needs them, in smaller micro-batches if a rank runs out of memory."""
     work = partial(frozen_logprobs, batch, policy, reference, always_policy=updater.objective.needs_frozen_pass)
     in_halves_if_short(updater, batch, lambda: fits(updater, work) or None)
 
 
 def in_halves_if_short(updater: Updater, batch: Batch, attempt: Callable[[], T | None]) -> T:
-    """What `attempt` returns; where a rank was short of memory (None), what it returns in micro-batches of half."""
+    """The result of `attempt`, repeated with halved micro-batches while it is None: a rank ran out of memory."""
     while (result := attempt()) is None:
         halve_micro_batches(updater, batch)
     return result
 
 
 def fits(updater: Updater, work: Callable[[], None]) -> bool:
-    """Do work that needs no other rank (under FSDP all work does). Returns whether every rank had memory enough."""
+    """Run work in which no rank waits for another, except under FSDP. Returns whether every rank had enough memory."""
     is_short = False
     try:
         with together(updater.world) if isinstance(updater.module, FSDPModule) else contextlib.nullcontext():
@@ -166,7 +170,7 @@ def fits(updater: Updater, work: Callable[[], None]) -> bool:
 
 @contextlib.contextmanager
 def together(world: World) -> Iterator[None]:
-    """What ranks do together one cannot give up while the others wait: out of memory, it ends the run."""
+    """Within it ranks wait for each other, so that one cannot give up and retry: out of memory becomes ValueError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -175,7 +179,7 @@ def together(world: World) -> Iterator[None]:
 
 
 def halve_micro_batches(updater: Updater, batch: Batch) -> None:
-    """From here on micro-batches of half the tokens, with the final weights as they are. ValueError the second time."""
+    """Halve the micro-batches of this and all later batches; weights stay as they are. ValueError the second time."""
     if updater.too_large == updater.tokens_per_micro_batch:
         what = f"out of memory with {updater.token_budget} tokens, half of the first budget; {LESS_MEMORY}"
         largest = max(batch.micro_batches, key=lambda micro_batch: micro_batch.input_ids.numel())
@@ -187,7 +191,7 @@ def halve_micro_batches(updater: Updater, batch: Batch) -> None:
         raise ValueError(what)
     updater.too_large = updater.tokens_per_micro_batch
     if updater.world.device.type == "cuda":
-        torch.cuda.empty_cache()  # its blocks have the sizes of the larger micro-batches
+        torch.cuda.empty_cache()  # cached blocks have the sizes of the larger micro-batches
     updater.say(
         f"out of memory in a micro-batch of {updater.too_large} tokens: from here on {updater.token_budget}, with the "
         "same gradient; to start so, set batch.tokens_per_micro_batch"
@@ -196,29 +200,29 @@ def halve_micro_batches(updater: Updater, batch: Batch) -> None:
 
 
 def smallest_last(micro_batches: list[MicroBatch], groups: list[Group]) -> list[MicroBatch]:
-    """Largest first, and at least two: ranks wait for each other in the last pass, which then needs no more memory than
-    those before it."""
+    """Largest first, a single one in halves: the last pass, in which ranks wait for each other, then needs no more
+    memory than those before it."""
     if len(micro_batches) == 1:
         micro_batches = halve(micro_batches, groups)
     return sorted(micro_batches, key=lambda micro_batch: -micro_batch.input_ids.numel())
 
 
 def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float] | None:
-    """Forward and backward of every micro-batch; gradients are reduced over ranks with the last one (FSDP: each).
+    """Forward and backward of every micro-batch; gradients are reduced over ranks with the last one (FSDP: with each).
 
-    Returns sums and maxima over all ranks (see `token_statistics`), or None where a rank ran out of memory. Raises
-    NonFiniteLoss on every rank alike.
+    Returns sums and maxima over all ranks (see `token_statistics`), or None if a rank ran out of memory. Raises
+    NonFiniteLoss, on all ranks or none.
     """
     world = updater.world
     has_buckets = isinstance(updater.module, DistributedDataParallel)
-    updater.optimizer.zero_grad(set_to_none=not has_buckets)  # gradients that are views of DDP's buckets must stay so
+    updater.optimizer.zero_grad(set_to_none=not has_buckets)  # DDP's gradients must stay views of its buckets
     statistics, passes = [], []
 
     def loss_of(micro_batch: MicroBatch) -> Tensor:
         loss, logprobs, entropy = forward(updater, micro_batch)
         statistics.append(token_statistics(updater.objective, micro_batch, loss.detach(), logprobs, entropy))
         passes.append((micro_batch, logprobs))
-        return loss * world.size  # DDP and FSDP take the mean over ranks; the weights already hold the global mean
+        return loss * world.size  # cancels the mean that DDP and FSDP take: weights are over all ranks already
 
     num_alone = len(micro_batches) - (world.size > 1)
 
@@ -227,8 +231,8 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
             for micro_batch in micro_batches[:num_alone]:
                 loss_of(micro_batch).backward()
 
-    # Asked before the one pass that ranks make together: until here each may give up by itself. Its forward belongs to
-    # it: DDP would reduce in the next backward pass, whichever that is.
+    # Checked before the last pass, in which ranks wait for each other: until here each can give up by itself. The last
+    # pass's forward must not come earlier: DDP would reduce in whichever backward pass is next, even that of a retry.
     if not fits(updater, passes_alone):
         return None
     for micro_batch in micro_batches[num_alone:]:
@@ -243,18 +247,18 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
 
 
 def forward(updater: Updater, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss of the micro-batch, and its log-probs and entropy, detached."""
+    """Summed weighted loss of the micro-batch, and its log-probs and entropy, detached."""
     loss_of = weighted_loss(updater.objective, micro_batch)
     if not updater.objective.needs_whole_sequences:
         return updater.module(micro_batch, loss_of)
-    logprobs, entropy = updater.module(micro_batch)  # cannot be folded into the head, which sees some rows at a time
+    logprobs, entropy = updater.module(micro_batch)  # not folded into the head, which sees a few tokens at a time
     return loss_of(logprobs, entropy, slice(0, len(logprobs))).sum(), logprobs.detach(), entropy.detach()
 
 
 def weighted_loss(objective: Objective, micro_batch: MicroBatch) -> TokenLoss:
-    """The objective of this micro-batch as a function of its log-probs: final weight times loss, per token.
+    """The loss of this micro-batch as a function of its log-probs and entropy: final weight times loss, per token.
 
-    It may be called for some rows at a time, unless `objective.needs_whole_sequences`.
+    It may be called on some tokens at a time (`rows`), unless `objective.needs_whole_sequences`.
     """
     tokens = micro_batch.tokens
 
@@ -311,8 +315,8 @@ def reduce_statistics(world: World, statistics: list[dict[str, Tensor]]) -> dict
 
 
 def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]], world: World) -> str | None:
-    """Names this rank's first sequence with a log-prob, reference log-prob or advantage that is not finite, if any, by
-    the place of its group among those of all ranks."""
+    """Names this rank's first sequence with a log-prob (current, old, reference) or advantage that is not finite, if
+    any. Its group is counted among those of all ranks."""
     for micro_batch, logprobs in passes:
         tokens = micro_batch.tokens
         columns = {"log-prob": logprobs, "old": tokens.old, "ref": tokens.ref, "advantage": tokens.advantage}
@@ -325,10 +329,10 @@ def first_bad_sequence(passes: list[tuple[MicroBatch, Tensor]], world: World) ->
 
 
 def take_step(updater: Updater, sums: dict[str, float], *, step: int) -> float:
-    """Clip and step; returns the gradient norm before clipping.
+    """Clip the gradient and step; returns its norm before clipping. NonFiniteLoss if that is not finite.
 
-    A step of which no token counts teaches nothing, and one without a single non-zero advantage only by KL, entropy
-    bonus or a surrogate of the user's own: else no optimizer step, so that momentum does not move.
+    The step is left out if there is nothing to learn: no token is counted, or no active token has a non-zero advantage
+    and no KL, entropy bonus or user's surrogate acts. Momentum would move the weights all the same.
     """
     parameters = [parameter for parameter in updater.module.parameters() if parameter.requires_grad]
     norm = whole_of(torch.nn.utils.clip_grad_norm_(parameters, updater.max_grad_norm)).item()
@@ -344,9 +348,9 @@ def take_step(updater: Updater, sums: dict[str, float], *, step: int) -> float:
 
 
 def summarise(totals: dict[str, float]) -> dict[str, float]:
-    """Token sums -> token means, NaN of none; loss and gradient norm -> means over steps; maxima as they are.
+    """Token sums -> means over tokens, NaN without any; loss and gradient norm -> means over steps; maxima as they are.
 
-    Means are over the steps that were not skipped, and NaN where all were.
+    Skipped steps count in no mean; if all were skipped, loss and gradient norm are NaN and the rest is left out.
     """
     skipped = {"skipped_steps": totals.pop("skipped_steps")}
     if "tokens" not in totals:
