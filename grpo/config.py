@@ -1,9 +1,9 @@
-"""Frozen dataclasses, one per room. YAML files and the typed command line both come from these fields.
+"""The config: frozen dataclasses, one per section. Their fields define the YAML files and the typed command line.
 
-Imports nothing of ours. `load` reads YAML, `save` writes it. An unknown key is an error that names the nearest one; the
-docstring under a field is its line in `--help`. A field that is None takes its value from somewhere stated in its
-docstring; a number must lie in the interval beside its type, each item of a pair, too. The command line is in
-grpo.command_line, what else is refused in grpo.config_check.
+`load` reads YAML, `save` writes it. An unknown key is an error that names the nearest one. The docstring under a field
+is its line in `--help`, and says where the value comes from if the field is None. A number, or each of a pair, must lie
+in the interval beside its type. The command line is in grpo.command_line, further checks are in grpo.config_check.
+Imports nothing else of this package.
 """
 
 from __future__ import annotations
@@ -23,57 +23,57 @@ import yaml
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = ""
-    """Hub id or local folder of a causal language model. Empty: the small embedded model, built and trained on the spot (see `base`)."""
+    """Hub id or local folder of a causal language model. Empty: a small embedded model, built and trained at the start of the run (see `base`)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Forward precision. auto: bf16 on CUDA, fp32 on CPU and on GPUs before Ampere (T4, V100), which have no bf16. Masters, gradients and reductions are always fp32."""
+    """Precision of the forward pass. auto: bf16 on CUDA, but fp32 on CPU and on GPUs before Ampere (T4, V100), which have no bf16. Master weights, gradients and reductions are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     reference_offload: bool = False
-    """Keep the weights of the frozen reference in CPU memory; they come to the device for its pass alone, once a step."""
+    """Keep the weights of the frozen reference in CPU memory; they are copied to the device once per step, for its forward pass."""
     compile: bool | None = None
-    """torch.compile the layers, in training and while decoding: norm, rotary and MLP arithmetic in fewer kernels, attention left alone; a minute or two at the start. None: on CUDA, but not with `deterministic`, gradient_checkpointing or distributed.strategy=fsdp, nor on a GPU before Ampere, nor without a C compiler and Python's headers."""
+    """Run torch.compile on the layers, for training and decoding: fewer kernels for norm, rotary and MLP arithmetic (attention is left alone), at the cost of a minute or two at the start. None: on, if on CUDA with Ampere or later, a C compiler and Python's headers, and without `deterministic`, gradient_checkpointing and distributed.strategy=fsdp."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     rank: Annotated[int, "[0, inf)"] = 0
-    """Rank of low-rank adapters (LoRA, arXiv:2106.09685), which are then all that is trained; 0: full fine-tuning."""
+    """Rank of the low-rank adapters (LoRA, arXiv:2106.09685). Above 0 only they (and modules_to_save) are trained; 0: full fine-tuning."""
     alpha: Annotated[float, "(0, inf)"] = 16.0
-    """What the adapters add is scaled by alpha / rank."""
+    """The output of the adapters is scaled by alpha / rank."""
     dropout: Annotated[float, "[0, 1)"] = 0.0
-    """Dropout of what the adapters read, in the passes that form gradients; above 0 needs batch.layout=padded."""
+    """Dropout on the inputs of the adapters, in passes with gradients only; above 0 it needs batch.layout=padded."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers that get adapters, by the end of their dotted name."""
+    """Linear layers that get adapters: each one whose dotted name ends in one of these."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules that are trained and saved whole, by the end of their name: norm is every norm layer."""
+    """Modules that are trained and saved in full, by the end of their name: norm stands for every norm layer."""
     quantize: Literal["none", "nf4"] = "none"
-    """Frozen weights of the layers with adapters. nf4: 4.5 bits each (QLoRA, arXiv:2305.14314), by bitsandbytes (extra `quant`); embeddings, norms and head stay as they are."""
+    """Quantization of the frozen weights under the adapters. nf4: 4.5 bits a weight (QLoRA, arXiv:2305.14314), with bitsandbytes (pip extra `quant`); embeddings, norms and head are not quantized."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     path: str = ""
-    """Where the task's problems are: a folder with train/test files, one JSONL, JSON or Parquet file, a hub id, or one split of it (owner/name:train). Of one file or split, validation and test are held out. Empty: the task's own default."""
+    """Where the task's problems are: a folder with train and test files; one JSONL, JSON or Parquet file; a hub id; or one split of it (owner/name:train). From a single file or split, validation and test are held out. Empty: the task's default."""
     subset: str = ""
-    """Which subset (configuration) of a hub data set, where it has several."""
+    """Subset (configuration) of a hub data set that has several."""
     level: Literal[1, 2, 3] = 1
-    """How hard the problems of task `word_problems` are. 1: up to three steps with small numbers. 2: up to four, numbers to 99. 3: two to six, numbers to 99, and numbers that do not matter."""
+    """Difficulty of task `word_problems`. 1: up to three steps with small numbers. 2: up to four steps, numbers up to 99. 3: two to six steps, numbers up to 99, and some numbers that are irrelevant."""
     prompt_column: str = "prompt"
     """Column that holds the question (task `jsonl`)."""
     answer_column: str = "answer"
     """Column that holds the reference answer (task `jsonl`)."""
     validation_fraction: Annotated[float, "(0, 1)"] = 0.1
-    """Share of the training file held out for validation, drawn with `split_seed`; where there is only one file or split, as much again is held out for test. The embedded rows of tasks `code` and `keywords` have a quarter for each."""
+    """Share of the training file held out for validation, drawn with `split_seed`; if there is only one file or split, the same share again is held out for test. Of the embedded rows of tasks `code` and `keywords` it is always a quarter each."""
     split_seed: int = 0
-    """Seed of the train/validation split. Apart from `seed`, so that runs with different seeds share one split."""
+    """Seed of the train/validation split. Separate from `seed`, so that runs with different seeds share one split."""
     drop_overlong: bool = False
-    """Leave out problems whose prompts leave no room for `rollout.max_new_tokens` in the model's context, and say how many. False: one such problem ends the run before it begins."""
+    """Leave out problems whose prompts leave no room for `rollout.max_new_tokens` in the model's context, and say how many. False: one such problem is an error before training starts."""
     curriculum: Literal["none", "drop_solved", "target_rate"] = "none"
-    """Which training problems an epoch visits, by the share of correct completions at their last visit. drop_solved: not those where it was 1. target_rate: the nearer to `target_rate`, the more often. Not for an endless split (task `word_problems`)."""
+    """Choose the training problems of each epoch by their rate, the share of correct completions at the last visit. drop_solved: leave out those with rate 1. target_rate: visit a problem the more often, the nearer its rate is to `target_rate`. Not for an endless split (task `word_problems`)."""
     target_rate: Annotated[float, "(0, 1)"] = 0.5
-    """Curriculum target_rate: the share of correct completions that is sought. At 0.5 groups have the most spread."""
+    """For curriculum target_rate: the preferred share of correct completions. At 0.5 rewards within a group differ most."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class PromptConfig:
     shots: Annotated[int, "[0, 8]"] = 8
     """Worked exemplars before the question, 0 to 8."""
     exemplars: Literal["builtin", "train"] = "builtin"
-    """builtin: the task's own eight; of gsm8k and jsonl short ones written for this project, of other rows the first of the training split. train: drawn from the training split with `exemplar_seed`, never the problem itself."""
+    """builtin: the task's own eight (gsm8k and jsonl: short ones written for this project; other tasks with rows: the first of the training split). train: drawn from the training split with `exemplar_seed`, never the problem itself."""
     exemplar_seed: int = 0
     """Seed of the exemplars drawn from the training split."""
     template_options: tuple[str, ...] = ()
-    """Style chat: what the template is told besides the messages, each name=value in JSON, such as enable_thinking=false for Qwen3."""
+    """For style chat: further arguments of the template, each name=value with the value in JSON, such as enable_thinking=false for Qwen3."""
 
 
 @dataclass(frozen=True)
@@ -97,21 +97,21 @@ class RewardsConfig:
     correctness_weight: Annotated[float, "[0, inf)"] = 1.0
     """Weight of the `correctness` component."""
     require_finish: bool = True
-    """Pay nothing to a completion that ran into the length limit, and no more than to the worst that did not. Without it, text that never ends can earn (seen: length goes to the limit, accuracy to 0)."""
+    """A completion truncated by the length limit earns 0 in every component, and never more than the worst finished one of its group. Without this, text that never ends can earn reward (observed: length rises to the limit, accuracy falls to 0)."""
     functions: tuple[str, ...] = ()
-    """Further components: path/to/file.py:function or module:function, each `(completions, **columns) -> list of float or None`; named after the function, weight 1."""
+    """Further reward components: path/to/file.py:function or module:function, each `(completions, **columns) -> list of float or None` (None abstains); named after the function, weight 1 unless `weights` has another."""
     weights: tuple[str, ...] = ()
-    """Weights over the task's own and over 1: component=number, such as parses=0.1."""
+    """Weights of components, each component=number, such as parses=0.1; they override all others."""
     workers: Annotated[int, "[0, inf)"] = 0
-    """Processes of each rank that score; 0: this rank's share of the cores, at most 16."""
+    """Worker processes per rank that compute rewards; 0: this rank's share of the cores, at most 16."""
     timeout_s: Annotated[float, "(0, inf)"] = 5.0
-    """Seconds that one call of a reward function may take. Who takes longer is killed and its completions are tried one by one; what is late alone is unscored."""
+    """Seconds that one call of a reward function may take. A longer one is killed, and its completions are tried one by one; one that times out alone is unscored."""
     step_timeout_s: Annotated[float, "(0, inf)"] = 600.0
-    """Seconds that all scoring of a step may take on one rank; what is not scored by then is unscored. The other ranks wait so long: less than distributed.timeout_s."""
+    """Seconds that all scoring of a step may take on one rank; completions not scored by then are unscored. Must be below distributed.timeout_s, because the other ranks wait."""
     max_unscored: Annotated[float, "[0, 1]"] = 0.25
-    """Share of a step's completions that may go unscored (error or timeout) before the run ends."""
+    """Share of a step's completions that may be unscored (error or timeout); more ends the run."""
     sandbox: Literal["auto", "bubblewrap", "namespaces", "unsafe_subprocess"] = "auto"
-    """Where code of the model runs (task `code`). auto: bubblewrap, else Linux namespaces, whichever stops every attack of a self-test; else the task is refused. unsafe_subprocess: limits on time and memory only, with your files and network in reach."""
+    """Where code written by the model runs (task `code`). auto: bubblewrap or else Linux namespaces, the first that stops every attack of a self-test; if neither does, the task is refused. unsafe_subprocess: only time and memory are limited, your files and network are in reach."""
 
 
 @dataclass(frozen=True)
@@ -121,87 +121,87 @@ class RolloutConfig:
     group_size: Annotated[int, "[1, inf)"] = 8
     """Completions of each prompt (G)."""
     max_new_tokens: Annotated[int, "[1, inf)"] = 40
-    """Longest completion, in tokens."""
+    """Maximum length of a completion, in tokens."""
     temperature: Annotated[float, "[0, inf)"] = 1.0
-    """Divides the logits, while sampling and in the loss alike. Validation and test are greedy, which is 0, whatever it is."""
+    """Divides the logits, in sampling and in the loss alike. Validation and test are always greedy."""
     top_p: Annotated[float, "(0, 1]"] = 1.0
-    """Nucleus sampling. Training wants 1: the loss must see the distribution that was sampled."""
+    """Nucleus sampling. Training needs 1: the loss must use the same distribution as the sampler."""
     top_k: Annotated[int, "[0, inf)"] = 0
-    """Keep the k most likely tokens; 0 keeps all. Training wants 0."""
+    """Keep the k most likely tokens; 0 keeps all. Training needs 0."""
     min_p: Annotated[float, "[0, 1]"] = 0.0
-    """Drop tokens less likely than this share of the most likely one; 0 keeps all. Training wants 0."""
+    """Drop tokens less likely than this share of the most likely one's probability; 0 keeps all. Training needs 0."""
     max_sequences: Annotated[int, "[1, inf)"] = 512
-    """Sequences decoded at a time on one rank; more are done in turns."""
+    """Maximum number of sequences decoded at a time on one rank; further ones wait their turn."""
     prefill_tokens: Annotated[int, "[1, inf)"] = 16384
     """Prompt tokens per prefill pass."""
     kv_gib: Annotated[float | None, "(0, inf)"] = None
-    """Most memory for keys and values while sampling, in GiB; where it is short, sequences take turns. None: 30 % of the device's memory, on CPU of this rank's share of what the machine or its container has. Only what a rollout can use is allocated; on CUDA it stays between rollouts if it is at most 20 % of the memory."""
+    """Maximum size of the KV cache while sampling, in GiB; if it is too small for all sequences at once, they take turns. None: 30 % of the GPU's memory, or on CPU of this rank's share of the machine's or container's memory. Only as much as a rollout can use is allocated; on CUDA it is kept between rollouts if it takes at most 20 % of the memory."""
     cuda_graph: bool = True
-    """Replay whole decode steps as CUDA graphs. Where a model cannot be captured, it says why and goes on without."""
+    """Replay whole decode steps as CUDA graphs. If a model cannot be captured, a message says why and sampling continues without."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     preset: str = "grpo"
-    """A row of the table in grpo/objectives.py: grpo, dr_grpo, dapo, gspo, cispo, rloo or sapo. Every field below that is None takes its value from there."""
+    """Row of the table PRESETS in grpo/objectives.py: grpo, dr_grpo, dapo, gspo, cispo, rloo or sapo. Every field below that is None takes its value from this row."""
     advantages: str | None = None
     """How rewards become advantages: group, group_mean, batch, rloo or per_reward."""
     surrogate: str | None = None
     """Per-token objective: clip, dual_clip, sequence, sequence_token, cispo, sapo, reinforce, or your own my_file.py:my_function."""
     aggregation: str | None = None
-    """Token weights: sequence_mean, token_mean or constant."""
+    """How token losses are averaged. sequence_mean: over each sequence, then over sequences. token_mean: over all tokens. constant: their sum is divided by the number of sequences times rollout.max_new_tokens."""
     clip_low: Annotated[float | None, "(0, 1]"] = None
-    """Ratio clip range below 1."""
+    """The ratio is clipped at 1 - clip_low from below."""
     clip_high: Annotated[float | None, "(0, inf)"] = None
-    """Ratio clip range above 1; of cispo: the weight is capped at 1 + clip_high."""
+    """The ratio is clipped at 1 + clip_high from above; for cispo the weight is capped there."""
     ratio_cap: Annotated[float | None, "(1, inf)"] = None
-    """dual_clip: largest ratio that pulls where the advantage is negative; above 1 + clip_high."""
+    """For dual_clip: ratio above which a token with negative advantage has no gradient; above 1 + clip_high."""
     tau_positive: Annotated[float | None, "(0, inf)"] = None
-    """sapo: steepness of the gate where the advantage is positive."""
+    """For sapo: steepness of the gate for positive advantages."""
     tau_negative: Annotated[float | None, "(0, inf)"] = None
-    """sapo: steepness of the gate where it is not."""
+    """For sapo: steepness of the gate for all other advantages."""
     beta: Annotated[float | None, "[0, inf)"] = None
-    """Coefficient of the KL to the reference; 0 loads no reference."""
+    """Coefficient of the KL to the reference model; with 0 none is loaded."""
     kl_estimator: str | None = None
-    """Estimator of the KL: k1, k2 or k3. docs/objectives.md shows what the gradient of each is."""
+    """Estimator of the KL: k1, k2 or k3. docs/objectives.md has the value and gradient of each."""
     kl_where: Literal["loss", "reward"] | None = None
-    """loss: per token. reward: its sum over the completion is taken from the reward before advantages are made (k1 only)."""
+    """loss: the KL is added to each token's loss. reward: its sum over the completion is subtracted from the reward, before advantages are computed (k1 only)."""
     kl_corrected: bool | None = None
-    """Multiply the KL in the loss by the ratio, so that its gradient is that of KL(policy || reference), off-policy too."""
+    """Multiply the KL in the loss by the ratio, so that its gradient is that of KL(policy || reference) even off-policy."""
     ref_refresh_every: Annotated[int | None, "[0, inf)"] = None
-    """Bring the reference nearer to the policy after every this many training steps; 0: it stays as it was loaded. In bf16 it then has fp32 masters of its own: 4 bytes a parameter."""
+    """Move the reference towards the policy every this many training steps; 0: never. In bf16 a moving reference has fp32 master weights of its own: 4 bytes a parameter."""
     ref_mix: Annotated[float | None, "(0, 1]"] = None
-    """How near: reference <- (1 - ref_mix) reference + ref_mix policy. 1 is a copy, less a moving average."""
+    """How far it moves: reference <- (1 - ref_mix) reference + ref_mix policy. 1: a copy of the policy; less: a moving average."""
     entropy_bonus: Annotated[float | None, "[0, inf)"] = None
-    """Coefficient of the mean token entropy, weighted as the surrogate is, which is then maximised too. The exact entropy of every distribution, not that of the token drawn."""
+    """Coefficient of an entropy bonus, to be maximised: the entropy of each token's whole distribution (not the sampled token's -log-prob), averaged like the surrogate."""
     entropy_share: Annotated[float | None, "(0, 1]"] = None
-    """Share of tokens, those of highest entropy over the whole optimizer step, that contribute a gradient (arXiv:2506.01939: 0.2); 1: all. The denominators stay."""
+    """Share of an optimizer step's tokens, those of highest entropy, that contribute a gradient (arXiv:2506.01939 uses 0.2); 1: all. The loss is still divided by the number of all tokens."""
     mask_truncated: bool | None = None
-    """Leave completions that ran into the length limit out of the loss and its denominators; they stay in their group's mean."""
+    """Leave truncated completions out of the loss and its denominators; they still count in their group's mean and std."""
     mismatch: str | None = None
-    """Correction of sampler against training log-probs: none, token_truncate, sequence_truncate (weights, at most mismatch_cap) or sequence_mask (sequences outside 1/cap to cap are left out)."""
+    """Correction for the difference between the sampler's log-probs and those of the training forward: none; token_truncate or sequence_truncate, importance weights of at most mismatch_cap; or sequence_mask, which masks sequences whose weight is outside 1/mismatch_cap to mismatch_cap."""
     mismatch_level: Literal["mean", "sum"] | None = None
-    """Log-ratio of a sequence. sum: the unbiased weight, which rejects long completions more and more. mean: biased as a weight, right for rejection."""
+    """Log-ratio of a sequence for `mismatch`. sum over tokens: unbiased as a weight, but rejects long completions more often. mean: biased as a weight, right for sequence_mask."""
     mismatch_cap: Annotated[float | None, "(1, inf)"] = None
-    """Largest weight; above 1."""
+    """Largest importance weight of `mismatch`; above 1."""
     dynamic_sampling: bool | None = None
-    """Draw further prompts in place of groups without spread, until the step is full of groups that teach."""
+    """Replace groups whose rewards are all equal: sample further prompts until prompts_per_step groups have unequal ones."""
     max_draws: Annotated[int | None, "[1, inf)"] = None
-    """dynamic_sampling: rollouts per step at most; if the step is not full then, groups without spread fill it."""
+    """For dynamic_sampling: rollouts per step at most; after them, groups with equal rewards fill up the step."""
     overlong_share: Annotated[float | None, "[0, 1]"] = None
-    """Last part of rollout.max_new_tokens over which a penalty grows from 0 to 1 reward; 0: no penalty."""
+    """Last share of rollout.max_new_tokens over which a length penalty on the reward grows from 0 to 1; 0: no penalty."""
 
 
 @dataclass(frozen=True)
 class BatchConfig:
     layout: Literal["auto", "packed", "padded"] = "auto"
-    """packed: whole groups in one row, each prompt computed once. padded: a row per sequence, the prompt in each. auto: packed, but padded for a model whose layers cannot share a prompt. Speed and memory only."""
+    """packed: whole groups in one row, each prompt computed once. padded: one row per sequence, each with its prompt. auto: packed, but padded for a model whose layers cannot share a prompt. Affects speed and memory only."""
     tokens_per_micro_batch: Annotated[int | None, "[1, inf)"] = None
-    """Tokens, as laid out, of one forward and backward pass on one rank. Memory only: it cannot change the gradient. None: 16,384 on CUDA; 4,096 on a CPU, whose cache larger ones leave."""
+    """Tokens per forward and backward pass on one rank, padding included. Affects speed and memory, never the gradient. None: 16,384 on CUDA; 4,096 on CPU, where larger ones do not fit into the cache."""
     minibatches: Annotated[int, "[1, inf)"] = 1
-    """Optimizer steps per pass over a rollout: contiguous blocks of prompts."""
+    """Optimizer steps per pass over a rollout, each on a contiguous block of prompts."""
     passes: Annotated[int, "[1, inf)"] = 1
-    """Passes over each rollout. With more than one optimizer step in all, old log-probs come from a pass of the training forward."""
+    """Passes over each rollout (PPO epochs). If passes * minibatches > 1, the training model computes old log-probs in an additional forward pass."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class OptimConfig:
     lr: Annotated[float, "(0, inf)"] = 2e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or half a cosine that would reach 0 one step after the last."""
+    """Learning rate after the warm-up: constant, or half a cosine that reaches 0 one step after the last."""
     warmup: Annotated[float, "[0, 1]"] = 0.1
     """Linear warm-up, as a fraction of num_steps."""
     betas: Annotated[tuple[float, float], "[0, 1)"] = (0.9, 0.99)
@@ -219,29 +219,29 @@ class OptimConfig:
     weight_decay: Annotated[float, "[0, inf)"] = 0.0
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, "(0, inf)"] = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this one."""
     max_skipped_steps: Annotated[int, "[0, inf)"] = 3
-    """Optimizer steps in a row that are skipped because their loss or gradient is not finite; one more ends the run."""
+    """Consecutive optimizer steps that may be skipped because loss or gradient is not finite; one more ends the run."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     every: Annotated[int, "[0, inf)"] = 10
-    """Validate every this many steps; 0 never. The best checkpoint is kept by validation accuracy."""
+    """Validate every this many steps, and after the last; 0: never. The best checkpoint is the one of highest validation accuracy."""
     validation_problems: Annotated[int, "[1, inf)"] = 200
-    """Validation problems per evaluation (greedy)."""
+    """Problems per validation (greedy decoding)."""
     test_problems: Annotated[int, "[0, inf)"] = 200
-    """Test problems, evaluated before and after training only; 0 skips the test."""
+    """Test problems, evaluated only before and after training (greedy decoding); 0: no test."""
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
     strategy: Literal["ddp", "zero1", "fsdp"] = "ddp"
-    """What ranks share out. ddp: nothing. zero1: fp32 masters and Adam moments, with the gradients of ddp to the bit. fsdp: gradients too, and the bf16 copy that samples is there for the rollout alone (docs/scale.md). One rank has everything in any case."""
+    """What is sharded over ranks. ddp: nothing. zero1: fp32 master weights and Adam moments; gradients are bit-identical to ddp. fsdp: gradients, too, and the sampler's copy of the weights exists only while sampling (docs/scale.md). No effect on one rank."""
     timeout_s: Annotated[float, "(0, inf)"] = 1800.0
-    """Seconds that ranks wait for each other; then the run ends with a message that names the rank that did not answer."""
+    """Seconds that ranks wait for each other; then the run ends with a message that names the ranks that did not respond."""
     term_grace_s: Annotated[float, "(0, inf)"] = 25.0
-    """Seconds that a step may still take after SIGTERM; then the run leaves on its last checkpoint. Below torchrun's 30, after which it kills."""
+    """Seconds after SIGTERM that the current step may take to finish and save; then the process exits, with the last checkpoint to resume from. Keep it below the 30 after which torchrun kills."""
 
 
 @dataclass(frozen=True)
@@ -249,67 +249,67 @@ class BaseConfig:
     """The embedded model and its supervised training; only used when model.path is empty."""
 
     hidden_size: Annotated[int, "[1, inf)"] = 128
-    """Width, a multiple of 2 * num_heads."""
+    """Width of the model, a multiple of 2 * num_heads."""
     num_layers: Annotated[int, "[1, inf)"] = 2
-    """Layers."""
+    """Number of layers."""
     num_heads: Annotated[int, "[1, inf)"] = 4
-    """Attention heads."""
+    """Number of attention heads."""
     intermediate_size: Annotated[int, "[1, inf)"] = 256
-    """MLP width."""
+    """Width of the MLP."""
     num_solutions: Annotated[int, "[0, inf)"] = 0
-    """Worked solutions that supervised training may see, again and again; 0: a fresh one every time."""
+    """Number of worked solutions for supervised training, seen again in every epoch; 0: unlimited, a new one every time."""
     unseen_words: tuple[str, ...] = ()
-    """Words of which no question has any whose worked solution supervised training may see; GRPO meets them."""
+    """Words kept out of supervised training, which sees no question that has one of them; GRPO does."""
     steps: Annotated[int, "[1, inf)"] = 350
-    """Optimizer steps on worked solutions, at most."""
+    """Maximum number of optimizer steps on worked solutions."""
     stop_accuracy: float = 1.0
-    """Stop that phase early once validation accuracy (greedy) reaches this."""
+    """Stop this training early once validation accuracy (greedy decoding) reaches this."""
     batch_size: Annotated[int, "[1, inf)"] = 64
     """Solutions per optimizer step."""
     lr: Annotated[float, "(0, inf)"] = 3e-3
     """Peak learning rate of AdamW: linear warm-up over 20 steps, constant, then linear decay to 0."""
     decay: Annotated[float, "(0, 1]"] = 0.4
-    """Share of the steps over which the learning rate decays; the biggest single gain in accuracy."""
+    """Share of the steps over which the learning rate decays. Of all these settings it improves accuracy the most."""
     answer_lines: Annotated[float, "[0, 1]"] = 1.0
-    """Share of the supervised texts that close with the answer line; below 1, GRPO has the format to teach too."""
+    """Share of the supervised texts that end with the answer line; below 1, the format is left for GRPO to teach."""
     guess_share: Annotated[float, "[0, 1]"] = 0.0
-    """Share of the supervised texts that answer without working ("I think 13."). A habit needs a few, or its words are new to the model and teaching them does harm."""
+    """Share of the supervised texts that answer without working ("I think 13."). Before a habit phase a few are needed: if its words are new to the model, that phase does harm."""
     habit_steps: Annotated[int, "[0, inf)"] = 0
-    """Further steps that teach the habit of answering without working; 0: no such phase."""
+    """Steps of a further phase, which teaches the bad habit of answering without working; 0: no such phase."""
     habit_share: Annotated[float, "[0, 1]"] = 0.7
-    """Share of the habit phase's texts that answer without working."""
+    """Share of texts in the habit phase that answer without working."""
     habit_lr: Annotated[float, "(0, inf)"] = 5e-4
-    """Peak learning rate of the habit phase, same schedule."""
+    """Peak learning rate of the habit phase, with the same schedule."""
     continue_lr: Annotated[float, "(0, inf)"] = 1e-3
-    """Peak learning rate of the supervised training that goes on, on the same solutions, for as long as GRPO took."""
+    """Peak learning rate of the baseline that GRPO is compared with: supervised training continued on the same solutions, for as many seconds as GRPO took."""
     validate_every: Annotated[int, "[0, inf)"] = 50
     """Validate every this many supervised steps; 0: only at the end of a phase."""
     validation_problems: Annotated[int, "[1, inf)"] = 200
-    """Validation problems per evaluation of supervised training (greedy)."""
+    """Problems per validation during supervised training (greedy decoding)."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is made of. Written, resolved, into the run folder."""
+    """All settings of a run. Saved with every default filled in, as config.yaml in the run folder."""
 
     task: str = "word_problems"
-    """word_problems (embedded), gsm8k, jsonl (any file with a prompt and an answer column), code or keywords (rows with tests or key terms; small embedded sets), or path/to/file.py:ClassName."""
+    """word_problems (embedded), gsm8k, jsonl (any file with a prompt and an answer column), code (rows with tests) or keywords (rows with key terms), both with a small embedded set, or your own path/to/file.py:ClassName."""
     seed: Annotated[int, "[0, 4294967295]"] = 0
-    """Seeds initialisation, the order of problems and every sampled token."""
+    """Seed of initialisation, problem order and every sampled token."""
     num_steps: Annotated[int, "[1, inf)"] = 50
     """Training steps: rollouts."""
     save_every: Annotated[int, "[1, inf)"] = 25
-    """Checkpoint every this many steps; one is always written at the end."""
+    """Save a checkpoint every this many steps; one is always saved at the end, and at a new best validation."""
     keep_last: Annotated[int, "[1, inf)"] = 2
-    """Checkpoints kept besides the best one."""
+    """Number of latest checkpoints to keep, besides the best one."""
     log_groups: Annotated[int | None, "[0, inf)"] = None
-    """Groups of each step whose completions are written into completions/, the first ones; None: all. Long completions fill a disk: 1,024 of some 4,500 tokens are 30 MB, every step."""
+    """Write the completions of this many groups of each step, the first ones, to completions/; None: all. Long ones fill a disk: 1,024 completions of about 4,500 tokens are 30 MB per step."""
     impl: Literal["auto", "torch", "triton"] = "auto"
-    """Kernels: auto decides by device, dtype and shape, and says what it chose."""
+    """Implementation of the kernels. auto decides by device, dtype and shape, and reports what it chose."""
     deterministic: bool = False
-    """CUDA: only operations that give the same bits every time, so that a resumed run repeats the lost steps exactly; slower. On CPU it is always so."""
+    """On CUDA use bit-reproducible operations only, so that a resumed run repeats the lost steps exactly; slower. On CPU this is always so."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
-    """Trackers that get every metric besides metrics.jsonl, and the completions as tables where they can: tensorboard, wandb, mlflow, trackio. None: tensorboard where it is installed."""
+    """Trackers that also get every metric of metrics.jsonl, and completions as tables if they support them: tensorboard, wandb, mlflow, trackio. None: tensorboard if it is installed."""
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
@@ -325,7 +325,7 @@ class Config:
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-THEIRS = {  # names that other trainers have for our keys
+THEIRS = {  # other trainers' names: our keys
     "batch_size": "rollout.prompts_per_step",
     "bf16": "model.precision",
     "dataset_name": "data.path",
@@ -362,14 +362,14 @@ THEIRS = {  # names that other trainers have for our keys
 
 
 class UnknownKey(ValueError):
-    """A key that this version does not have."""
+    """A key that this version of the config does not have."""
 
 
 def from_dict(values: Any, section: type = Config, prefix: str = "") -> Any:
-    """Nested plain values -> Config, or one `section` of it; what is left out keeps its default.
+    """Nested plain values -> Config, or one `section` of it; missing keys keep their defaults.
 
-    An integer may stand for a float and a list for a tuple. Raises ValueError that names the dotted key: for an
-    unknown one together with the nearest known, for a wrong type with the value and what was expected.
+    An integer may stand for a float and a list for a tuple. ValueError names the dotted key: an unknown one with the
+    nearest known (UnknownKey), one of the wrong type with the value and the expected type.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix[:-1] or 'config'}={values!r} is no section; expected keys with values")
@@ -382,7 +382,7 @@ def from_dict(values: Any, section: type = Config, prefix: str = "") -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: the first of its values would be lost without a word."""
+    """YAML in which a duplicate key is an error; PyYAML would silently drop its first value."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
@@ -394,7 +394,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def load(path: Path | str) -> Config:
-    """The config in a YAML file; an error names the file."""
+    """The config in a YAML file. ValueError names the file."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         return from_dict({} if values is None else values)
@@ -410,19 +410,19 @@ def load(path: Path | str) -> Config:
 
 
 def dump(config: Config) -> str:
-    """Every field as YAML, defaults included; `load` gives the same config back."""
+    """Every field as YAML, defaults included; `load` reads it back unchanged."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def save(config: Config, path: Path | str) -> None:
-    """Write what `dump` says."""
-    unfinished = Path(path).with_suffix(".tmp")  # a kill in between must not leave half a file: runs resume with it
+    """Write `dump(config)` to a file, whole or not at all: runs resume from it."""
+    unfinished = Path(path).with_suffix(".tmp")
     unfinished.write_text(dump(config), encoding="utf-8")
     unfinished.replace(path)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted keys, in reading order: task, ..., model.path, ..."""
+    """Nested values by dotted key, in the order of the fields: task, ..., model.path, ..."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -430,13 +430,13 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key of a value."""
+    """Every dotted key of the config."""
     return list(flat(asdict(Config())))
 
 
 def nearest(key: str, known: Collection[str], spell: Callable[[str], str] = str) -> str:
-    """`; the nearest is ...` or nothing: what another trainer's name stands for, else the known key whose last part is
-    spelled most alike; of several that in the same section, else the first."""
+    """`; the nearest is KEY` for an error message, or "". KEY is ours for another trainer's name (THEIRS), else the known
+    key whose last part is spelled most alike, preferably in the same section."""
     section, _, name = key.rpartition(".")
     last = lambda candidate: candidate.rpartition(".")[2]
     spelling = difflib.get_close_matches(name, map(last, known), n=1)
