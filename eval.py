@@ -4,10 +4,10 @@
     python eval.py --completions FILE.jsonl --task gsm8k --output scored.jsonl
 
 A model is a run folder (its best checkpoint, else its last), a checkpoint folder, any folder in Hugging Face layout or
-PEFT's (adapters, which name their base), or a hub id. The config of the first run folder (style, shots, length) holds
-for all models, with the options over it. One completion is greedy; several are sampled, for pass@k and maj@k. Random
-numbers do not depend on batches or ranks, so a result can be repeated. Further models are compared with the first one
-problem by problem.
+PEFT's (adapters, which name their base), or a hub id. All models use the config (style, shots, length) of the first run
+folder, overridden by the options below. A single completion is greedy; several are sampled, for pass@k and maj@k.
+Random numbers do not depend on batches or ranks, so that results are reproducible. Further models are compared with the
+first, problem by problem.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from grpo.user_code import located
 from kernels import dispatch_table
 
 DRAWING = ("temperature", "top_p", "top_k", "min_p")
-PRINTED_LINES = 20  # of scored completions; the file has them all
+PRINTED_LINES = 20  # scored completions that are printed; the file has all
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are one line."""
+    """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}; {self.prog} --help shows all options", file=sys.stderr, flush=True)
@@ -106,13 +106,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def resolve_model(name: str) -> tuple[str, Config | None]:
-    """The folder or hub id to load, and the config of the run it belongs to, if it belongs to one."""
+    """The folder or hub id to load, and the config of the run that it belongs to, if any."""
     folder, run = checkpoint.model_folder(name)
     return (str(folder), load(run / "config.yaml")) if run else (name, None)
 
 
 def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
-    """Model paths, and the config to evaluate under: the first run's, with the command line over it."""
+    """Model paths, and the config to evaluate with: the first run's, overridden by the command line."""
     resolved = [resolve_model(name) for name in options.model]
     run = next((config for _, config in resolved if config), None)
     if run is None and not options.task:
@@ -122,7 +122,7 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
         raise ValueError(f"{message}; pass --task gsm8k, for example")
     config = run or Config(rollout=RolloutConfig(max_new_tokens=400))
     if options.task and located(options.task) != config.task:
-        names = ("functions", "weights", "format_weight", "correctness_weight")  # of the components of the run's task
+        names = ("functions", "weights", "format_weight", "correctness_weight")  # they belong to the run's own task
         rewards = replace(config.rewards, **{name: getattr(RewardsConfig(), name) for name in names})
         config = replace(config, task=options.task, data=DataConfig(), rewards=rewards)
     data = {name: getattr(options, name) for name in ("subset", "prompt_column", "answer_column", "drop_overlong")}
@@ -140,7 +140,7 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     for section, values in given.items():
         stated = {name: value for name, value in values.items() if value is not None}
         config = replace(config, **{section: replace(getattr(config, section), **stated)})
-    told_wrong = prompt_mistakes(config.prompt) if told else ()  # those of a run may be left unused
+    told_wrong = prompt_mistakes(config.prompt) if told else ()  # a run's own are ignored with another style
     for mistake in (*outside_intervals(config.rollout, "rollout."), *told_wrong):
         raise ValueError(mistake)
     return [path for path, _ in resolved], config
@@ -160,7 +160,7 @@ def evaluate_model(
     world: World,
     score: Callable[..., Scores],
 ) -> dict[int, dict]:
-    """Summary by number of shots."""
+    """Evaluate one model; returns its summary by number of shots."""
     timer = PhaseTimer(Progress(world.is_writer and can_show()))
     policy = lora.load(path, precision=config.model.precision, device=world.device)
     chosen = islice(task.split(options.split), options.limit)
@@ -171,7 +171,7 @@ def evaluate_model(
         for shots in options.shots or [config.prompt.shots]
     }
     say = print if world.is_writer else lambda text: None
-    for prompter in prompters.values() if config.data.drop_overlong else ():  # all shots are asked the same problems
+    for prompter in prompters.values() if config.data.drop_overlong else ():  # the same problems for all shots
         problems = prompter.fitting(problems, drop=True, say=say)
     prompted = {shots: prompter.ask(problems) for shots, prompter in prompters.items()}
     results = {}
@@ -185,12 +185,12 @@ def evaluate_model(
 
 
 def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
-    """Accuracy by number of shots, a bar for each model, with 95 % intervals."""
+    """A bar chart of accuracy by number of shots, one bar per model, with 95 % intervals."""
     from matplotlib.figure import Figure
 
     widest = max(map(len, results.values()))
     inches = max(4, 1.5 + 1.6 * widest * len(results) ** 0.5, 1 + 0.09 * max(map(len, results)))
-    figure = Figure(figsize=(inches, 4 + 0.2 * len(results)), layout="constrained")  # the names stand above the bars
+    figure = Figure(figsize=(inches, 4 + 0.2 * len(results)), layout="constrained")  # the legend is above the bars
     axes = figure.subplots()
     width = 0.8 / len(results)
     for i, (model, by_shots) in enumerate(results.items()):
@@ -210,13 +210,13 @@ def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
 
 
 def run(options: argparse.Namespace, world: World) -> None:
-    """Evaluate every model that was named; rank 0 prints the table and writes the JSON and the chart."""
+    """Evaluate every model; rank 0 prints the table and writes the JSON and the chart."""
     paths, config = world.after_writer("settings", lambda: settings_of(options))
     task = make_task(config.task, config.data, config.rewards)
     if getattr(task.split(options.split), "endless", False) and options.limit is None:
         raise ValueError(f"--split {options.split} of task {task.name!r} is endless; say how much of it: --limit 200")
     output = Path(options.output or f"runs/eval-{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    # What cannot be written is found here rather than after hours.
+    # Fail now, not after hours, if the output cannot be written.
     if output.is_dir() or output.suffix == ".png":
         raise ValueError(f"--output {output} is a folder or the chart's own name; name a file such as results.json")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def run(options: argparse.Namespace, world: World) -> None:
         score = partial(score_groups, rewards=task.rewards, **scoring)
         for name, path in loaded.items():
             results[name] = evaluate_model(name, path, options, config, task, world, score)
-            if world.is_writer:  # after each: it is kept where a later one fails
+            if world.is_writer:  # after each model: its results survive if a later one fails
                 output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if not world.is_writer:
         return
@@ -256,7 +256,7 @@ def run(options: argparse.Namespace, world: World) -> None:
 
 
 def score_completions(options: argparse.Namespace) -> None:
-    """Rewards of completions that exist already; no model and no data is loaded."""
+    """Score the completions of a file; no model and no data is loaded."""
     config = Config()
     task = make_task(options.task, DataConfig(path=options.data_path or ""), config.rewards)
     source, output, require_finish = Path(options.completions), Path(options.output), config.rewards.require_finish
@@ -269,7 +269,7 @@ def score_completions(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Score completions or evaluate models; a user's mistake is one line and status 2."""
+    """Score completions or evaluate models. Returns the exit status: 2, after one line, for a mistake of the user's."""
     options = parse(sys.argv[1:] if argv is None else argv)
     print_any_text()
     transformers_logging.set_verbosity_error()

@@ -1,6 +1,6 @@
 """Generate, score, count: accuracy with its interval, pass@k, maj@k. Called by grpo.run and eval.py.
 
-Problems are shared among the ranks and every rank gets the whole result.
+Problems are divided among the ranks, and every rank gets the whole result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grpo.rewards import final_answer
 from grpo.rollout import Sampler
 
 CORRECTNESS = "correctness"  # the component that accuracy counts
-Z_95 = 1.959964  # of the normal distribution: 95 % lie nearer to its mean, in standard deviations
+Z_95 = 1.959964  # standard deviations: 95 % of a normal distribution lie within so many of its mean
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Evaluation:
 
     groups: list[Group]
     correct: torch.Tensor  # [N, samples] bool
-    components: dict[str, float | None]  # mean of each reward component over what it judged; None of nothing
+    components: dict[str, float | None]  # mean of each reward component over what it judged; None: it judged nothing
     reward: float  # mean total reward
     completion_length: float  # tokens
     truncated: float  # share that ran into the length limit
-    unscored: float  # share that correctness could not judge, or abstained from: they count as wrong
+    unscored: float  # share without a correctness score (error, timeout, abstained): they count as wrong
 
     @property
     def accuracy(self) -> float:
-        """Share of correct completions: with several samples, the mean over problems (pass@1)."""
+        """Share of completions that are correct; with several samples that is pass@1."""
         return self.correct.double().mean().item()
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy over problems."""
+        """95 % Wilson interval of the accuracy; the problems, not the samples, are the trials."""
         problems, samples = self.correct.shape
         return wilson_interval(self.correct.sum().item() / samples, problems)
 
@@ -54,8 +54,8 @@ class Evaluation:
     def summary(self) -> dict:
         """Plain numbers for tables and JSON; pass@k and maj@k for k = 1, 2, 4, ... up to the number of samples.
 
-        maj@k is empty where no completion at all states a final answer (code, free text): there is nothing to vote on.
-        `correct`: how many completions of each problem are, in the order of problems.
+        maj@k is empty if no completion at all states a final answer (code, free text): there is nothing to vote on.
+        `correct`: the number of correct completions of each problem, in the order of problems.
         """
         problems, samples = self.correct.shape
         ks = sorted({*(2**i for i in range(samples.bit_length())), samples})
@@ -82,7 +82,7 @@ class Evaluation:
 def evaluate(
     sampler: Sampler, problems: list[Problem], score: Callable[[list[Group]], Scores], *, world: World, step: int = 0
 ) -> Evaluation:
-    """Complete and score the prompted problems; the sampler decides how many samples and how they are drawn."""
+    """Sample and score completions of `problems`, which have prompts; the sampler decides how many and how."""
     groups = sampler.generate(world.mine(problems), step)
     scores = score(groups)
     rows = list(zip(groups, scores.components.tolist(), scores.total.tolist(), strict=True))
@@ -109,14 +109,15 @@ def wilson_interval(successes: float, trials: int, z: float = Z_95) -> tuple[flo
     p = successes / trials
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p itself is inside, rounding or not
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # despite rounding, p is inside
 
 
 def paired_difference(result: dict, other: dict) -> tuple[float, tuple[float, float]]:
-    """Accuracy of one summary less that of another on the same problems, and its 95 % interval over problems.
+    """Accuracy of `result` minus that of `other` on the same problems, and its 95 % interval over problems.
 
-    Of matched proportions (Agresti and Min, Statistics in Medicine 24, 2005): as if of two more problems each had been
-    half solved by one alone. It is narrower than two separate intervals suggest: both find the same problems hard.
+    For matched proportions (Agresti and Min, Statistics in Medicine 24, 2005): half a problem is added to each outcome
+    (solved by both, by either alone, by neither). Narrower than from two separate intervals, because both find the same
+    problems hard.
     """
     shares = [[count / entry["samples"] for count in entry["correct"]] for entry in (result, other)]
     differences = [one - another for one, another in zip(*shares, strict=True)]
@@ -127,7 +128,7 @@ def paired_difference(result: dict, other: dict) -> tuple[float, tuple[float, fl
 
 
 def describe_difference(name: str, result: dict, other_name: str, other: dict) -> str:
-    """One line of two named summaries on the same problems."""
+    """A line that compares two named summaries on the same problems."""
     difference, (low, high) = paired_difference(result, other)
     interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     problems = f"the same {len(result['correct'])} problems"
@@ -142,8 +143,8 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def majority_accuracy(groups: list[Group], correct: torch.Tensor, k: int) -> float:
     """maj@k: share of problems whose most frequent answer among the first k samples is correct (arXiv:2203.11171).
 
-    Completions without an answer do not vote; of equally frequent answers the one seen first wins. One that was cut
-    off or not scored votes, but it is for the others to say whether its answer is right.
+    Completions without an answer do not vote; a tie goes to the answer seen first. A completion that was truncated or
+    not scored does vote, but does not count as right: another one with the same answer has to be.
     """
     wins = 0
     for group, row in zip(groups, correct.tolist(), strict=True):
@@ -156,8 +157,8 @@ def majority_accuracy(groups: list[Group], correct: torch.Tensor, k: int) -> flo
 
 
 def result_table(results: dict[str, dict], width: float = math.inf) -> str:
-    """An aligned table, one row per named summary: accuracy with its interval, where some could not be scored how many,
-    pass@k and maj@k, rewards, length. The last columns beyond `width` are left out."""
+    """An aligned table, one row per named summary: accuracy with its interval, the share unscored if there is any,
+    pass@k and maj@k, rewards, length, share truncated. Columns beyond `width` characters are left out."""
     first = next(iter(results.values()))
     kinds = ("pass", "maj") if any(entry["maj_at_k"] for entry in results.values()) else ("pass",)
     ks = [(kind, k) for kind in kinds for k in first["pass_at_k"] if k != "1"]

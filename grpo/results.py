@@ -1,5 +1,5 @@
-"""What came of a run: test accuracy before and after it, what supervised training would have made of the same base,
-and summary.json, curves.png and the closing words. Called by train.py before the first step and after the last."""
+"""The results of a run: test accuracy before and after it, supervised training of the same base for comparison,
+summary.json, curves.png and the final report. Called by train.py before the first step and after the last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo.run import Run, evaluate_greedily, validate
 
 
 def before_training(run: Run) -> None:
-    """Test and validation accuracy of the untrained model."""
+    """Test and validation accuracy of the model before training, kept in run.before."""
     run.before = {"results": {}, "samples": [], "validation": None}
     with run.log.timer("evaluation"):
         if run.config.eval.test_problems:
@@ -24,7 +24,7 @@ def before_training(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-    """Test the best checkpoint once, compare, draw, and say where everything is."""
+    """Test the best checkpoint once, compare with before, draw the curves, and print the results and where they are."""
     log, run_dir, num_problems = run.log, run.log.run_dir, run.config.eval.test_problems
     results, samples, curve = dict(run.before["results"]), {"before": run.before["samples"]}, []
     with log.timer("evaluation"):
@@ -44,27 +44,27 @@ def finish(run: Run) -> None:
         rows = {rival if name == "supervised" else name: row for name, row in results.items()}
         log.say("\n" + result_table(rows, log.width))
         before, after = results.get("before", {}), results["after"]
-        if len(before.get("correct", ())) == len(after["correct"]):  # not where a run goes on with other test_problems
+        if len(before.get("correct", ())) == len(after["correct"]):  # not after a resume with other test_problems
             log.say(describe_difference("after", after, "before", before))
     for name, texts in samples.items():
         for text in texts:
             log.say(f"\n{name}: {text['question']} (answer {text['answer']})\n  {text['completion'].strip()!r}")
-    made = ("curves.png", "metrics.jsonl", "summary.json", "completions/", "checkpoints/")  # the first by matplotlib
+    made = ("curves.png", "metrics.jsonl", "summary.json", "completions/", "checkpoints/")  # the first needs matplotlib
     log.say(f"\neverything is in {run_dir}: {', '.join(name for name in made if (run_dir / name).exists())}")
     log.say(f"to look at it in a browser: python -m grpo.report {run_dir}")
 
 
 def samples_of(result: Evaluation, count: int = 2) -> list[dict[str, str]]:
-    """The first completions, to look at."""
+    """The first completions, for a person to read."""
     texts = [(group.problem, group.completions[0].text) for group in result.groups[:count]]
     return [{"question": problem.question, "answer": problem.answer, "completion": text} for problem, text in texts]
 
 
 def supervised_result(run: Run) -> tuple[dict, list]:
-    """What supervised training alone scores on the same test problems, and its validation curve.
+    """Test summary of a supervised model on the same problems, and its validation curve, for comparison with GRPO.
 
-    Where the base was taught a bad habit: the model before it (did GRPO elicit or teach?). Else supervised training
-    continued for the seconds that GRPO took (was that time well spent?).
+    If the base was taught a bad habit (base.habit_steps): the model before that phase (did GRPO elicit or teach?). Else
+    supervised training continued for as many seconds as GRPO took (was that time well spent?).
     """
     settings, device, log, curve = run.config.base, run.world.device, run.log, []
     if settings.habit_steps:

@@ -1,7 +1,7 @@
-"""A run: every part that a step needs, built once, evaluated, and saved to be gone on with.
+"""A run: every part that a training step needs, built once; evaluation, checkpoints and resuming.
 
-The only file of this package that sees every room. train.py, which has the loop, and grpo.results, which tells what
-came of it, work on a `Run`.
+The only file of this package that imports from nearly all others. train.py, which has the loop, and grpo.results, which
+makes the final report, work on a `Run`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ TOKENS_PER_MICRO_BATCH = {"cuda": 16_384, "cpu": 4_096}
 
 
 def settle(config: Config, world: World) -> tuple[Config, Objective]:
-    """The objective, and `config` with every choice of it, what depends on the device, and paths of a user's own files
-    written out.
+    """Check the config and resolve it. Returns it with every choice of the objective, every default that depends on the
+    device and absolute paths of a user's own files filled in, and the objective.
 
     ValueError for what cannot work, before a run folder is made.
     """
@@ -60,11 +60,11 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
     check_steps(objective, config.batch.passes * config.batch.minibatches)
     trackers.chosen(config.track)
     if config.impl == "triton":
-        dispatch_table(config.impl, world.device)  # refuses a device that has none
+        dispatch_table(config.impl, world.device)  # ValueError on a device that cannot run Triton
     task = make_task(config.task, config.data, config.rewards)
     task.check_path()
     if isinstance(task, WordProblems):
-        make_stream(config, task.split("train"))  # refuses a curriculum
+        make_stream(config, task.split("train"))  # ValueError for a curriculum: the split is endless
     elif not config.model.path:
         message = f"task {config.task} without model.path: the embedded model knows word_problems only; name one"
         raise ValueError(message)
@@ -81,7 +81,7 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
 
 
 def _without_place(key: str, value: object) -> object:
-    """A setting less the folder that it names: machines may keep the same files in different places."""
+    """A setting without the folder it names: ranks on different machines may keep the same files in other places."""
     if key.endswith(".path"):
         return value and "a path"
     if isinstance(value, tuple):
@@ -90,19 +90,19 @@ def _without_place(key: str, value: object) -> object:
 
 
 def state_objective(config: Config) -> tuple[Config, Objective]:
-    """`config` with every choice of its objective written out, and the objective."""
+    """`config` with every choice of its objective filled in, and the objective."""
     objective = resolve(**asdict(config.objective))
     return replace(config, objective=ObjectiveConfig(preset=config.objective.preset, **asdict(objective))), objective
 
 
 def make_stream(config: Config, problems: Sequence[Problem]) -> ProblemStream:
-    """The training problems, in their order."""
+    """The training problems, in the order in which steps take them."""
     curriculum = {"curriculum": config.data.curriculum, "target_rate": config.data.target_rate}
     return ProblemStream(problems, seed=config.seed, **curriculum)
 
 
 class Run:
-    """Everything that a step needs, built once, in the order in which mistakes are cheapest to find."""
+    """Everything that a training step needs, built once; cheap parts first, so that mistakes are found early."""
 
     def __init__(self, config: Config, objective: Objective, world: World, run_dir: Path):
         self.config, self.world = config, world
@@ -119,8 +119,8 @@ class Run:
         fit = {"drop": config.data.drop_overlong, "say": self.log.say}
         self.problems = {name: self.prompter.fitting(problems, **fit) for name, problems in splits.items()}
         self.stream = make_stream(config, self.problems["train"])
-        world.agree({"training problems": self.stream.data})  # by the digest of their questions and answers
-        # moving: the weights of the reference, where it is refreshed
+        world.agree({"training problems": self.stream.data})  # compared by a hash of questions and answers
+        # moving: the reference's own weights if it is refreshed (MovingReference), else None
         self.module, wrapped, self.reference, self.moving = build_models(config, world, policy, objective)
         self.log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")
         self.layout, why = choose_layout(config.batch.layout, policy.model)  # of micro-batches: packed or padded
@@ -138,21 +138,23 @@ class Run:
             say=self.log.say,
         )
         self.sampler = make_sampler(config, policy.model, self.prompter, self.log)
-        # Whoever opens a checkpoint stops where training did: the end of a turn may be in no config of a base model.
+        # Saved with checkpoints, so that others stop generating where training did: a base model's config may lack the
+        # end-of-turn token.
         policy.model.generation_config.eos_token_id = sorted(self.sampler.ending.eos)
         self.pool = make_pool(config.rewards)  # the worker processes that score
         scoring = {"require_finish": config.rewards.require_finish, "score": self.pool}
         self.score = partial(score_groups, rewards=self.task.rewards, **scoring)
-        self.token_text = token_texts(policy.tokenizer)  # for people to read
+        self.token_text = token_texts(policy.tokenizer)  # for logged completions
         self.writer = checkpoint.Writer(run_dir, keep_last=config.keep_last)
-        self.first_step = 1  # that this process makes
+        self.first_step = 1  # of this process
         # What changes as the run goes on:
         self.best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
-        self.before: dict | None = None  # what the untrained model scored
+        self.before: dict | None = None  # results of the untrained model
 
 
 def describe(run: Run) -> None:
-    """Write config.yaml and env.json and say one line about the run: after its checkpoint, if any, has been loaded."""
+    """Write config.yaml and env.json and print a line about the run. Called after loading the checkpoint, if any: a
+    resume that fails leaves both as they were."""
     config, world, log = run.config, run.world, run.log
     dispatch = {op: choice._asdict() for op, choice in dispatch_table(config.impl, world.device).items()}
     if world.is_writer:
@@ -180,9 +182,9 @@ def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Pa
 def build_models(
     config: Config, world: World, policy: Policy, objective: Objective
 ) -> tuple[PolicyModule, torch.nn.Module, LogprobModel | None, MovingReference | None]:
-    """The policy as a module, alone and over all ranks, and its reference, fixed or moving (None where it is not)."""
+    """(PolicyModule, the same wrapped for all ranks, reference or None, MovingReference or None)."""
     options = {"temperature": config.rollout.temperature, "impl": config.impl, "compile": config.model.compile}
-    # Copies come before the module, which may turn gradient checkpointing on: a copy made then would take it along.
+    # Copies are made before PolicyModule, which may enable gradient checkpointing: later copies would have it, too.
     if world.size > 1 and config.distributed.strategy == "fsdp":
         policy.sample_from_copy()
     moving = MovingReference(policy) if objective.ref_refresh_every else None
@@ -204,7 +206,7 @@ def build_models(
 def make_sampler(
     config: Config, model: torch.nn.Module, prompter: Prompter, log: RunLogger, *, greedy: bool = False
 ) -> Sampler:
-    """The sampler of training; or, greedy, that of evaluation: one completion, the most likely token every time."""
+    """The sampler for training, or with greedy=True for evaluation: one completion, always the most likely token."""
     rollout = replace(config.rollout, group_size=1, temperature=0.0) if greedy else config.rollout
     how = {"stop": prompter.stop_strings, "stream": EVALUATION if greedy else TRAINING, "seed": config.seed}
     how |= {"compile": config.model.compile, "impl": config.impl, "progress": log.progress}
@@ -212,9 +214,9 @@ def make_sampler(
 
 
 def validate(run: Run, step: int) -> dict[str, float]:
-    """Greedy scores on the validation split; the best step so far is remembered."""
+    """Greedy accuracy and rewards on the validation split, as metrics; remembers the best step so far in run.best."""
     result = evaluate_greedily(run, "validation", run.config.eval.validation_problems, step=step)
-    if step and (run.best is None or result.accuracy >= run.best[0]):  # of equals the later: it has seen more
+    if step and (run.best is None or result.accuracy >= run.best[0]):  # a tie goes to the later step: it has seen more
         run.best = (result.accuracy, step)
     judged = {name: mean for name, mean in result.components.items() if name != CORRECTNESS and mean is not None}
     others = {f"validation/{name}": mean for name, mean in judged.items()}
@@ -225,29 +227,29 @@ def validate(run: Run, step: int) -> dict[str, float]:
 def evaluate_greedily(
     run: Run, split: str, limit: int, *, step: int = 0, model: torch.nn.Module | None = None
 ) -> Evaluation:
-    """The most likely completion of each of a split's first problems, by the policy or another model."""
+    """Evaluate one greedy completion for each of the first `limit` problems of a split, by the policy or `model`."""
     problems = run.prompter.ask([replace(problem, index=i) for i, problem in enumerate(run.problems[split][:limit])])
     sampler = make_sampler(run.config, model or run.policy.model, run.prompter, run.log, greedy=True)
     with run.policy.at_hand():
         return evaluate(sampler, problems, run.score, world=run.world, step=step)
 
 
-# Saved between two steps, and gone on with ----------------------------------------------------------------------------
+# Saving and resuming --------------------------------------------------------------------------------------------------
 
 
 def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
-    """The run folder, chosen once by rank 0, and the checkpoint that a run in it goes on from."""
+    """The run folder, chosen by rank 0 for all, and the checkpoint to resume from, if any."""
     if command.config.lora.quantize != "none":
-        lora.bitsandbytes()  # a missing library is found before a run folder is made
+        lora.bitsandbytes()  # ValueError for a missing library, before a run folder is made
 
     def choose() -> tuple[Path, Path | None]:
-        """By rank 0 alone: what has changed in a config that is gone on with is told, or refused."""
+        """On rank 0. Changes to the config of a resumed run are printed, or refused by ValueError."""
         path = Path(command.resume or command.run_dir or checkpoint.default_run_dir(command.config_path.stem))
         is_restart = checkpoint.restarted_by_launcher()
         goes_on = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)
         checkpoint.open_run_dir(path, resume=bool(command.resume) or is_restart)
         if goes_on:
-            before, _ = state_objective(load(path / "config.yaml"))  # an older version may not have known all of it
+            before, _ = state_objective(load(path / "config.yaml"))  # an older version may have saved fewer keys
             harmless, others = changes(before, command.config)
             for line in harmless:
                 print(f"changed: {line}", flush=True)
@@ -259,14 +261,14 @@ def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
 
 
 def parts(run: Run) -> dict:
-    """What has a state, by its name in a checkpoint."""
+    """The stateful parts, by their name in a checkpoint."""
     named = {"policy": run.policy, "optimizer": run.updater.optimizer, "updater": run.updater}
     named |= {"stream": run.stream, "log": run.log, "reference": run.moving}
     return {name: part for name, part in named.items() if part is not None}
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    """Everything stateful, copied between two steps and written by rank 0 while training goes on."""
+    """Save everything stateful: copied now, between two steps, and written by rank 0 while training continues."""
     state = {name: part.state_dict() for name, part in parts(run).items()}
     by_rank = run.world.gather({"sampler": run.sampler.state_dict(), "random": checkpoint.random_state()})
     state |= {"step": step, "best": run.best, "before": run.before, "by_rank": by_rank}
@@ -276,7 +278,7 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 
 def load_checkpoint(run: Run, folder: Path) -> None:
-    """Go on exactly where `save_checkpoint` left off."""
+    """Restore what `save_checkpoint` saved. ValueError if it does not fit this config."""
     state = checkpoint.load_state(folder)
     named = parts(run)
     for name in named:
@@ -285,7 +287,7 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     settings = {key: value for key, value in run.updater.optimizer.param_groups[0].items() if key != "params"}
     for name, part in named.items():
         part.load_state_dict(state[name])
-    run.updater.optimizer.param_groups[0].update(settings)  # torch would go on with the saved betas and decay
+    run.updater.optimizer.param_groups[0].update(settings)  # the config's betas and decay, not the saved ones
     if state["step"] > run.config.num_steps:
         raise ValueError(f"num_steps={run.config.num_steps}: {folder} is further on; use {state['step']} or more")
     world = run.world
