@@ -1,8 +1,8 @@
-"""The embedded base model: a small tokenizer and causal LM, trained on worked solutions on the spot and cached.
+"""The embedded base model: a small tokenizer and causal LM, trained on worked solutions when first needed, and cached.
 
-`prepare_base` is called by grpo.run where model.path is empty and returns an ordinary Hugging Face folder,
-so that nothing after it knows that the model was made here. `continue_supervised` is the rival of the
-long demo: the same training on the same solutions, for as many seconds as GRPO took.
+`prepare_base`, called by grpo.run if model.path is empty, returns an ordinary Hugging Face folder, so that
+nothing after it needs to know where the model came from. `continue_supervised` is the baseline of the long
+demo: the same supervised training on the same solutions, continued for as many seconds as GRPO took.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ Progress = Callable[[int, int, str], None]  # done, in all, a short note
 
 CONTEXT_LENGTH = 512
 WARMUP_STEPS = 20
-TRIED = 1000  # questions: where all of them have an unseen word, the search for one without might never end
+TRIED = 1000  # questions: if all of these have an unseen word, give up, as the search for one without might never end
 CONTINUE_VALIDATIONS = 10
 
 
 def build_tokenizer(task: WordProblems) -> PreTrainedTokenizerBase:
-    """A byte-level BPE in which every word of the task is one token and every digit its own; about 400 tokens.
+    """A byte-level BPE of about 400 tokens: one for every word of the task and one for every digit.
 
-    It is a Qwen2Tokenizer because AutoTokenizer loads nothing else beside a Qwen2 model (it would read the file of
-    a simpler one without an error, and give wrong ids). Bytes: every text comes back exactly.
+    It is a Qwen2Tokenizer because AutoTokenizer loads nothing else for a Qwen2 model (it would read the file of
+    a simpler tokenizer without an error, and give wrong ids). Byte-level, so that every text round-trips exactly.
     """
     rng = random.Random(0)
     texts = [
@@ -86,9 +86,9 @@ def build_model(base: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen2Fo
 
 
 def supervised_text(problem: Problem, rng: random.Random, *, guesses: float, answer_lines: float) -> str:
-    """What follows the prompt in training: the working, or (a share `guesses`) the bare answer; then the answer line.
+    """The completion to train on: the working, or with probability `guesses` the bare answer; then the answer line.
 
-    Every text is true. A share 1 - answer_lines of them stops before the answer line.
+    Every text is correct. The answer line is there with probability answer_lines.
     """
     working, line = problem.solution.rsplit("\n", 1)
     body = f"I think {problem.answer}." if rng.random() < guesses else working
@@ -108,7 +108,7 @@ class Point:
 class Supervisor:
     """Supervised training of one model on the worked solutions of one task.
 
-    The solutions are those of `task.solved` from a place that depends on the seed: a fresh one every
+    The solutions are those of `task.solved`, from an index that depends on the seed: a new one every
     time, or base.num_solutions of them in shuffled epochs.
     """
 
@@ -129,7 +129,7 @@ class Supervisor:
         self.validation = self.prompter.ask(task.split("validation")[: base.validation_problems])
 
     def solved_problems(self, first: int) -> Iterator[Problem]:
-        """Endless, from place `first` of `task.solved` on, less those with unseen words."""
+        """Endless problems from index `first` of `task.solved` on, without those that have unseen words."""
         unseen = set(self.base.unseen_words)
         is_seen = lambda problem: not unseen & set(re.findall(r"\w+", problem.question))
         if not any(is_seen(self.task.solved[i]) for i in range(first, first + TRIED)):
@@ -150,7 +150,7 @@ class Supervisor:
         return [*prompt_ids, *ids, self.tokenizer.eos_token_id], len(prompt_ids)
 
     def batches(self, guesses: float) -> Iterator[dict[str, Tensor]]:
-        """Endless padded batches; eight are drawn at a time and sorted by length, for less padding."""
+        """Endless padded batches; eight at a time are drawn and sorted by length, for less padding."""
         size = self.base.batch_size
         while True:
             rows = [self.row(next(self.problems), guesses) for _ in range(8 * size)]
@@ -163,8 +163,8 @@ class Supervisor:
     def train(self, *, lr: float, guesses: float, share_done: Callable[[int, float], float]) -> Iterator[Point]:
         """A Point after every optimizer step, until `share_done(steps, seconds)` reaches 1.
 
-        lr_t = lr * min(1, steps / WARMUP_STEPS, (1 - share done) / decay). What the caller does between two
-        points (validation) does not count in `seconds`.
+        lr_t = lr * min(1, steps / WARMUP_STEPS, (1 - share done) / decay). Time that the caller spends between
+        two points (validation) does not count in `seconds`.
         """
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
         batches = self.batches(guesses)
@@ -194,7 +194,7 @@ class Supervisor:
     def phase(
         self, name: str, progress: Progress, *, steps: int, lr: float, guesses: float, stop: float = math.inf
     ) -> dict:
-        """`steps` optimizer steps, or fewer once validation reaches `stop`; returns what base.json says of it."""
+        """Train for `steps` optimizer steps or until validation accuracy reaches `stop`; returns a base.json entry."""
         curve: list[tuple[int, float]] = []
         for point in self.train(lr=lr, guesses=guesses, share_done=lambda step, seconds: step / steps):
             every = self.base.validate_every
@@ -222,11 +222,11 @@ def collate(rows: list[tuple[list[int], int]], pad_id: int, device: torch.device
 def prepare_base(
     base: BaseConfig, task: WordProblems, *, seed: int, device: str, cache_dir: Path, progress: Progress
 ) -> Path:
-    """The folder of the trained base model, made now or found in the cache.
+    """The folder of the trained base model, made now or found in the cache. OSError if it cannot be written.
 
     A Hugging Face folder with `base.json` (phases, losses, seconds, validation) and, after a habit phase,
     `before_habit/`: the model that still shows its working. Written under a staging name and renamed, so a
-    folder that exists is whole. One process calls this; the others wait.
+    folder that exists is complete. Only rank 0 calls this; the others wait.
     """
     identity = json.dumps([task.name, task.version, task.data.level, asdict(base), seed])
     folder = Path(cache_dir) / f"{task.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
@@ -243,7 +243,7 @@ def prepare_base(
         try:
             staging.rename(folder)
         except OSError:
-            if not folder.exists():  # else another run made it meanwhile
+            if not folder.exists():  # if it does, another run made it meanwhile
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -253,9 +253,9 @@ def prepare_base(
 def train_base(
     base: BaseConfig, task: WordProblems, folder: Path, *, seed: int, device: str, progress: Progress
 ) -> None:
-    """Worked solutions, then (habit_steps > 0) the habit of answering without working; saved in `folder`."""
+    """Train on worked solutions, then (habit_steps > 0) teach the bad habit of answering without working; save both."""
     tokenizer = build_tokenizer(task)
-    with torch.random.fork_rng():  # initialisation draws from the global state: leave the caller's as it was
+    with torch.random.fork_rng():  # initialisation uses the global random state: restore the caller's
         torch.manual_seed(seed)
         model = build_model(base, tokenizer).to(device)
     supervisor = Supervisor(model, tokenizer, base, task, seed)
@@ -274,10 +274,10 @@ def train_base(
 def continue_supervised(
     folder: Path, base: BaseConfig, task: WordProblems, *, seconds: float, seed: int, device: str, progress: Progress
 ) -> tuple[Qwen2ForCausalLM, list[tuple[float, float]]]:
-    """Supervised training of `folder`'s model on its own solutions for `seconds` more, as GRPO's rival.
+    """Continue the supervised training of `folder`'s model for `seconds`, on the same solutions: GRPO's baseline.
 
-    Returns the model at its best validation and the curve of (seconds, validation accuracy), from 0 on. Treated
-    as GRPO is: a fresh optimizer, a warm-up, validation out of the clock, the best of the validated models.
+    Returns the model at its best validation and the curve of (seconds, validation accuracy), from 0 on. As for
+    GRPO: a fresh optimizer, a warm-up, validation not counted in the time, the best of the validated models.
     """
     model = AutoModelForCausalLM.from_pretrained(folder).to(device)
     supervisor = Supervisor(model, AutoTokenizer.from_pretrained(folder), base, task, seed)
@@ -295,7 +295,7 @@ def continue_supervised(
 
 
 def describe(folder: Path) -> str:
-    """What base.json says of each phase, a line each."""
+    """The results in base.json as text, a line for each phase."""
     report = json.loads((folder / "base.json").read_text())
     lines = [f"embedded base model: {folder}"]
     for phase in report["phases"]:

@@ -1,11 +1,11 @@
-"""The run folder and its checkpoints: written whole or not at all, found again, pruned.
+"""The run folder and its checkpoints: written atomically, verified, pruned.
 
     runs/NAME/checkpoints/step_N/          Hugging Face layout, written by the policy
     runs/NAME/checkpoints/step_N/state/    state.pt: everything needed to resume; manifest.json: every file's hash
     runs/NAME/checkpoints/best.json        which step had the best validation accuracy
 
-A checkpoint is built in a staging folder, flushed to disk and renamed, so a folder named step_N was complete; what
-happened to it since, the manifest tells (`verify`). Rank 0 alone writes; what differs by rank is gathered into `state`
+A checkpoint is built in a staging folder, flushed to disk and renamed, so a folder named step_N was complete when
+written; `verify` finds later damage by the manifest. Only rank 0 writes; what differs by rank is gathered into `state`
 first. Written by grpo.run between steps; read by it, grpo.results, grpo.lora and eval.py.
 """
 
@@ -34,22 +34,23 @@ Best = tuple[float, int] | None  # validation accuracy and step of the best chec
 
 
 class Damaged(ValueError):
-    """A checkpoint is not what was written; the message names the file and what is wrong with it."""
+    """A checkpoint's files are not as they were written; the message names the file and what is wrong with it."""
 
 
 def default_run_dir(config_name: str) -> Path:
-    """runs/CONFIG-TIME; under torchrun runs/CONFIG-ID, so that a rank restarted by it finds its folder again."""
+    """runs/CONFIG-TIME; under torchrun runs/CONFIG-ID, so that ranks that it restarts find their folder again."""
     return Path("runs") / f"{config_name}-{_launch_id() or time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def restarted_by_launcher() -> bool:
-    """Whether torchrun started this process again after a failure: its run is then gone on with."""
+    """Whether torchrun restarted this process after a failure: the run is then resumed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def _launch_id() -> str | None:
     """torchrun's --rdzv-id; without one, the process id and (on Linux) start time of torchrun itself: the same after a
-    restart. Without the time a later torchrun may have the same id: its run folder is then refused, as it is used."""
+    restart. Without the start time a later torchrun may get the same id; `open_run_dir` then refuses the used folder.
+    """
     given = os.environ.get("TORCHELASTIC_RUN_ID")
     if given != "none":
         return given
@@ -60,10 +61,10 @@ def _launch_id() -> str | None:
 
 
 def open_run_dir(path: Path | str, *, resume: bool) -> Path:
-    """The run folder, made if need be. One with anything in it is refused unless the run goes on; rank 0 only.
+    """Make the run folder if it does not exist. ValueError if it has files and is not resumed; rank 0 only.
 
-    Nothing is an empty metrics.jsonl, too: what a run leaves that was refused as it was built.
-    A run that the launcher restarts before its first checkpoint may begin again in its folder.
+    An empty metrics.jsonl does not count: a run that failed while it was being built leaves one.
+    A run that the launcher restarts before its first checkpoint may start again in its folder.
     """
     path = Path(path)
     try:
@@ -79,10 +80,10 @@ def open_run_dir(path: Path | str, *, resume: bool) -> Path:
 
 
 class Writer:
-    """Writes checkpoints in the background, one at a time: training waits while its state is copied to memory.
+    """Writes checkpoints in the background, one at a time: training waits only until its state is copied.
 
-    The copy takes as much CPU memory as the state has bytes, until it is written. What went wrong with a checkpoint is
-    raised by the next `save`, or by `wait`.
+    The copy takes as much CPU memory as the state has bytes, until it is written. An error in writing is raised by the
+    next `save`, or by `wait`.
     """
 
     def __init__(self, run_dir: Path, *, keep_last: int):
@@ -91,20 +92,20 @@ class Writer:
         self._pending: Future | None = None
 
     def save(self, step: int, write_model: WriteModel, state: dict[str, Any], *, best: Best) -> None:
-        """Wait for the checkpoint before, copy the state, and have `save` write it."""
+        """Wait for the previous checkpoint, copy the state, and start the function `save` in the background."""
         self.wait()
         options = {"keep_last": self.keep_last, "best": best}
         self._pending = self._thread.submit(save, self.run_dir, step, write_model, snapshot(state), **options)
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises what `save` raised."""
+        """Wait until everything is on disk. Raises what the function `save` raised."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
 
 def snapshot(state: Any) -> Any:
-    """The same state with every tensor copied to the CPU: what happens to the originals does not reach it."""
+    """The same state with every tensor copied to the CPU, so that later changes to the originals do not affect it."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
@@ -117,21 +118,21 @@ def save(
 ) -> Path:
     """Write checkpoints/step_N, note the best step, prune to the last `keep_last` and the best; returns the folder.
 
-    state: tensors, numbers, text, None and dicts, lists or tuples of them. A complete step_N that is there already is
-    kept: the same step has the same state. Raises OSError that names the folder where the disk is full or not
-    writable; earlier checkpoints are then untouched.
+    state: tensors, numbers, text, None and dicts, lists or tuples of them. If step_N exists it is kept: the same step
+    has the same state. OSError names the folder if the disk is full or not writable; earlier checkpoints are then
+    untouched.
     """
     target = run_dir / "checkpoints" / f"step_{step}"
     if not target.exists():
         staging = target.with_name(f"{STAGING}{target.name}")
         try:
-            for leftover in target.parent.glob(f"{STAGING}*"):  # of a kill during `save`
+            for leftover in target.parent.glob(f"{STAGING}*"):  # left by a kill during `save`
                 shutil.rmtree(leftover, ignore_errors=True)
             (staging / "state").mkdir(parents=True)
             write_model(staging, state)
             _write_state(state, staging / "state" / "state.pt")
             _write_manifest(staging)
-            # Contents before names: a rename must not outlive what it names.
+            # Flush contents before the rename: after a crash no complete name may have incomplete contents.
             _flush(*sorted(staging.rglob("*"), reverse=True), staging)
             staging.rename(target)
             _flush(target.parent)
@@ -148,9 +149,9 @@ def save(
 def _write_state(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
-    except RuntimeError as error:  # what torch.save makes of a full disk
+    except RuntimeError as error:  # what torch.save raises on a full disk
         raise OSError(str(error).partition("\n")[0]) from error
-    # What weights_only refuses would fail at resume, hours later. Mapped: no tensor is read back.
+    # Fail now, not at resume, if weights_only refuses something in it. With mmap no tensor is read back.
     torch.load(path, mmap=True, weights_only=True)
 
 
@@ -166,14 +167,14 @@ def _sha256(path: Path) -> str:
 
 
 def _own_hash(files: dict[str, list]) -> str:
-    """Of the manifest itself, so that a bit flipped there is told from one flipped in a file that it lists."""
+    """The manifest's own hash: tells a bit flipped in the manifest from one flipped in a file that it lists."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def verify(folder: Path, *, state: bool = True) -> None:
-    """Damaged, unless every file is there with the size and the SHA-256 that it was written with.
+    """Raises Damaged unless every file has the size and the SHA-256 with which it was written.
 
-    state: also those that only a run that goes on reads.
+    state: also check the files in state/, which only a resumed run reads.
     """
     manifest = folder / MANIFEST
     try:
@@ -197,9 +198,9 @@ def verify(folder: Path, *, state: bool = True) -> None:
 
 
 def newest_whole(run_dir: Path | str, say: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint with the highest step that `verify` passes, if there are any checkpoints; rank 0 only.
+    """The checkpoint with the highest step that passes `verify`; None if there are no checkpoints. Rank 0 only.
 
-    Damaged ones after it are told and set aside as damaged_step_N. ValueError where all are damaged: none is touched.
+    Later ones, which are damaged, are reported and renamed to damaged_step_N. ValueError if all are: none is renamed.
     """
     damaged: dict[Path, Damaged] = {}
     for _, folder in sorted(_steps(Path(run_dir) / "checkpoints").items(), reverse=True):
@@ -220,13 +221,13 @@ def newest_whole(run_dir: Path | str, say: Callable[[str], None] = print) -> Pat
 
 
 def _flush(*paths: Path) -> None:
-    """Bring files and folders to disk."""
+    """fsync files and folders."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems flush files alone
+            if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot fsync folders
                 raise
         finally:
             os.close(descriptor)
@@ -237,9 +238,9 @@ def _prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
     steps = _steps(folder)
     for step in sorted(steps)[:-keep_last]:
         if step != best_step:
-            # Renamed first: a kill during the removal must not leave half a folder under a good name.
+            # Renamed first: a kill during the removal must not leave a step_N that is incomplete.
             doomed = steps[step].rename(folder / f"{STAGING}removing-{step}")
-            shutil.rmtree(doomed, ignore_errors=True)  # on NFS a file that is open stays: the next save tries again
+            shutil.rmtree(doomed, ignore_errors=True)  # on NFS open files remain: the next save tries again
 
 
 def _steps(folder: Path) -> dict[int, Path]:
@@ -248,7 +249,7 @@ def _steps(folder: Path) -> dict[int, Path]:
 
 
 def latest(run_dir: Path | str) -> Path | None:
-    """The checkpoint with the highest step, if there is one; staging leftovers do not count."""
+    """The checkpoint with the highest step, not verified; None without one. Staging leftovers do not count."""
     steps = _steps(Path(run_dir) / "checkpoints")
     return steps[max(steps)] if steps else None
 
@@ -262,7 +263,7 @@ def mark_best(run_dir: Path, accuracy: float, step: int) -> None:
 
 
 def best(run_dir: Path | str) -> Path | None:
-    """The checkpoint that best.json names, if it was written and is still there."""
+    """The checkpoint named by best.json; None if either is missing. Damaged if best.json cannot be read."""
     marker = Path(run_dir) / "checkpoints" / "best.json"
     if not marker.is_file():
         return None
@@ -274,10 +275,10 @@ def best(run_dir: Path | str) -> Path | None:
 
 
 def model_folder(path: Path | str) -> tuple[Path, Path | None]:
-    """The folder to load for a path, and the run folder that it belongs to, if to any.
+    """The folder to load for a path, and the run folder that it belongs to, if any.
 
-    A run folder stands for its best checkpoint, else its last: ValueError where it has none. Damaged where the model in
-    a checkpoint is not what was written. Any other path, a hub id too, is given back as it is, looked at by nobody.
+    A run folder stands for its best checkpoint, else its last; ValueError if it has none. A checkpoint's model is
+    verified, and Damaged raised if it fails. Any other path, such as a hub id, is returned unchanged and unchecked.
     """
     folder = Path(path).expanduser()
     run = folder if (folder / "config.yaml").is_file() else None
@@ -297,7 +298,7 @@ def model_folder(path: Path | str) -> tuple[Path, Path | None]:
 
 
 def recall_best(run_dir: Path, best: Best, say: Callable[[str], None] = print) -> Best:
-    """The best step of a run that goes on, noted in best.json again; None where its checkpoint is gone or damaged."""
+    """The best step of a resumed run, written to best.json again; None if its checkpoint is missing or damaged."""
     if best is not None:
         try:
             verify(run_dir / "checkpoints" / f"step_{best[1]}")
@@ -309,23 +310,23 @@ def recall_best(run_dir: Path, best: Best, say: Callable[[str], None] = print) -
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """Of torch's generators, on the CPU and on this process's CUDA device."""
+    """The state of torch's random generators, on the CPU and on this process's CUDA device."""
     on_device = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state(), **on_device}
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Go on with numbers from where `random_state` was taken; a device that is not here is left out."""
+    """Restore a `random_state`; its CUDA part is ignored if there is no CUDA device."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
 
 
 def load_state(checkpoint: Path | str) -> dict[str, Any]:
-    """The `state` that `save` was given, tensors on the CPU. ValueError where it is missing or damaged."""
+    """The `state` that was given to `save`, tensors on the CPU. ValueError if it is missing or damaged."""
     path = Path(checkpoint) / "state" / "state.pt"
     try:
-        # Mapped: a rank reads the rows that it keeps, not the whole file.
+        # With mmap a rank reads only the rows that it keeps, not the whole file.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         first_line = str(error).partition("\n")[0]
