@@ -14,14 +14,14 @@ from grpo.config import CONFIGS, Config, flat, known_keys, load, nearest
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of train.py that are no part of the config."""
+    """The options of train.py that are not part of the config."""
 
     config: str | None = None
     """YAML file to start from; the options below override it. None: configs/gsm8k.yaml with a CUDA device, configs/demo.yaml without."""
     run_dir: str | None = None
-    """Run folder. None: runs/ and the name of the config with the time or the launcher's run id."""
+    """Run folder. None: runs/NAME-TIME with the name of the config; under torchrun runs/NAME-ID with its run id."""
     resume: str | None = None
-    """Run folder to go on with, from its last checkpoint and with its own config."""
+    """Run folder to resume, from its last checkpoint and with its own config."""
     dry_run: bool = False
     """Print the resolved config, the effective batch and a memory estimate, then stop."""
     preset: str | None = None
@@ -41,8 +41,8 @@ class Command:
 
 
 def parse_command(argv: list[str]) -> Command:
-    """Dashes and underscores are the same. A mistake prints one line, with the nearest option where one is unknown,
-    and exits with status 2."""
+    """Parse train.py's command line; dashes and underscores are equivalent. A mistake prints one line, for an unknown
+    option with the nearest known one, and exits with status 2."""
     try:
         path, source = _base_config(argv)
         before = load(path)
@@ -65,7 +65,7 @@ def parse_command(argv: list[str]) -> Command:
 
 
 def _base_config(argv: list[str]) -> tuple[Path, str]:
-    """The YAML file to start from, and the sentence that says why it is this one."""
+    """The YAML file to start from, and a line that says why it is this one."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--resume"):
         early.add_argument(name, nargs="?")  # a missing value is reported by the full parser
@@ -80,7 +80,7 @@ def _base_config(argv: list[str]) -> tuple[Path, str]:
     if chosen.config:
         return Path(chosen.config), f"config: {chosen.config}, as asked for"
 
-    import torch  # the only question that this file asks of it
+    import torch  # for this one question
 
     has_cuda = torch.cuda.is_available()
     path = CONFIGS / ("gsm8k.yaml" if has_cuda else "demo.yaml")
@@ -89,7 +89,7 @@ def _base_config(argv: list[str]) -> tuple[Path, str]:
 
 
 def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
-    """Parse the whole command line over `config`; the help shows every field with its docstring and its value there."""
+    """Parse the command line with `config` as defaults; --help shows each field's docstring and its value there."""
     import tyro
 
     unprefixed = tyro.conf.arg(name="")
@@ -110,12 +110,13 @@ def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
 
 
 def _key(option: str) -> str:
-    """The key of an option: num_steps of --num-steps."""
+    """The key of an option: num_steps for --num-steps."""
     return option.lstrip("-").replace("-", "_")
 
 
 def _spelled(argv: list[str]) -> list[str]:
-    """The command line with the values of switches as tyro wants them: True for true, and none where None cannot be."""
+    """The command line with boolean values as tyro wants them: `true` becomes True. ValueError for a value after a plain
+    switch, or for none after one that may also be None."""
     kinds_of = typing.get_type_hints
     of_config = {name: kinds_of(kind) if is_dataclass(kind) else kind for name, kind in kinds_of(Config).items()}
     kinds = kinds_of(RunOptions) | flat(of_config)

@@ -1,5 +1,5 @@
-"""What a config must not ask for: numbers outside their interval, sizes that do not divide, contradictions, and what a
-run that goes on cannot change."""
+"""Checks of a config: numbers outside their interval, sizes that do not divide, contradictions, and values that a
+resumed run cannot change."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, get_type_hints
 
 from grpo.config import Config, PromptConfig, flat
 
-LARGEST = 1e38  # number: tensors are fp32, which ends at 3.4e38
+LARGEST = 1e38  # of any number: fp32 ends at 3.4e38
 FIXED = ("task", "seed", "model.path", "model.precision", "lora", "data.validation_fraction", "data.split_seed", "base")
-"""Keys and sections that the state in a checkpoint depends on: a run that goes on keeps them."""
+"""Keys and sections that the state in a checkpoint depends on: a resumed run cannot change them."""
 FREE = (
     "num_steps",
     "save_every",
@@ -25,12 +25,12 @@ FREE = (
     "rewards.timeout_s",
     "rewards.step_timeout_s",
 )
-"""Keys and sections that change no step, but for the learning rate, which is scheduled over num_steps."""
+"""Keys and sections that do not change what a step computes, except for the learning rate, scheduled over num_steps."""
 
 
 def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
-    """`key: old -> new` of each value that a run that goes on has changed: harmless ones, and those that change what it
-    learns from here on. ValueError where the checkpoint would not fit any more."""
+    """`key: old -> new` for each value that a resumed run changes: first those in FREE, then those that change what it
+    learns from here on. ValueError if it changes one in FIXED: the checkpoint would not fit any more."""
     old, new = flat(asdict(before)), flat(asdict(now))
     text = {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]}
     is_in = lambda key, table: any(f"{key}.".startswith(f"{entry}.") for entry in table)
@@ -42,14 +42,14 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
 
 
 def check(config: Config, world_size: int) -> None:
-    """Refuse what cannot work, before any long work: one ValueError with a line for each mistake, value and remedy."""
+    """Refuse what cannot work, before any long work: one ValueError with a line per mistake, with value and remedy."""
     mistakes = [*outside_intervals(config), *_indivisible(config, world_size), *_contradictions(config)]
     if mistakes:
         raise ValueError("\n".join(mistakes))
 
 
 def outside_intervals(section: Any, prefix: str = "") -> Iterator[str]:
-    """Numbers of a config or of one section, whose keys begin with the prefix, that cannot be."""
+    """Messages about numbers outside their interval, in a config or in one section, whose keys begin with `prefix`."""
     for name, kind in get_type_hints(type(section), include_extras=True).items():
         value = getattr(section, name)
         if is_dataclass(value):
@@ -69,8 +69,8 @@ def _lies_in(number: float, interval: str) -> bool:
 
 
 def _indivisible(config: Config, world_size: int) -> Iterator[str]:
-    """Whole groups go to a rank, and a minibatch is a block of prompts of which every rank has as many. Heads are
-    equally wide, and rotary positions turn pairs of their elements."""
+    """Messages about sizes that do not divide. A rank gets whole groups, and as many of every minibatch as any other.
+    Heads are equally wide, and rotary embeddings rotate pairs of their elements."""
     width, heads = config.base.hidden_size, config.base.num_heads
     if heads >= 1 and width % (2 * heads):
         above = width - width % (2 * heads) + 2 * heads
@@ -87,7 +87,7 @@ def _indivisible(config: Config, world_size: int) -> Iterator[str]:
 
 
 def prompt_mistakes(prompt: PromptConfig) -> Iterator[str]:
-    """Options for a template that would not be asked; of eval.py's own, too."""
+    """Messages about template options without a chat template. For eval.py, too."""
     if prompt.template_options and prompt.style != "chat":
         yield f"prompt.template_options={list(prompt.template_options)} with prompt.style={prompt.style}: use chat"
 

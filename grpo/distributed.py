@@ -1,6 +1,6 @@
-"""The process group: who am I, sums and maxima over ranks, gathers of plain Python. gloo on CPU, NCCL on CUDA.
+"""The process group: rank and size, sums and maxima over ranks, gathers of plain Python. gloo on CPU, NCCL on CUDA.
 
-Started by torchrun (or not at all: one process is a world of one and every call here is then the identity).
+Started by torchrun, or not at all: a single process is a world of size 1, in which every call here is the identity.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ POLL_S = 0.5
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` processes. Scalars and objects go over a CPU group, gradients over the default one."""
+    """This process among `size` processes. Scalars and objects use a gloo group on CPU, gradients the default group."""
 
     rank: int
     size: int
     device: torch.device
     cpu_group: dist.ProcessGroup | None = None
-    timeout_s: float = 1800.0  # the longest that ranks wait for each other
+    timeout_s: float = 1800.0  # ranks wait for each other at most this long
 
     @property
     def is_writer(self) -> bool:
@@ -41,7 +41,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a small tensor over all ranks, on the CPU, in fp64: the order of ranks moves its last bits only."""
+        """Sum of a small tensor over all ranks, on the CPU, in fp64: rank order changes the last bits only."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Tensor) -> Tensor:
@@ -65,16 +65,16 @@ class World:
         return items
 
     def agree(self, values: dict[str, object]) -> None:
-        """ValueError, on every rank, where one was started with another value than rank 0: nothing later would tell."""
-        first, *others = self.gather({name: repr(value) for name, value in values.items()})  # so NaN is like NaN
+        """ValueError, on every rank, if one has other values than rank 0: no later error would say so."""
+        first, *others = self.gather({name: repr(value) for name, value in values.items()})  # repr: NaN equals NaN
         for rank, other in enumerate(others, 1):
             pairs = ((name, other[name], value) for name, value in first.items() if other[name] != value)
             if differing := [f"{name}={found}, where rank 0 has {value}" for name, found, value in pairs]:
                 raise ValueError(f"rank {rank} has {'; '.join(differing)}: start all ranks with the same")
 
     def barrier(self, share: float = 1.0) -> None:
-        """Wait until every rank is here. Every call above begins with it: a collective alone could not say which rank
-        did not come. TimeoutError names the ranks, on rank 0.  share: of timeout_s, where ranks have waited before."""
+        """Wait until every rank is here. Every collective call above begins with it, because a collective cannot say
+        which rank is missing; here TimeoutError names them, on rank 0.  share: fraction of timeout_s to wait."""
         if self.size == 1:
             return
         began, wait_s = time.monotonic(), share * self.timeout_s
@@ -88,8 +88,8 @@ class World:
 
     @contextmanager
     def naming_who_is_silent(self) -> Iterator[None]:
-        """Where ranks met without a barrier (gradients, shares of weights) and one did not come, those that did meet in
-        one now. Over gloo: NCCL ends the process itself."""
+        """Within it, if a collective without a barrier (gradients, shards of weights) fails because a rank is missing,
+        the others enter a barrier, which names it. With gloo only: NCCL ends the process itself."""
         try:
             yield
         except RuntimeError as error:
@@ -110,8 +110,8 @@ class World:
         return whole
 
     def deal(self, mine: list, places: Sequence[int]) -> list:
-        """This rank's share of those of everyone's items that are at `places` in the whole list, given its own share of
-        the whole. Only these travel, and a rank makes objects of none but its own: there may be gigabytes of them."""
+        """This rank's share of a selection: the items at `places` of the whole list, of which `mine` is this rank's
+        share. Only these are sent, and each rank unpickles only its own: all together may be gigabytes."""
         if self.size == 1:
             return [mine[i] for i in places]
         own, wanted = range(self.rank, self.size * len(mine), self.size), set(places)
@@ -120,10 +120,8 @@ class World:
         return [pickle.loads(everyones[i]) for i in self.mine(places)]
 
     def after_writer(self, name: str, work: Callable[[], object]) -> object:
-        """Rank 0 does `work()`; the others wait for it by polling, so no collective can time out; all get its result.
-
-        If rank 0 fails, torchrun ends the waiting ranks.
-        """
+        """Rank 0 calls `work()`, and all ranks get its result. The others wait by polling, so that no collective times
+        out. If rank 0 fails, torchrun ends the waiting ranks."""
         if self.size == 1:
             return work()
         store = dist.distributed_c10d._get_default_store()
@@ -138,15 +136,15 @@ class World:
 
 
 class StopRequest:
-    """Within it, Ctrl-C or SIGTERM asks all ranks to stop after the step under way; a second one stops at once.
+    """Within it, Ctrl-C or SIGTERM asks all ranks to stop after the current step; a second one stops at once.
 
-    A step that has not ended `term_grace_s` seconds after SIGTERM is given up: the process leaves with status 143, and
-    the last checkpoint is what there is.
+    A step that has not ended `term_grace_s` seconds after SIGTERM is abandoned: the process exits with status 143, and
+    a resumed run starts from the last checkpoint.
     """
 
     def __init__(self, world: World, term_grace_s: float):
         self.world, self.signal = world, 0
-        # A thread of its own: Python's signal handlers wait until a collective or a kernel under way returns.
+        # A separate thread: Python runs a signal handler only after the current collective or kernel call returns.
         self._last_call = threading.Timer(term_grace_s, self._leave)
         self._last_call.daemon = True
 
@@ -177,21 +175,21 @@ class StopRequest:
         os._exit(128 + signal.SIGTERM)
 
     def status(self) -> int:
-        """0 while no rank was asked to stop, else the exit status of all: 130 (Ctrl-C) or 143 (SIGTERM)."""
+        """0 until a rank has been asked to stop, then the exit status of all: 130 (Ctrl-C) or 143 (SIGTERM)."""
         number = int(self.world.max(torch.tensor(float(self.signal))))
         return 128 + number if number else 0
 
 
 def make_deterministic() -> None:
-    """Only operations that give the same bits every time; an operation that cannot raises RuntimeError. Before any
-    CUDA call: cuBLAS reads its workspace setting once."""
+    """Allow only bit-reproducible operations; others raise RuntimeError. Call it before anything on CUDA: cuBLAS reads
+    its workspace setting once."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for every empty tensor, which nobody reads
+    torch.utils.deterministic.fill_uninitialized_memory = False  # saves a kernel per empty tensor
 
 
 def start(timeout_s: float = 1800.0) -> World:
-    """Join the process group that torchrun describes in the environment, if any, and choose the device."""
+    """Join the process group described by torchrun's environment variables, if any, and choose the device."""
     size, rank, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
     )
@@ -199,23 +197,23 @@ def start(timeout_s: float = 1800.0) -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # On Hopper SDPA would prefer cuDNN's attention, which plans anew for every shape, for tenths of a second; ours
-        # change with every batch.
+        # On Hopper SDPA would prefer cuDNN's attention, which spends tenths of a second planning for each new shape;
+        # ours change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if size > 1 and device.type == "cpu":
         torch.set_num_threads(cpu_share())  # torchrun sets 1
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), cpu_share()))  # torch's own number knows no quota
+        torch.set_num_threads(min(torch.get_num_threads(), cpu_share()))  # torch's default ignores CPU quotas
     if size == 1:
         return World(0, 1, device)
     timeout = timedelta(seconds=timeout_s)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # One torchrun keeps one store over its restarts: a rank could read where its dead predecessor was listening.
+        # torchrun keeps its store over restarts: without a prefix a rank could read the address of its predecessor.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    group = dist.new_group(backend="gloo", timeout=timeout)  # one that timed out could not say who is still there
+    group = dist.new_group(backend="gloo", timeout=timeout)  # separate: after a timeout a group can name no rank
     return World(rank, size, device, group, timeout_s)
 
 
