@@ -23,18 +23,18 @@ EMBEDDED_VOCABULARY = 400
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the estimate of a dry run needs to know of a model; no weights are loaded for it."""
+    """What the dry run's memory estimate needs to know of a model."""
 
     num_parameters: int
     num_trained: int  # fewer under LoRA
-    num_in_4_bits: int  # of the frozen ones
+    num_in_4_bits: int  # of the frozen parameters
     num_in_layers: int  # the rest: embeddings, last norm and head
     shape: PretrainedConfig  # layers, heads, widths, vocabulary
     bytes_per_element: int  # of the forward pass: 2 in bf16, 4 in fp32
     has_reference: bool  # beta > 0
     prompt_tokens: int  # length assumed of a prompt
-    logit_chunk_tokens: int  # tokens of which the head holds logits at a time
-    kv_budget: float = math.inf  # bytes that keys and values may take while sampling, where it is known
+    logit_chunk_tokens: int  # tokens whose logits the head holds at a time
+    kv_budget: float = math.inf  # bytes that the KV cache may take while sampling; inf: unknown
 
     @property
     def token_bytes(self) -> int:
@@ -75,14 +75,14 @@ def model_facts(config: Config, device: torch.device) -> ModelFacts:
 
 
 def _kv_budget(config: Config, device: torch.device, is_bf16: bool) -> float:
-    """As the sampler has it; unknown, unless it is stated, on a CPU in bf16: that is asked for a card elsewhere."""
+    """The sampler's budget; inf without kv_gib on a CPU in bf16, where the user is asking about a GPU elsewhere."""
     kv_gib = config.rollout.kv_gib
     is_here = torch.cuda.is_available() if device.type == "cuda" else not is_bf16
     return math.inf if kv_gib is None and not is_here else kv_budget(kv_gib, device)
 
 
 def dry_run_report(config: Config, world_size: int, model: ModelFacts) -> str:
-    """The resolved config, the effective batch and the estimated memory of a rank, as text for the terminal."""
+    """The resolved config, the effective batch and the estimated memory per rank, as text for the terminal."""
     memory = memory_estimate(config, world_size, model)
     lines = [dump(config), *_effective_batch(config, world_size, model), "", "memory per rank, estimated, GiB"]
     lines += [f"  {name:<34}{size / 2**30:>10.3f}" for name, size in memory.items()]
@@ -127,7 +127,7 @@ def _effective_batch(config: Config, world_size: int, model: ModelFacts) -> list
 
 
 def _decoded_together(config: Config, world_size: int, model: ModelFacts) -> int:
-    """Sequences that a rank decodes at a time: as many as there are, as allowed, and as memory holds at full length."""
+    """Sequences that a rank decodes at a time: the least of all, max_sequences and what fits at full length."""
     rollout = config.rollout
     each = model.token_bytes * (rollout.max_new_tokens + model.prompt_tokens / rollout.group_size)
     sequences = rollout.prompts_per_step * rollout.group_size // world_size
@@ -135,13 +135,13 @@ def _decoded_together(config: Config, world_size: int, model: ModelFacts) -> int
 
 
 def _tokens_of_a_pass(config: Config, model: ModelFacts) -> int:
-    """Of a micro-batch at most: a sequence that is longer than the budget has one to itself, less its last token."""
+    """Most tokens in a micro-batch: the budget or, if that is more, one sequence without its last token."""
     longest = model.prompt_tokens + config.rollout.max_new_tokens - 1
     return max(config.batch.tokens_per_micro_batch, longest)
 
 
 def _micro_batches(config: Config, world_size: int, model: ModelFacts) -> int:
-    """With every completion as long as allowed; auto is taken as packed, which it is for all but a few models."""
+    """Micro-batches if every completion has full length; auto is taken as packed, as it is for all but a few models."""
     rollout, batch = config.rollout, config.batch
     groups = rollout.prompts_per_step // (world_size * batch.minibatches)
     prompt, new, budget = model.prompt_tokens, rollout.max_new_tokens, batch.tokens_per_micro_batch
@@ -154,17 +154,17 @@ def _micro_batches(config: Config, world_size: int, model: ModelFacts) -> int:
 
 
 def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[str, int]:
-    """Bytes of one rank by purpose. Parts are summed as if all lived at once, so the total is an upper estimate; only
-    of two of which one is always gone the larger counts.
+    """Bytes of one rank by purpose. Summed as if all were allocated at once, so the total is an upper estimate; of two
+    parts that never exist together only the larger counts.
 
     Activations kept for the backward pass, per token and layer: 8 tensors as wide as the model and 4 as wide as the
-    MLP (SwiGLU); with checkpointing only the layer's input, and one layer at a time in full.
+    MLP (SwiGLU); with checkpointing only the layer's input, plus one layer in full.
     """
     rollout, shape, size = config.rollout, model.shape, model.bytes_per_element
     sequences = _decoded_together(config, world_size, model)
     groups = math.ceil(sequences / rollout.group_size)
     cached_tokens = groups * model.prompt_tokens + sequences * rollout.max_new_tokens
-    mlp_width = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size  # GPT-2, OPT: called otherwise
+    mlp_width = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size  # GPT-2, OPT: another name
     layer = (8 * shape.hidden_size + 4 * mlp_width) * size
     checkpointed = shape.num_hidden_layers * shape.hidden_size * size + layer
     activation = checkpointed if config.model.gradient_checkpointing else shape.num_hidden_layers * layer
@@ -181,9 +181,9 @@ def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[
 
 
 def weights_estimate(config: Config, world_size: int, model: ModelFacts) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of one rank for weights, gradients and moments: of what stays, and of what is gone while activations are.
+    """Bytes of one rank for weights, gradients and moments: (what stays, what is freed while activations exist).
 
-    Of what ranks share out (grpo.sharding), one rank's share, as if it were cut evenly.
+    Of what is sharded over ranks (grpo.sharding), one rank's share, assuming even shards.
     """
     size, trained, strategy = model.bytes_per_element, model.num_trained, config.distributed.strategy
     if world_size == 1:
@@ -199,11 +199,11 @@ def weights_estimate(config: Config, world_size: int, model: ModelFacts) -> tupl
         stays["frozen base"] = size * as_it_was + int(Nf4.BYTES_PER_WEIGHT * model.num_in_4_bits)
     if is_copied:
         (passing if strategy == "fsdp" else stays)["working copy" + ", bf16" * (size < 4)] = size * trained
-    if strategy == "fsdp":  # what is outside the layers and two layers, with their gradients
+    if strategy == "fsdp":  # all outside the layers, and two layers at a time, with gradients
         outside = model.num_parameters - model.num_in_layers
         two_layers = 2 * model.num_in_layers // model.shape.num_hidden_layers
         stays["gathered weights and gradients"] = 2 * size * (outside + two_layers)
-    if model.has_reference:  # shares the frozen base
+    if model.has_reference:  # under LoRA it shares the frozen base
         (passing if config.model.reference_offload else stays)["frozen reference"] = size * trained
     if config.objective.ref_refresh_every and size < 4:
         stays["masters of the reference, fp32"] = 4 * share(trained, "zero1", "fsdp")

@@ -1,7 +1,7 @@
-"""The first batch of a run: do sampler, packed rows and padded rows compute one and the same, but for rounding?
+"""A check on the first batch of a run: do sampler, packed rows and padded rows compute the same, up to rounding?
 
-Log-probs of a few completions are compared with those of padded rows in fp32, which every model can do. Called by
-train.py once in a process, before the first update.
+Log-probs of a few completions are compared with those of padded rows in fp32, which every model supports. Called by
+train.py once per process, before the first update.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from grpo.layers import in_fp32
 from grpo.logprobs import LogprobModel, PolicyModule
 from grpo.records import Group, MicroBatch
 
-YARDSTICK_SIZE = 3  # completions of one group: one after the prompt, one after another, one between two
-# Tokens of each: attention in fp32 stores its scores where heads share keys (on CUDA no kernel of torch's does both).
+YARDSTICK_SIZE = 3  # completions per group: in a packed row one is first, one between two others, one last
+# Tokens of each, at most: in fp32 on CUDA torch has no fused kernel for heads that share keys, and stores all scores.
 YARDSTICK_LENGTH = 512
 
 
 def check_first_batch(policy: PolicyModule, groups: list[Group], device: torch.device, layout: str) -> str:
-    """What was found, as a sentence; ValueError where rounding does not explain it."""
+    """The differences found, as a sentence. ValueError for more than rounding explains."""
     yardstick = make_yardstick(policy, groups, device)
     found = f"the sampler differs by {check_sampler(policy, yardstick):.1g} nats"
     if layout == "packed":
@@ -33,7 +33,7 @@ def check_first_batch(policy: PolicyModule, groups: list[Group], device: torch.d
 
 
 class Yardstick(NamedTuple):
-    """A few completions of a first batch in padded rows, and their log-probs, [T] each: what checks compare with."""
+    """A few completions of the first batch in padded rows, with their log-probs, [T] each: what checks compare with."""
 
     groups: list[Group]
     rows: MicroBatch
@@ -43,8 +43,8 @@ class Yardstick(NamedTuple):
 
 @torch.no_grad()
 def make_yardstick(policy: PolicyModule, groups: list[Group], device: torch.device) -> Yardstick:
-    """Up to YARDSTICK_SIZE different completions of the smallest group that has two, if any, and as many of the next
-    smallest; of long ones the beginnings."""
+    """Up to YARDSTICK_SIZE different completions of the smallest group that has two different ones, if any does, and as
+    many of the smallest other group; of each completion at most YARDSTICK_LENGTH tokens."""
     groups = [_beginning(group) for group in groups]
     differing = [group for group in groups if len({tuple(completion.ids) for completion in group.completions}) > 1]
     group = min(differing or groups, key=_num_tokens)
@@ -58,7 +58,7 @@ def make_yardstick(policy: PolicyModule, groups: list[Group], device: torch.devi
     own = truth = policy(rows)[0]
     if policy.working.dtype.itemsize < 4:
         options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
-        with in_fp32(policy.working):  # not the masters, which may be shared out over ranks
+        with in_fp32(policy.working):  # not the masters, which may be sharded
             truth = LogprobModel(policy.working, **options)(rows)[0]
     return Yardstick(pair, rows, own, truth)
 
@@ -73,13 +73,13 @@ def _num_tokens(group: Group) -> int:
 
 
 def check_sampler(policy: PolicyModule, yardstick: Yardstick) -> float:
-    """Mean error of the sampler's log-probs, in nats; ValueError where rounding does not explain it.
+    """Mean error of the sampler's log-probs, in nats. ValueError for more than rounding explains.
 
-    A model whose attention does what rollout does not know of would be sampled otherwise than it is trained.
+    Finds models whose attention has features that rollout does not implement: they would be sampled wrongly.
     """
     found = (yardstick.rows.tokens.sampler, yardstick.own)
     error, rounding = ((logprobs - yardstick.truth).abs().double().mean().item() for logprobs in found)
-    # In bf16 the sampler's logits are rounded as well, as those of the training head are not: one of 20 by 0.03.
+    # In bf16 the sampler rounds its logits, too, which the training head does not: a logit of 20 by up to 0.03.
     allowed = 4 * rounding + (1e-2 if policy.working.dtype.itemsize >= 4 else 0.1)
     if not error <= allowed:  # also where it is NaN
         raise ValueError(
@@ -91,11 +91,11 @@ def check_sampler(policy: PolicyModule, yardstick: Yardstick) -> float:
 
 @torch.no_grad()
 def check_packing(policy: PolicyModule, yardstick: Yardstick) -> tuple[float, float]:
-    """Mean and largest error of packed log-probs, in nats; ValueError where rounding explains neither.
+    """Mean and largest error of packed log-probs, in nats. ValueError if either is more than rounding explains.
 
-    Error: distance from the padded log-probs of the working copy, computed in fp32. Allowed: four times that of padded
-    rows in the policy's own precision, and a little. A completion that saw another, or missed its prompt, is off by far
-    more; nor must one group see the other, though their prompts may begin alike.
+    Error: distance from the padded log-probs of the working copy, computed in fp32. Allowed: four times the error of
+    padded rows in the policy's own precision, plus a small constant. A completion that sees another one or the other
+    group, or does not see its prompt, is off by far more.
     """
     rows, pair = yardstick.rows, yardstick.groups
     packed = policy(packed_row(pair, rows.sequences, rows.source.device))[0]

@@ -1,7 +1,7 @@
-"""What a terminal shows below the table of steps while work goes on: a few lines, rewritten in place.
+"""The progress display of a terminal, below the table of steps: a few lines, rewritten in place.
 
-Used by grpo.metrics: the phase under way with its bar and, once a training step is done, where the run stands. Outside
-phases the screen is clean, so anything may print there. Nothing is written where there is no terminal.
+Used by grpo.metrics: the current phase with its bar and, after the first training step, how far the run is. Outside
+phases the lines are erased, so that anything may print. Without a terminal nothing is written.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
-INTERVAL_S = 0.1  # between two drawings, of about 20 microseconds each
-RECENT_STEPS = 20  # that the time left is estimated from
+INTERVAL_S = 0.1  # between two redraws, of about 20 microseconds each
+RECENT_STEPS = 20  # from which the time left is estimated
 BARS = "▁▂▃▄▅▆▇█"
-WIDTH = 30  # of the bar and of a sparkline; less on a narrow terminal, where the numbers come first
+WIDTH = 30  # of the bar and of a sparkline, at most: numbers have priority on a narrow terminal
 CURVES = {"reward": "reward {:.3f}", "validation/accuracy": "validation accuracy {:.1%}"}
 
 
 def can_show() -> bool:
     """Whether standard output is a terminal that can move its cursor and print the bars."""
-    encodes = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()  # there is none where it was closed
+    encodes = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()  # None if it was closed
     return encodes and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def line_width() -> float:
-    """Columns of the terminal; endless where standard output is none that can show the view."""
+    """Columns of the terminal; infinite if standard output cannot show the display."""
     return shutil.get_terminal_size().columns if can_show() else math.inf
 
 
 def print_any_text() -> None:
-    """What standard output cannot encode is printed in escapes: a model's text must not end a run."""
+    """Print characters that the terminal cannot encode as escapes: a model's text must not end a run."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def fold(text: str, width: float) -> str:
-    """Lines wider than this broken between words, where a terminal would break within one."""
+    """Break lines wider than `width` between words; a terminal would break within one."""
     how = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
     return "\n".join(textwrap.fill(line, int(width), **how) if len(line) > width else line for line in text.split("\n"))
 
@@ -57,14 +57,14 @@ class Progress:
         self.is_shown = is_shown
         self.num_steps = num_steps  # of the run
         self._phase, self._begun_at, self._drawn_at = "", 0.0, 0.0
-        self._first = self._done = self._total = 0  # of the count under way: where its pace is measured from
+        self._first = self._done = self._total = 0  # of the current count; its pace is measured from _first on
         self._num_lines = 0  # on the screen
         self._standing: list[str] = []  # the lines below the bar
         self._curves: dict[str, list[float]] = {key: [] for key in CURVES}
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
 
     def begin(self, phase: str) -> None:
-        """A phase begins: its name is shown at once."""
+        """Begin a phase and show its name."""
         if self.is_shown:
             self._phase, self._begun_at = phase, time.monotonic()
             self._first = self._done = self._total = 0
@@ -74,7 +74,7 @@ class Progress:
         if not self.is_shown:
             return
         now = time.monotonic()
-        if self._total and (total != self._total or done < self._done):  # the phase counts something else from here
+        if self._total and (total != self._total or done < self._done):  # the phase starts another count
             self._first, self._begun_at = done, now
         self._done, self._total = done, total
         if now - self._drawn_at < INTERVAL_S:
@@ -88,7 +88,7 @@ class Progress:
         self._show([f"{self._phase:<10} {bar} {numbers}", *self._standing])
 
     def step_done(self, row: Mapping[str, Any]) -> None:
-        """Takes a row of metrics.jsonl into what is shown below the bar."""
+        """Update the lines below the bar from a row of metrics.jsonl."""
         if not self.is_shown:
             return
         self._ends.append(time.monotonic())
@@ -107,12 +107,12 @@ class Progress:
         self._standing = [f"step {row['step']} of {self.num_steps}{left}", "   ".join(curves), seconds]
 
     def close(self) -> None:
-        """Leave the screen as if nothing had been drawn."""
+        """Erase the display."""
         if self._num_lines:
             self._show([])
 
     def _show(self, lines: list[str]) -> None:
-        """These lines over those that are on the screen; erased is only what is left of them, so nothing flickers."""
+        """Overwrite the lines on the screen and erase only what remains of them, to avoid flicker."""
         back = f"\x1b[{self._num_lines}F" if self._num_lines else ""
         rewritten = "".join(f"{line[: _columns()]}\x1b[K\n" for line in lines)
         sys.stdout.write(f"{back}{rewritten}\x1b[J")
@@ -121,7 +121,7 @@ class Progress:
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
-    """At most `width` bars from the lowest value to the highest, each the mean of about as many values."""
+    """At most `width` bars, each the mean of about equally many values, scaled from the lowest mean to the highest."""
     count = min(width, len(values))
     edges = [i * len(values) // count for i in range(count + 1)]
     means = [fmean(values[start:end]) for start, end in itertools.pairwise(edges)]
@@ -131,15 +131,15 @@ def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
 
 
 def _columns() -> int:
-    """Of the terminal, less one: a line that wraps would be two to rewrite."""
+    """Columns of the terminal minus one, so that no line wraps: it would be two lines to rewrite."""
     return shutil.get_terminal_size().columns - 1
 
 
 def _fitting(room: int) -> int:
-    """The width of a drawing where so many columns are left for it."""
+    """The width of a bar or sparkline if `room` columns are left for it."""
     return min(WIDTH, max(room, 8))
 
 
 def _clock(seconds: float) -> timedelta:
-    """To whole seconds: 65.2 is shown as 0:01:05."""
+    """Rounded to whole seconds: 65.2 is shown as 0:01:05."""
     return timedelta(seconds=round(max(seconds, 0.0)))

@@ -1,7 +1,7 @@
-"""What a rank may use of the machine: CPUs and memory, by affinity and by the limits of a container or a batch system.
+"""The CPUs and memory that a rank may use, given its CPU affinity and the limits of a container or a batch system.
 
-Such limits are set on control groups (cgroups), and neither torch nor the system's own totals know them: more threads
-than the quota pays for wait for each other, and more memory than the limit ends the process. Standard library only.
+Such limits are set on control groups (cgroups); neither torch nor the system's totals take them into account. Threads
+beyond the CPU quota wait for each other, and memory beyond the limit ends the process. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux; elsewhere nothing is limited
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # on Linux; no limits elsewhere
 
 
 def cpu_share() -> int:
-    """CPUs of this rank, at least 1: an even share of those that its machine lets the ranks have, quotas rounded up."""
+    """CPUs of this rank, at least 1: an even share of those that its machine's ranks may use, quotas rounded up."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = _limits("cpu", ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
     return max(1, min([cpus, *map(math.ceil, quotas)]) // _local_ranks())
 
 
 def memory_share() -> int:
-    """Bytes of this rank: an even share of the machine's memory, or of what its ranks may have of it."""
+    """Bytes of memory of this rank: an even share of what the ranks of its machine may use."""
     limits = _limits("memory", ("memory.max",), ("memory.limit_in_bytes",))
     return int(min([_installed_memory(), *limits])) // _local_ranks()
 
 
 def _installed_memory() -> int:
-    if sys.platform == "darwin":  # where not every Python knows SC_PHYS_PAGES
+    if sys.platform == "darwin":  # not every Python there has SC_PHYS_PAGES
         return int(subprocess.check_output(("/usr/sbin/sysctl", "-n", "hw.memsize")))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -41,9 +41,9 @@ def _local_ranks() -> int:
 
 
 def _limits(controller: str, files: tuple[str, ...], files_of_v1: tuple[str, ...]) -> Iterator[float]:
-    """What the control groups of this process and those above them allow, in version 2 or 1 of their file system.
+    """The limits of this process's control groups and their parents, in version 2 or 1 of the cgroup file system.
 
-    Two numbers, in one file or in two, are a quota of CPU time and its period: CPUs are the quotient.
+    Two numbers, in one file or in two, are a quota of CPU time and its period; their quotient is a number of CPUs.
     """
     for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else ():
         _, controllers, group = line.split(":", 2)
@@ -51,7 +51,7 @@ def _limits(controller: str, files: tuple[str, ...], files_of_v1: tuple[str, ...
             continue
         top, names = (CGROUPS / controller, files_of_v1) if controllers else (CGROUPS, files)
         folder = top / group.lstrip("/")
-        # Up to the top in any case: in a container the group may be named as on the host, and only its own is mounted.
+        # Up to the root in any case: in a container the group may be named as on the host, but mounted as the root.
         for above in (folder, *folder.parents):
             with suppress(OSError):
                 limit, period = (*" ".join((above / name).read_text() for name in names).split(), 1)[:2]

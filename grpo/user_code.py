@@ -1,6 +1,6 @@
-"""Names of a user's own functions and classes, `path/to/file.py:name` or `module:name`, and what they stand for.
+"""Loads a user's own functions and classes by name, `path/to/file.py:name` or `module:name`.
 
-Imports nothing of ours: tasks, rewards and surrogates are all found here, in worker processes too.
+For tasks, rewards and surrogates, in worker processes too. Imports nothing else of this package.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from types import SimpleNamespace
 
 
 def located(name: str) -> str:
-    """`path/to/file.py:name` with the file's whole path, which holds in any folder; another name as it is."""
+    """`path/to/file.py:name` with an absolute path; any other name unchanged."""
     source, _, rest = name.rpartition(":")
     return f"{os.path.abspath(source)}:{rest}" if source.endswith(".py") else name
 
 
 def load_object(path: str) -> Callable:
-    """The function or class of `path/to/file.py:name` or `module:name`; ValueError where there is no such thing."""
+    """The function or class of `path/to/file.py:name` or `module:name`. ValueError if there is none."""
     source, _, name = path.rpartition(":")
     if not source.endswith(".py"):
         try:
             module = importlib.import_module(source)
-        except (ModuleNotFoundError, ValueError) as error:  # ValueError: no module is named
+        except (ModuleNotFoundError, ValueError) as error:  # ValueError: the module's name is empty
             raise ValueError(f"{path!r}: {error}; give path/to/file.py:name or module:name") from error
     elif not Path(source).is_file():
         raise ValueError(f"{path!r}: no file {source!r}; give path/to/file.py:name")
@@ -40,6 +40,6 @@ def load_object(path: str) -> Callable:
 
 @lru_cache
 def _run_file(file: str) -> SimpleNamespace:
-    """What a file defines, run once, as a module that only @dataclass finds, while it runs: by its name in sys.modules
-    its functions would be pickled, and no worker could import it."""
+    """Run a file once; returns what it defines. While it runs @dataclass finds it in sys.modules as file_STEM, but it
+    does not stay there: its functions would be pickled by that name, which no worker process could import."""
     return SimpleNamespace(**runpy.run_path(file, run_name=f"file_{Path(file).stem}"))
