@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) in place of full fine-tuning, in memory and in PEFT's files.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) in place of full fine-tuning, in memory and in PEFT's file format.
 
 `load` gives train.py and eval.py their Policy. The base is frozen, in the precision of the forward pass or in 4 bits,
-and there once: masters, working copy and reference share its tensors. The reference is the base: its own adapters stay
-at 0.
+and exists once: masters, working copy and reference share its tensors. The reference computes as the base does, because
+its own copy of the adapters stays at its initial 0.
 
     python -m grpo.lora merge RUN OUT    write W + scale B A as a plain Hugging Face model
 """
@@ -28,7 +28,7 @@ from grpo.config import LoraConfig
 from grpo.policy import ADAPTER_CONFIG, Policy, choose_precision, from_hub, load_model, load_model_config, load_policy
 
 WEIGHTS = "adapter_model.safetensors"
-# PEFT's keys: those that we read, those without effect on a trained adapter, and what else is allowed to be set.
+# PEFT's keys: those that we read, with our names; those without effect on a trained adapter; values others may have.
 OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
 OURS |= {name: name for name in ("target_modules", "modules_to_save")}
 WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version"}
@@ -37,15 +37,15 @@ ALLOWED = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
 
 
 class LoraLinear(nn.Linear):
-    """W x + bias + scale B A x, with W and bias those of `base` (arXiv:2106.09685 section 4.1).
+    """W x + bias + scale B A x, where W and bias are those of `base` (arXiv:2106.09685 section 4.1).
 
     scale = alpha / rank, or alpha / sqrt(rank) with rslora (arXiv:2312.03732).  lora_A: [rank, in], uniform within
-    1 / sqrt(in) as the authors' code has it (the paper: Gaussian); lora_B: [out, rank], 0, so that training starts at
+    +-1 / sqrt(in) as in the authors' code (in the paper: Gaussian); lora_B: [out, rank], 0, so that training starts at
     the base. Both fp32.
     """
 
     def __init__(self, base: nn.Linear, settings: LoraConfig, generator: torch.Generator):
-        nn.Module.__init__(self)  # nn.Linear's own would make a second W
+        nn.Module.__init__(self)  # nn.Linear's __init__ would allocate a second W
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.scale = settings.alpha / (settings.rank**0.5 if settings.rslora else settings.rank)
@@ -56,12 +56,12 @@ class LoraLinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, settings.rank, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Without a gradient (sampler, old, reference) there is no dropout: those are the policy's own log-probs.
+        # No dropout in passes without gradient (sampler, old, reference): they measure the policy itself.
         kept = F.dropout(x, self.dropout) if self.dropout and torch.is_grad_enabled() else x
         output, low = self.frozen(x), F.linear(kept, self.lora_A)
-        if torch.compiler.is_compiling():  # the sum becomes a part of the elementwise kernel that follows
+        if torch.compiler.is_compiling():  # fused into the elementwise kernel that follows
             return output + self.scale * F.linear(low, self.lora_B)
-        total = output.view(-1, self.out_features)  # added to in place: a sum of its own would be as large
+        total = output.view(-1, self.out_features)  # in place: saves a tensor of this size
         total.addmm_(low.view(-1, low.shape[-1]), self.lora_B.t(), alpha=self.scale)
         return output
 
@@ -71,7 +71,7 @@ class LoraLinear(nn.Linear):
 
 
 class Nf4LoraLinear(LoraLinear):
-    """The same over a W in 4 bits, which is no parameter: no cast and no optimizer reaches it."""
+    """LoraLinear with W in 4 bits. W is no nn.Parameter, so that no cast and no optimizer touches it."""
 
     def __init__(self, base: nn.Linear, settings: LoraConfig, generator: torch.Generator):
         super().__init__(base, settings, generator)
@@ -85,7 +85,7 @@ class Nf4LoraLinear(LoraLinear):
 class Nf4:
     """A frozen matrix in 4 bits (NormalFloat, arXiv:2305.14314 section 3, without its double quantization).
 
-    64 weights in a row have one fp32 scale, their largest magnitude. Every copy of a model shares it.
+    Each block of 64 consecutive weights has one fp32 scale, its largest magnitude. Copies of a model share the matrix.
     """
 
     BYTES_PER_WEIGHT = 1 / 2 + 4 / 64
@@ -98,7 +98,7 @@ class Nf4:
         return self
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """W x + bias in the precision of x. The backward pass makes W anew from its 4 bits: no W is kept for it."""
+        """W x + bias in the precision of x. The backward pass dequantizes W again instead of keeping it."""
         return self._library.matmul_4bit(x, self.packed.t(), self.state, bias=bias)
 
 
@@ -106,7 +106,7 @@ LAYERS = {"none": LoraLinear, "nf4": Nf4LoraLinear}  # by lora.quantize
 
 
 def bitsandbytes() -> object:
-    """The library that computes with 4 bits. ValueError where it is not installed."""
+    """The library that computes with 4-bit weights. ValueError if it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -119,10 +119,10 @@ def bitsandbytes() -> object:
 def add_adapters(
     model: PreTrainedModel, settings: LoraConfig, *, seed: int = 0, device: torch.device | None = None
 ) -> None:
-    """Freeze `model` in place but for fresh adapters on `target_modules` and, whole and fp32, `modules_to_save`.
+    """Freeze `model` in place, except for new adapters on `target_modules` and all of `modules_to_save`, in fp32.
 
-    As in PEFT a target stands for every linear layer whose dotted name ends in it, a module to save for every module
-    whose name ends so, dot or not. ValueError for a name that fits none. device: where adapted layers are moved to.
+    As in PEFT a target matches every linear layer whose dotted name ends in .TARGET, a module to save every module
+    whose name ends in it, dot or not. ValueError for a name without a match. device: where adapted layers are moved to.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -146,7 +146,8 @@ def add_adapters(
 
 
 def _named(model: nn.Module, names: tuple[str, ...], key: str, kind: type) -> dict[str, nn.Module]:
-    """The modules that `names` stand for; `key` names them in the error. A subclass of nn.Linear computes otherwise."""
+    """The modules that `names` match; `key` is the config key for the error. Subclasses of nn.Linear do not match: they
+    may compute something else."""
     is_kind = lambda module: kind is nn.Module or type(module) is kind
     modules = {name: module for name, module in model.named_modules() if name and is_kind(module)}
     fits = lambda module, name: f".{module}".endswith(f".{name}" if kind is nn.Linear else name)
@@ -159,7 +160,7 @@ def _named(model: nn.Module, names: tuple[str, ...], key: str, kind: type) -> di
 
 @torch.no_grad()
 def merge(model: PreTrainedModel) -> None:
-    """Make every adapted layer of a model in fp32 a plain linear layer of W + scale B A, in place."""
+    """Replace every adapted layer of an fp32 model by a plain linear layer of W + scale B A, in place."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLinear):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -169,9 +170,9 @@ def merge(model: PreTrainedModel) -> None:
 
 
 class AdaptedPolicy(Policy):
-    """A policy of which only adapters and `modules_to_save` are trained, and saved.
+    """A policy of which only adapters and `modules_to_save` are trained and saved.
 
-    arguments: those of Policy.  base: its hub id or folder.
+    arguments: those of Policy.  base: hub id or folder of the frozen base.
     """
 
     def __init__(self, *arguments: object, settings: LoraConfig, base: str):
@@ -181,10 +182,10 @@ class AdaptedPolicy(Policy):
     def save(self, folder: Path, state: dict | None = None) -> None:
         """Write the fp32 adapters in PEFT's format, and the tokenizer.
 
-        state: a copy of an earlier `state_dict`, to be written instead of what the policy is now.
+        state: write these weights, a copy of an earlier `state_dict`, instead of the current ones.
         """
         tensors = {_peft_name(name): tensor for name, tensor in (state or self.state_dict())["masters"].items()}
-        # safetensors writes several entries in any order; with one alone equal adapters are equal files.
+        # safetensors writes several entries in arbitrary order; with only one, equal adapters are equal files.
         metadata = {"format": "pt"} | ({"quantize": "nf4"} if self.settings.quantize == "nf4" else {})
         save_file(tensors, folder / WEIGHTS, metadata=metadata)
         settings = {theirs: getattr(self.settings, ours) for theirs, ours in OURS.items()}
@@ -202,10 +203,10 @@ def load(
     seed: int = 0,
     unquantized: bool = False,
 ) -> Policy:
-    """A hub id or local folder -> Policy on `device`: with fresh adapters where settings.rank > 0.
+    """A hub id or local folder -> Policy on `device`, with new adapters if settings.rank > 0.
 
-    A folder in PEFT's format gives its base with the adapters found there, in 4 bits if they were trained over such a
-    base, unless it is to be `unquantized`.
+    A folder in PEFT's format gives its base with the adapters found there; the base is in 4 bits if they were trained
+    over such a one, except with `unquantized`.
     """
     folder = Path(path).expanduser()
     has_adapters = (folder / ADAPTER_CONFIG).is_file()
@@ -227,7 +228,7 @@ def load(
 
 
 def read_config(folder: Path) -> tuple[LoraConfig, str]:
-    """Settings and base of a folder in PEFT's format. ValueError for what PEFT can do and we cannot."""
+    """Settings and base of a folder in PEFT's format. ValueError for PEFT features that are not supported here."""
     path = folder / ADAPTER_CONFIG
     found = json.loads(path.read_text(encoding="utf-8"))
     foreign = {key: value for key, value in found.items() if value and key not in {*OURS, *WITHOUT_EFFECT}}
@@ -241,14 +242,14 @@ def read_config(folder: Path) -> tuple[LoraConfig, str]:
         raise ValueError(f"{path}: base_model_name_or_path={base!r} is no model; correct it there")
     settings = {ours: found.get(theirs) for theirs, ours in OURS.items()}
     names = {name: tuple(settings.pop(name) or ()) for name in ("target_modules", "modules_to_save")}
-    with safe_open(folder / WEIGHTS, "pt") as file:  # PEFT's config has no place for it
+    with safe_open(folder / WEIGHTS, "pt") as file:  # PEFT's config has no key for it
         quantize = (file.metadata() or {}).get("quantize", "none")
     return LoraConfig(**settings, **names, quantize=quantize), base
 
 
 @torch.no_grad()
 def read_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Fill what is trained in `model` with the tensors of a folder in PEFT's format."""
+    """Fill the trained parameters of `model` from a folder in PEFT's format. ValueError if names or shapes differ."""
     found = load_file(folder / WEIGHTS)
     expected = {_peft_name(name): tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     shapes = [{(name, *tensor.shape) for name, tensor in tensors.items()} for tensors in (expected, found)]
@@ -260,12 +261,12 @@ def read_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _peft_name(name: str) -> str:
-    """Of one of our parameters in PEFT's file: model.norm.weight, or model.layers.0.mlp.up_proj.lora_A."""
+    """PEFT's name for one of our parameters, such as model.norm.weight or model.layers.0.mlp.up_proj.lora_A."""
     return f"base_model.model.{name}" + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
 
 
 def write_merged(run: str, out: str) -> None:
-    """The best or else last checkpoint of a run folder, or one folder in PEFT's format, as a plain model in `out`."""
+    """Write a run's best (else last) checkpoint, or a folder in PEFT's format, to `out` as a plain model."""
     (folder, _), out = checkpoint.model_folder(run), Path(out).expanduser()
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; name a run or checkpoint with adapters")
@@ -286,7 +287,7 @@ def write_merged(run: str, out: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """python -m grpo.lora merge RUN OUT; a user's mistake is one line and status 2."""
+    """python -m grpo.lora merge RUN OUT. Returns the exit status: 2, after one line, for a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="python -m grpo.lora", description=__doc__.partition("\n")[0])
     command = parser.add_subparsers(required=True).add_parser("merge", help="write base and adapters as one model")
     command.add_argument("run", help="run folder (its best checkpoint, else its last) or a folder in PEFT's format")

@@ -2,12 +2,12 @@
 
     ddp     all three whole on every rank
     zero1   shares of masters and moments; gradients whole, averaged by DistributedDataParallel (ZeRO stage 1,
-            arXiv:1910.02054 section 5.1), the same bits as under ddp
-    fsdp    shares of all three (FSDP2): the training forward gathers one layer at a time, and the working copy is
-            there only while something is sampled
+            arXiv:1910.02054 section 5.1), bit-identical to ddp
+    fsdp    shares of all three (FSDP2): the training forward gathers one layer at a time, and the sampler's working
+            copy exists only while sampling
 
-A share is a DTensor: this rank's rows of dimension 0, cut as torch.chunk cuts. What leaves for a checkpoint is whole,
-so a run may go on under another strategy or with another number of ranks.
+A share, or shard, is a DTensor: this rank's rows of dimension 0, split as by torch.chunk. Checkpoints hold whole
+tensors, so a run may be resumed under another strategy or with another number of ranks.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from grpo.layers import decoder_layers
 if TYPE_CHECKING:
     from grpo.policy import Policy
 
-BUCKET_BYTES = 2**25  # of whole tensors that are gathered together
+BUCKET_BYTES = 2**25  # size of the whole tensors that are gathered in one message
 
 
 def rows_of(whole: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's rows, a view; none where there are fewer rows than ranks."""
+    """A view of this rank's rows; it may have none if there are fewer rows than ranks."""
     rows = whole.chunk(mesh.size())[mesh.get_local_rank() : mesh.get_local_rank() + 1]
     return rows[0] if rows else whole[:0]
 
 
 def share_of(whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This rank's share: a view of a tensor that is whole and the same on every rank."""
+    """This rank's share, a view, of a tensor that is whole and the same on every rank."""
     return as_share(rows_of(whole, mesh), whole, mesh)
 
 
 def as_share(rows: Tensor, whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This rank's rows of something with the shape of `whole`."""
+    """This rank's rows, of a tensor with the shape of `whole`, as a DTensor."""
     layout = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
     return DTensor.from_local(rows, mesh, [Shard(0)], **layout)
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    """The shares of all ranks joined; what is no share is whole already."""
+    """The shares of all ranks joined; any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def for_writer(tensor: Tensor) -> Tensor:
-    """What is whole as it is; a share made whole, on the CPU of rank 0, which writes: every rank must call it."""
+    """A whole tensor unchanged; a share gathered on the CPU of rank 0, which writes it. Every rank must call it."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     whole = whole_of(tensor.detach())
@@ -71,7 +71,8 @@ def fill(tensor: Tensor, whole: Tensor) -> None:
 
 
 def fill_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Write into each whole tensor another whole one, or the shares of all ranks, joined; many travel together."""
+    """Copy into the first of each pair, a whole tensor, the second: a whole one, or a share, gathered from all ranks in
+    buckets."""
     buckets, end = defaultdict(list), 0
     for whole, own in pairs:
         if isinstance(own, DTensor):
@@ -84,7 +85,8 @@ def fill_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _gather(wholes: tuple[Tensor, ...], shares: tuple[DTensor, ...]) -> None:
-    """From each rank one message in the dtype of the whole tensors: its rows of each, in as much room as most have."""
+    """Fill whole tensors from the shares of all ranks in one all_gather, in the dtype of the whole tensors. A rank with
+    fewer rows leaves part of its slot unused."""
     mesh = shares[0].device_mesh
     sizes = [whole.chunk(mesh.size())[0].numel() for whole in wholes]
     fitting = lambda slot, rows: slot[: rows.numel()].view_as(rows)
@@ -102,9 +104,9 @@ def _gather(wholes: tuple[Tensor, ...], shares: tuple[DTensor, ...]) -> None:
 
 
 class SharedAdamW(torch.optim.AdamW):
-    """AdamW on this rank's rows of the masters; its state in a checkpoint is that of AdamW on whole ones.
+    """AdamW on this rank's rows of the masters; in a checkpoint its state looks like that of AdamW on whole masters.
 
-    masters: the parameters that get the gradients, in the order of `shares`; under fsdp they are the shares.
+    masters: the parameters that receive the gradients, in the order of `shares`; under fsdp they are the shares.
     """
 
     def __init__(self, shares: list[DTensor], masters: list[nn.Parameter], **options: object):
@@ -113,7 +115,7 @@ class SharedAdamW(torch.optim.AdamW):
         self.pairs = list(zip(shares, masters, strict=True))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of the masters."""
+        """Clear the gradients of the masters."""
         for _, master in self.pairs:
             if set_to_none:
                 master.grad = None
@@ -121,7 +123,7 @@ class SharedAdamW(torch.optim.AdamW):
                 master.grad.zero_()
 
     def step(self) -> None:
-        """On this rank's rows, by its rows of each gradient."""
+        """Update this rank's rows with its rows of each gradient."""
         for rows, (share, master) in zip(self.rows, self.pairs, strict=True):
             gradient = master.grad
             rows.grad = gradient.to_local() if share is master else rows_of(gradient, share.device_mesh)
@@ -130,28 +132,28 @@ class SharedAdamW(torch.optim.AdamW):
             rows.grad = None
 
     def state_dict(self) -> dict:
-        """On rank 0 as of AdamW on whole masters, on the CPU. Every rank must call it."""
+        """On rank 0 the state of AdamW on whole masters, on the CPU. Every rank must call it."""
         return self._convert(
             super().state_dict(),
             lambda value, share: for_writer(as_share(value, share, share.device_mesh) if value.dim() else value),
         )
 
     def load_state_dict(self, state: dict) -> None:
-        """This rank's rows of what `state_dict` gave to rank 0."""
+        """Load this rank's rows of the state that `state_dict` returned on rank 0."""
         rows = lambda value, share: rows_of(value, share.device_mesh).clone() if value.shape == share.shape else value
         super().load_state_dict(self._convert(state, rows))
 
     def _convert(self, state: dict, convert: Callable[[Tensor, DTensor], Tensor]) -> dict:
-        """The state with convert(value, share) in the place of every value, a moment of that share or its step."""
+        """The state with every value, a share's moment or step count, replaced by convert(value, share)."""
         shares, of_all = [share for share, _ in self.pairs], state["state"]
         converted = {i: {name: convert(value, shares[i]) for name, value in of_all[i].items()} for i in sorted(of_all)}
         return state | {"state": converted}
 
 
 def shard_fully(module: nn.Module, policy: Policy, mesh: DeviceMesh) -> None:
-    """Turn the masters that `module` trains into shares, in place: a layer is gathered when its turn comes.
+    """Turn the masters that `module` trains into shares, in place; each layer is gathered when it is computed.
 
-    Gradients are reduced in fp32 with every micro-batch: to keep them until the last would take them whole.
+    Gradients are reduced in fp32 with every micro-batch: to keep them until the last, each rank would need them whole.
     """
     options: dict = {"mesh": mesh}
     if policy.model.dtype == torch.bfloat16:
@@ -165,9 +167,9 @@ def shard_fully(module: nn.Module, policy: Policy, mesh: DeviceMesh) -> None:
 
 
 def distribute(module: nn.Module, policies: list[Policy], world: World, strategy: str) -> nn.Module:
-    """`module`, the PolicyModule of the first policy, as its gradients are formed over all ranks.
+    """`module`, the PolicyModule of the first policy, wrapped so that its gradients are averaged over all ranks.
 
-    What the strategy says of masters holds for every policy given: one that follows the first goes the same way.
+    The masters of all policies given are sharded as the strategy says: a MovingReference must match its policy.
     """
     if world.size == 1:
         return module
