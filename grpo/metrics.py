@@ -1,6 +1,6 @@
-"""What a run writes down and what a person sees: metrics, completions, curves, the console.
+"""What a run records and shows: metrics, completions, curves, the console.
 
-RunLogger is the one writer of the run folder (rank 0; on other ranks every call does nothing). Its place in
+RunLogger writes these files of the run folder (on rank 0; on other ranks every call does nothing). Its position in
 metrics.jsonl is part of the checkpoint, so a resumed run repeats no line. docs/metrics.md defines every key.
 """
 
@@ -31,10 +31,10 @@ from grpo.live import Progress, can_show, fold, line_width
 from grpo.records import Group, Scores
 from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
-CARRIED = Path(__file__).with_name("metrics.md")  # a link to that of docs/, in a wheel the file itself
-DEFINITIONS = CARRIED if CARRIED.is_file() else CARRIED.parents[1] / "docs" / CARRIED.name  # copies may lack links
+CARRIED = Path(__file__).with_name("metrics.md")  # a symlink to docs/metrics.md; in a wheel the file itself
+DEFINITIONS = CARRIED if CARRIED.is_file() else CARRIED.parents[1] / "docs" / CARRIED.name  # copies may lose symlinks
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "triton", "numpy", "tyro")
-GROUPS_WITH_TOKENS = 2  # of a step: all of them would make completions/ several times as large
+GROUPS_WITH_TOKENS = 2  # per step: in all groups, tokens would make completions/ several times as large
 TRAINING_PHASES = ("rollout", "score", "update")
 COLUMNS = {  # key: heading, format; reward components come after `reward`
     "step": ("step", "d"),
@@ -46,13 +46,13 @@ COLUMNS = {  # key: heading, format; reward components come after `reward`
     "tokens_per_second": ("tok/s", ",.0f"),
     **{f"seconds/{phase}": (f"{phase} s", ".2f") for phase in TRAINING_PHASES},
 }
-PANELS = {  # title: key, without its components; the validation accuracy has a panel of its own
+PANELS = {  # title: first part of the key; validation accuracy has a panel of its own
     "mean reward": "reward",
     "KL to the reference, nats": "kl",
     "entropy, nats": "entropy",
     "completion length, tokens": "completion_length",
     "tokens per second": "tokens_per_second",
-    "gradient norm": "grad_norm",  # in the place of one that the run has not
+    "gradient norm": "grad_norm",  # shown only if the run lacks one of the others
 }
 
 
@@ -60,7 +60,7 @@ Points = Sequence[tuple[float, float]]
 
 
 class PhaseTimer:
-    """Wall seconds by phase: `with timer("rollout"): ...`. Shows them on a terminal, too."""
+    """Wall seconds by phase: `with timer("rollout"): ...`. On a terminal it also shows the current phase."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -86,18 +86,18 @@ class PhaseTimer:
 
 
 def training_seconds(seconds: Mapping[str, float], prefix: str = "") -> float:
-    """Of seconds by phase those of rollout, score and update; evaluation, checkpoints and the base do not count."""
+    """Seconds of rollout, score and update, given seconds by phase; evaluation, checkpoints and base do not count."""
     return sum(seconds.get(prefix + phase, 0.0) for phase in TRAINING_PHASES)
 
 
 def rival_name(habit_steps: int) -> str:
-    """What stands beside the result on the embedded task: the model before `base.habit_steps`, else one trained on."""
+    """Name of the embedded task's comparison: the model before the habit phase, or supervised training continued."""
     return "before the habit" if habit_steps else "supervised instead"
 
 
 def table_row(row: Mapping[str, Any], width: float = math.inf) -> tuple[str, str]:
-    """Heading and cells of one step, aligned. A missing value is left blank; the last columns beyond `width` are left
-    out, so that no row of a terminal is two."""
+    """Heading and cells of one step, aligned. A missing value is blank; columns beyond `width` characters are left out,
+    so that no row wraps."""
     components = {key: (key.removeprefix("reward/"), ".3f") for key in row if key.startswith("reward/")}
     columns = {key: COLUMNS[key] for key in ("step", "reward")} | components | COLUMNS
     headings, cells = [], []
@@ -113,8 +113,8 @@ def table_row(row: Mapping[str, Any], width: float = math.inf) -> tuple[str, str
 class RunLogger:
     """Writes metrics.jsonl, completions/, env.json, summary.json and curves.png; prints the table; feeds the trackers.
 
-    track: names of trackers, opened at the first step that they get.  config: every setting by its dotted key, for
-    them, and num_steps for the display. ValueError where another process is writing in the same folder.
+    track: names of trackers, opened at the first step that is logged.  config: every setting by its dotted key, for
+    them; num_steps is for the display. ValueError if another process is using the same folder.
     """
 
     def __init__(
@@ -126,11 +126,11 @@ class RunLogger:
         self.progress = Progress(is_writer and can_show(), self._config.get("num_steps", 0))
         self.timer = PhaseTimer(self.progress)
         self.width = line_width()  # of what is printed
-        self._num_rows = 0  # of the table; its heading comes again every 20 rows
+        self._num_rows = 0  # printed so far: the heading is repeated every 20 rows
         self._trackers: dict[str, Tracker] = {}
         self._tracker_ids: dict[str, str] = {}
         self._last_step = 0
-        self._is_placed = False  # metrics.jsonl stands where this run begins
+        self._is_placed = False  # whether metrics.jsonl has been cut to where this process begins
         if is_writer:
             self._file = (run_dir / "metrics.jsonl").open("ab")
             try:
@@ -141,7 +141,7 @@ class RunLogger:
                 self.say(f"run folder {run_dir} cannot be locked ({error.strerror}): start no second run in it")
 
     def say(self, text: str) -> None:
-        """Print on rank 0, at once."""
+        """Print on rank 0, flushed."""
         if self.is_writer:
             self.progress.close()
             print(fold(text, self.width), flush=True)
@@ -151,7 +151,7 @@ class RunLogger:
         if not self.is_writer:
             return
         if not self._is_placed:
-            self._place(0)  # restarted before its first checkpoint: the run begins again
+            self._place(0)  # no checkpoint was loaded: the run starts from scratch
         row = {key: None if value is None or not math.isfinite(value) else value for key, value in row.items()}
         with self._naming_the_folder():
             self._file.write(json.dumps(row).encode() + b"\n")
@@ -167,7 +167,7 @@ class RunLogger:
 
     def _open_trackers(self) -> dict[str, Tracker]:
         for name in self._track:
-            if name not in self._trackers:  # only now is it known whether a run goes on, and where
+            if name not in self._trackers:  # only now is it known whether the run was resumed, and from where
                 run_id = self._tracker_ids.get(name)
                 self._trackers[name] = TRACKERS[name](self.run_dir, self._config, run_id, self._last_step + 1)
                 self._tracker_ids[name] = self._trackers[name].id
@@ -188,7 +188,7 @@ class RunLogger:
 
     @contextmanager
     def _naming_the_folder(self) -> Iterator[None]:
-        """A full disk says no more than that it is full."""
+        """Adds the folder's name to an OSError: that of a full disk names none."""
         try:
             yield
         except OSError as error:
@@ -208,13 +208,13 @@ class RunLogger:
                 self.say(f"curves.png is not drawn: {error.name} is not installed (pip install matplotlib)")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where metrics.jsonl stands, the seconds spent so far and the runs of the trackers."""
+        """The end of metrics.jsonl, the last step, the seconds spent so far and the ids of the trackers' runs."""
         offset = self._file.tell() if self.is_writer else 0
         state = {"offset": offset, "step": self._last_step, "seconds": dict(self.timer.totals)}
         return state | {"trackers": dict(self._tracker_ids)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was written: later lines and completions go, their steps come again."""
+        """Go back to where a checkpoint was saved: remove later lines and completions; their steps will be repeated."""
         self._last_step = state["step"]
         self.timer.totals, self.timer.recent = dict(state["seconds"]), {}
         if self.is_writer:
@@ -249,11 +249,11 @@ def completion_lines(
     *,
     num_with_tokens: int,
 ) -> list[str]:
-    """The lines of each group in completions/, a JSON object a completion. advantages: [P, G].
+    """The lines of each group in completions/, one JSON object per completion. advantages: [P, G].
 
-    `python -m grpo.rewards check` reads these lines again, for rewards that need no further column of the problem. A
+    `python -m grpo.rewards check` can score these lines again, unless a reward needs further columns of the problem. A
     component without a value is null; its status says why. Numbers have 6 digits. The first num_with_tokens groups also
-    have each token's text and log-prob as sampled, natural, to 3 decimals.
+    have each token's text and sampler log-prob (natural log, 3 decimals).
     """
     texts = [""] * len(groups)
     columns = (scores.components.tolist(), scores.status, scores.total.tolist(), advantages.tolist())
@@ -279,19 +279,19 @@ def completion_lines(
 
 
 def _short(value: float) -> float:
-    """The 6 digits that fp32 has for certain: 0.1, and not 0.10000000149011612."""
+    """Rounded to the 6 digits that fp32 guarantees: 0.1, not 0.10000000149011612."""
     return float(f"{value:.6g}")
 
 
 def token_texts(tokenizer: Any) -> Callable[[int], str]:
-    """Token id -> the text that it adds, remembered. Decoded behind another: some tokenizers drop a first space."""
+    """A cached function: token id -> text. Decoded behind another token, as some tokenizers drop a leading space."""
     before = tokenizer.encode("a", add_special_tokens=False)[-1:]
     start = len(tokenizer.decode(before))
     return cache(lambda token: tokenizer.decode([*before, token])[start:])
 
 
 def length_metrics(scores: Scores, seconds: float) -> dict[str, float]:
-    """How much was written, how fast (`seconds` of rollout, scoring and update), and how much ran into the limit."""
+    """Number of tokens, tokens per second (`seconds`: of rollout, scoring and update), mean length, share truncated."""
     num_tokens, num_completions = int(scores.lengths.sum()), scores.lengths.numel()
     return {
         "tokens": num_tokens,
@@ -302,16 +302,16 @@ def length_metrics(scores: Scores, seconds: float) -> dict[str, float]:
 
 
 def environment(*, seed: int, world_size: int, dispatch: dict[str, Any]) -> dict[str, Any]:
-    """What env.json holds: enough to say where a number came from."""
+    """The content of env.json: enough to trace where a result came from."""
     return {"command": sys.argv, "seed": seed, "world_size": world_size, "dispatch": dispatch, **machine()}
 
 
 def machine() -> dict[str, Any]:
-    """What runs here: this code, what it is built on, and the hardware."""
+    """The commit of this code, versions of what it is built on, and the hardware."""
     return {
         "commit": git_commit(),
         "python": platform.python_version(),
-        "versions": {name: installed(name) for name in PACKAGES},  # of what can change a number
+        "versions": {name: installed(name) for name in PACKAGES},  # those that can change results
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -321,12 +321,12 @@ def machine() -> dict[str, Any]:
 
 
 def installed(package: str) -> str:
-    """Its version, or that it is not."""
+    """The version of an installed package, else "not installed"."""
     return next((found.version for found in distributions(name=package)), "not installed")
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with `-dirty` where files differ from it; None outside git."""
+    """The commit of this checkout, with `-dirty` if tracked files differ from it; None outside git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -340,8 +340,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file of a run, less one that is being written, or that a kill cut off. NaN is None."""
-    lines = path.read_bytes().split(b"\n")[:-1]  # bytes: a kill may cut within a character, and a text hold U+2028
+    """The lines of a JSONL file of a run, without an unfinished last line. NaN becomes None."""
+    lines = path.read_bytes().split(b"\n")[:-1]  # bytes: a kill may cut a character, and text may contain U+2028
     try:
         return [json.loads(line, parse_constant=lambda _: None) for line in lines]
     except ValueError as error:
@@ -350,16 +350,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def draw_curves(run_dir: Path, *, start_accuracy: float | None = None, supervised: Points = ()) -> None:
     """curves.png: reward by component, validation accuracy, KL, entropy, length and speed over training steps; the
-    norm of the gradient where there is no KL.
+    gradient norm if there is no KL.
 
-    start_accuracy: validation accuracy before the first step. supervised: (seconds, accuracy) of supervised training
-    that went on instead; the accuracy panel then counts training seconds (evaluation and checkpoints left out), so
-    that the two lines can be compared.
+    start_accuracy: validation accuracy before the first step. supervised: (seconds, accuracy) of continued supervised
+    training; the accuracy panel is then over training seconds (without evaluation and checkpoints), so that the two
+    lines can be compared.
     """
     from matplotlib.figure import Figure
 
     rows = read_metrics(run_dir)
-    figure = Figure(figsize=(11, 6.2), layout="constrained")  # to be read at the width of a page
+    figure = Figure(figsize=(11, 6.2), layout="constrained")  # readable at the width of a page
     accuracy_axes, *others = figure.subplots(2, 3).flat
     _draw_accuracy(accuracy_axes, rows, start_accuracy, supervised)
     recorded = sorted({name for row in rows for name in row})
@@ -382,8 +382,8 @@ def draw_curves(run_dir: Path, *, start_accuracy: float | None = None, supervise
 
 
 def _draw_line(axes: Any, steps: list[int], values: list[float], name: str) -> None:
-    """As it is; of many steps a running mean of a fiftieth of them, over the values themselves in the background."""
-    width = len(steps) // 50 | 1  # odd: as many on either side
+    """Plot the values; if there are many steps, pale behind a running mean over a fiftieth of them."""
+    width = len(steps) // 50 | 1  # odd: symmetric
     if width < 5:
         axes.plot(steps, values, marker="." if len(steps) < 5 else None, label=name)
         return
@@ -411,20 +411,20 @@ def _draw_accuracy(axes: Any, rows: list[dict[str, Any]], start_accuracy: float 
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a key where it has one."""
+    """Steps and values of a key, without missing values."""
     present = [row for row in rows if row.get(key) is not None]
     return [row["step"] for row in present], [row[key] for row in present]
 
 
 @cache
 def documented_keys() -> dict[str, str]:
-    """What docs/metrics.md says of each key that it defines; `<...>` in a key stands for a name."""
+    """The text of docs/metrics.md for each key that it defines; `<...>` in a key stands for a name."""
     text = DEFINITIONS.read_text(encoding="utf-8")
     found = re.findall(r"^- `([^`]+)`: (.*(?:\n  .*)*)", text, flags=re.MULTILINE)
     return {key: " ".join(words.split()) for key, words in found}
 
 
 def definition(key: str) -> str | None:
-    """What docs/metrics.md says of a logged key; None where it says nothing."""
+    """The text of docs/metrics.md for a logged key, or None."""
     patterns = {re.sub(r"<[^>]+>", "[^/]+", re.escape(known)): text for known, text in documented_keys().items()}
     return next((text for pattern, text in patterns.items() if re.fullmatch(pattern, key)), None)

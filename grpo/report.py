@@ -1,8 +1,8 @@
-"""python -m grpo.report RUN [RUN ...]: what runs did, on one HTML page that works offline, and as CSV.
+"""python -m grpo.report RUN [RUN ...]: curves, results and completions of runs as one offline HTML page, and as CSV.
 
-Reads run folders and the JSON files of eval.py. The page is report.html with what `collect` returns in the place of
-its data: plain numbers and texts, from which a script in the page draws. Runs whose configs differ by the seed only are
-one group: a line with a band.
+Reads run folders and the JSON files of eval.py. The page is report.html with the result of `collect` inserted: plain
+numbers and texts, from which a script in the page draws. Runs whose configs differ only by the seed form one group: a
+line with a band.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from grpo.metrics import definition, read_metrics, read_records, rival_name
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACE = "@DATA@"
-CHARACTERS = 4000  # of a completion; with all of 2,560 completions of some 4,500 tokens the page took 89 MB
+CHARACTERS = 4000  # shown of a completion: with 2,560 whole completions of some 4,500 tokens the page took 89 MB
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the page and, where asked, the CSV files; 0 on success, 2 on bad input."""
+    """Write the page and, if asked, the CSV files. Returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m grpo.report", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def page(data: dict[str, Any]) -> str:
-    """The whole page. Without `<`, nothing that a model wrote can end the script element that holds the data."""
+    """The whole page. `<` is escaped in the data, so that no completion can close the script element that holds it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text, 1)
 
@@ -65,7 +65,7 @@ def page(data: dict[str, Any]) -> str:
 def collect(
     folders: Sequence[Path], evals: Iterable[Path] = (), *, steps: int, groups: int, characters: int = CHARACTERS
 ) -> dict[str, Any]:
-    """Everything that the page shows, as plain values. Raises ValueError for what is no run folder or no evaluation."""
+    """Everything that the page shows, as plain values. ValueError for what is not a run folder or an eval.py file."""
     for folder in folders:
         if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
             raise ValueError(f"{folder} holds no metrics.jsonl and config.yaml; name a run folder such as runs/NAME")
@@ -114,7 +114,7 @@ def _accuracy(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shots(path: Path) -> list[dict[str, Any]]:
-    """A row for each model and number of shots of one file that eval.py wrote."""
+    """A row for each model and number of shots in a file written by eval.py."""
     models = _json(path).get("models")
     if not models:
         raise ValueError(f"{path} holds no results of eval.py; pass the file that eval.py --output wrote")
@@ -126,7 +126,7 @@ def _shots(path: Path) -> list[dict[str, Any]]:
 
 
 def _completions(folder: Path, *, steps: int, groups: int, characters: int) -> dict[str, Any]:
-    """Groups of evenly spread steps, the first and the last among them: prompt once, then what differs."""
+    """Groups of evenly spaced steps, including the first and the last: each prompt once, with its completions."""
     files = {int(path.stem.removeprefix("step_")): path for path in (folder / "completions").glob("step_*.jsonl")}
     known = sorted(files)
     count, last = min(steps, len(known)), len(known) - 1
@@ -138,7 +138,7 @@ def _completions(folder: Path, *, steps: int, groups: int, characters: int) -> d
 
 
 def _cut(sample: dict[str, Any], characters: int) -> bool:
-    """Leaves the middle out of a long completion, and of its tokens; whether there was one."""
+    """Cut the middle out of a long completion and its tokens, in place; returns whether it was too long."""
     text, half = sample["completion"], characters // 2
     if len(text) <= characters:
         return False
@@ -163,7 +163,7 @@ def _groups(step: int, path: Path) -> list[dict[str, Any]]:
 
 
 def _seeds_together(configs: list[dict[str, Any]]) -> list[list[int]]:
-    """Places of the runs, those together whose configs differ by the seed only."""
+    """Indices of the runs, grouped: runs whose configs differ only by the seed are together."""
     groups: dict[str, list[int]] = {}
     for i, config in enumerate(configs):
         groups.setdefault(json.dumps({**config, "seed": None}, sort_keys=True), []).append(i)
@@ -171,7 +171,7 @@ def _seeds_together(configs: list[dict[str, Any]]) -> list[list[int]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """{} where the file is not there: the run goes on still."""
+    """The content of a JSON file; {} if it does not exist, as in a run that is still going."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -179,7 +179,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def write_csv(data: dict[str, Any], folder: Path) -> None:
-    """metrics, accuracy, seconds, shots and config, a file each; an empty cell where there is no value."""
+    """Write metrics, accuracy, seconds, shots and config, one file each; a missing value is an empty cell."""
     folder.mkdir(parents=True, exist_ok=True)
     runs, keys = data["runs"], list(data["definitions"])
     keys.insert(0, keys.pop(keys.index("step")))

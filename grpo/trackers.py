@@ -1,11 +1,11 @@
 """Trackers that get what metrics.jsonl gets: TensorBoard, Weights & Biases, MLflow and trackio, by name.
 
-Called by grpo.metrics.RunLogger on rank 0. A library is imported when its tracker is opened; where it sends things is
-set by its own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR ...). Steps that a killed run lost
-and repeats are hidden in TensorBoard; elsewhere they may come twice.
+Called by grpo.metrics.RunLogger on rank 0. A library is imported when its tracker is opened; where it sends its data is
+set by its own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR ...). Steps that a resumed run
+repeats replace the lost ones in TensorBoard; in the others they may appear twice.
 
-A tracker is made with the run folder, every setting by its dotted key, the `id` that it had in the run that goes on
-(None for a new one), and the first step that it will log; rows of completions have COMPLETION_COLUMNS.
+A tracker is made with the run folder, every setting by its dotted key, the tracker's own `id` if the run is resumed
+(None for a new run), and the first step that it will log. Rows of completions have COMPLETION_COLUMNS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMPLETION_COLUMNS = ("problem", "sample", "prompt", "completion", "answer", "fi
 
 
 class TensorBoard:
-    """Event files in the run folder; it has no tables. A killed run's events from next_step on are hidden."""
+    """Event files in the run folder; no tables. Earlier events from next_step on, of a killed run, are hidden."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], run_id: str | None, next_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -40,7 +40,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project `grpo`."""
+    """A run in the project `grpo`."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], run_id: str | None, next_step: int):
         import wandb
@@ -61,7 +61,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of the experiment `grpo`; completions are table artifacts, one a step."""
+    """A run in the experiment `grpo`; completions are table artifacts, one per step."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], run_id: str | None, next_step: int):
         import mlflow
@@ -69,8 +69,8 @@ class MLflow:
         self._mlflow = mlflow
         mlflow.set_experiment(PROJECT)
         self.id = mlflow.start_run(run_id=run_id, run_name=run_dir.name).info.run_id
-        settings = list(config.items()) if run_id is None else []  # they cannot be changed afterwards
-        for start in range(0, len(settings), 100):  # as many as one request may hold
+        settings = list(config.items()) if run_id is None else []  # a resumed run has them, and they cannot be changed
+        for start in range(0, len(settings), 100):  # the limit of one request
             mlflow.log_params(dict(settings[start : start + 100]))
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
@@ -85,7 +85,7 @@ class MLflow:
 
 
 class Trackio(WeightsAndBiases):
-    """The same calls as Weights & Biases. A run is known by its name: of several with one name the latest goes on."""
+    """The same API as Weights & Biases. Runs are identified by name: of several with one name the latest is resumed."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], run_id: str | None, next_step: int):
         import trackio
@@ -101,9 +101,9 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLf
 
 
 def chosen(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The trackers that a config asks for: by default TensorBoard where it is installed.
+    """The trackers that a config asks for: by default TensorBoard, if it is installed.
 
-    Raises ValueError where one is not installed, before any long work.
+    ValueError for one that is not installed, before any long work.
     """
     if names is None:
         return ("tensorboard",) if find_spec("tensorboard") else ()
