@@ -116,7 +116,7 @@ def advantages_of(run: Run, scores: Scores, penalty: Tensor | float = 0.0) -> Te
 
 
 def kl_penalty(run: Run, batch: Batch) -> Tensor:
-    """beta * KL estimate summed over each completion of all ranks, [P, G]: to be subtracted from its reward."""
+    """beta * KL estimate, summed over each completion, to be subtracted from its reward: [P, G], of all ranks."""
     mine = kl_by_completion(batch)
     return run.updater.objective.beta * torch.stack(run.world.everyones(list(mine)))
 

@@ -29,7 +29,7 @@ from grpo.records import SharedPrefix
 from kernels import old_capability
 
 SHARED_PREFIX = "grpo_shared_prefix"
-WINDOW_ROWS = 512  # of queries that share one sliding-window mask on CPU
+WINDOW_ROWS = 512  # queries per sliding-window mask, on CPU
 
 
 @torch.compiler.disable  # it reads lengths, which differ in every batch: compiled layers would be recompiled
@@ -78,7 +78,7 @@ def two_part(
 class _TwoPart(torch.autograd.Function):
     """Softmax over a union of parts: the sum of their outputs times exp(lse_part - lse), lse = log sum exp(lse_part).
 
-    Backward: a key's probability is exp(score - lse) in whichever part it is, so the flash backward of each part,
+    Backward: a key's probability is exp(score - lse) whichever part it is in, so the flash backward of each part,
     given the *merged* output and log-sum-exp, yields that part's exact share of the gradient. (Merging two
     differentiable calls instead would need the gradient of lse, which torch's flash functions drop.)
     """

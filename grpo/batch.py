@@ -25,7 +25,7 @@ Reduce = Callable[[Tensor], Tensor]  # element-wise over all ranks
 
 
 def sequence_mean(lengths: Tensor, num_sequences: float, num_tokens: float, max_new_tokens: int) -> Tensor:
-    """1 / (N_c * length), N_c counted sequences: the mean over sequences of their token means (arXiv:2402.03300)."""
+    """1 / (N_c * length), N_c counted sequences: mean over sequences of token means (GRPO, arXiv:2402.03300)."""
     return 1.0 / (num_sequences * lengths)
 
 
@@ -60,7 +60,7 @@ def pack(
     layout: str = "packed",
     silent: Sequence[bool] | None = None,
 ) -> Batch:
-    """Lay out this rank's groups for passes * minibatches optimizer steps, with as many micro-batches on every rank.
+    """Lay out this rank's groups: passes * minibatches optimizer steps, equally many micro-batches on all ranks.
 
     A minibatch is a contiguous block of prompts, whatever the number of ranks W: prompt i is on rank i mod W, so a
     rank's share of the block is a contiguous block of its own groups. tokens_per_micro_batch counts tokens as laid out,
@@ -199,7 +199,7 @@ def lay_out(spans: list[tuple[slice, list[slice]]], common: slice = slice(0, 0))
 
 
 def divide_sequences(chosen: Sequence[int], groups: list[Group], budget: int, max_over_ranks: Reduce) -> list[Members]:
-    """Cut the sequences, longest first, into micro-batches of padded size within the budget; as many on every rank."""
+    """Sequences, longest first, cut into micro-batches within the budget (with padding); as many on every rank."""
 
     def length(member: tuple[int, int]) -> int:
         group = groups[member[0]]
@@ -271,7 +271,7 @@ def dummy(build: Callable[..., MicroBatch], group: Group, device: torch.device) 
 def halve(micro_batches: list[MicroBatch], groups: list[Group]) -> list[MicroBatch]:
     """Each micro-batch as two of about half its tokens, with the same weights: the same gradient in less memory.
 
-    One with a single sequence, or none, gets a dummy beside it, so that every rank still has as many.
+    One with a single sequence, or none, gets a dummy beside it, so that all ranks still have equally many.
     """
     halves = []
     for micro_batch in micro_batches:

@@ -31,7 +31,7 @@ class ModelConfig:
     reference_offload: bool = False
     """Keep the weights of the frozen reference in CPU memory; they are copied to the device once per step, for its forward pass."""
     compile: bool | None = None
-    """Run torch.compile on the layers, for training and decoding: fewer kernels for norm, rotary and MLP arithmetic (attention is left alone), at the cost of a minute or two at the start. None: on, if on CUDA with Ampere or later, a C compiler and Python's headers, and without `deterministic`, gradient_checkpointing and distributed.strategy=fsdp."""
+    """Run torch.compile on the layers, for training and decoding: fewer kernels for norm, rotary and MLP arithmetic (attention is left alone), at the cost of a minute or two at the start. None: on for CUDA GPUs from Ampere on, if there are a C compiler and Python's headers, and off with `deterministic`, gradient_checkpointing or distributed.strategy=fsdp."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class DistributedConfig:
     strategy: Literal["ddp", "zero1", "fsdp"] = "ddp"
-    """What is sharded over ranks. ddp: nothing. zero1: fp32 master weights and Adam moments; gradients are bit-identical to ddp. fsdp: gradients, too, and the sampler's copy of the weights exists only while sampling (docs/scale.md). No effect on one rank."""
+    """What is sharded over ranks. ddp: nothing. zero1: fp32 master weights and Adam moments; gradients are bit-identical to ddp. fsdp: gradients, too, and the sampler's copy of the weights exists only while sampling (docs/scale.md). One rank keeps everything in any case."""
     timeout_s: Annotated[float, "(0, inf)"] = 1800.0
     """Seconds that ranks wait for each other; then the run ends with a message that names the ranks that did not respond."""
     term_grace_s: Annotated[float, "(0, inf)"] = 25.0

@@ -44,7 +44,7 @@ class Policy:
         self.trained = list(self.own.values())
         self.tokenizer = tokenizer
         self.model = masters if precision == "fp32" else bf16_copy(masters)
-        self.is_sampler_only = False  # whether the working copy only samples: it then has weights during rollouts only
+        self.is_sampler_only = False  # the working copy; it then has weights within `at_hand` only
 
     @property
     def context_length(self) -> int:

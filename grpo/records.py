@@ -162,8 +162,8 @@ class SharedPrefix(Movable):
     group (`common`): every token attends to it too, and the prompts continue from it.
     """
 
-    common: slice  # of the row's tokens: seen by all others; slice(0, 0): no common prefix
-    groups: list[tuple[slice, list[slice]]]  # tokens of prompt and completions; a one-token completion has none here
+    common: slice  # the tokens that all others see; slice(0, 0): no common prefix
+    groups: list[tuple[slice, list[slice]]]  # of prompt and completions; empty for a one-token completion
     group: Tensor  # [L] int64, index in this row; -1: common
     completion: Tensor  # [L] int64: 0 in a prompt, 1, 2, ... in the completions of a group
     position: Tensor  # [L] int64
@@ -194,7 +194,7 @@ class MicroBatch(Movable):
 
 @dataclass
 class Batch:
-    """Optimizer steps, each a list of micro-batches: as many on every rank, and the same ones in every pass."""
+    """Optimizer steps, each a list of micro-batches: equally many on every rank, the same in every pass."""
 
     optimizer_steps: list[list[MicroBatch]]  # those of one pass
     passes: int

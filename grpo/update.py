@@ -332,7 +332,7 @@ def take_step(updater: Updater, sums: dict[str, float], *, step: int) -> float:
     """Clip the gradient and step; returns its norm before clipping. NonFiniteLoss if that is not finite.
 
     The step is left out if there is nothing to learn: no token is counted, or no active token has a non-zero advantage
-    and no KL, entropy bonus or user's surrogate acts. Momentum would move the weights all the same.
+    and no KL, entropy bonus or user's surrogate acts. Adam's momentum would still move the weights.
     """
     parameters = [parameter for parameter in updater.module.parameters() if parameter.requires_grad]
     norm = whole_of(torch.nn.utils.clip_grad_norm_(parameters, updater.max_grad_norm)).item()
