@@ -1,7 +1,7 @@
 """The attention that a transformers model runs while sampling, and the switch that turns it on.
 
-Registered with AttentionInterface only: for a name that has no mask function transformers builds no mask and never
-waits for the device. The forward pass hands its keyword argument `slab` down to every layer.
+Registered with AttentionInterface but without a mask function, so that transformers builds no mask and never waits for
+the device. The model's forward pass hands its keyword argument `slab` down to every layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grpo.rollout.slab import Decode, KVSlab, Prefill, Probe
 SLAB = "grpo_slab"
 
 
-@torch.compiler.disable  # of compiled layers: it looks at sizes, and writes into the slab
+@torch.compiler.disable  # compiled layers call it uncompiled: it branches on sizes and writes into the slab
 def slab_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -36,9 +36,9 @@ def slab_attention(
     softcap: float | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """Store key and value and attend, as `slab.layout` says; without a layout only attend.
+    """Store key and value in the slab and attend, as `slab.layout` says; without a layout, only attend.
 
-    query: [N, H, length, D]; key, value: [N, Hkv, length, D], as transformers calls it.  Returns [N, length, H, D].
+    query: [N, H, length, D]; key, value: [N, Hkv, length, D], as transformers passes them.  Returns [N, length, H, D].
     """
     if slab is None:
         raise ValueError(f"{type(module).__name__} gets none of what its model is called with; rollout cannot serve it")
@@ -79,7 +79,8 @@ def slab_attention(
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
-    """Whole prompts, or their ends. Padding is on the right: a causal mask already hides it from every real token."""
+    """Attention over whole prompts, or for their last tokens only (query shorter than key). Padding is on the right:
+    the causal mask already hides it from every real token."""
     length, repeats = key.shape[2], query.shape[1] // key.shape[1]
     if softcap is None and (window is None or window >= length) and query.shape[2] == length:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=repeats > 1)
@@ -97,7 +98,7 @@ AttentionInterface.register(SLAB, slab_attention)
 
 
 def refuse_untold_window(module: torch.nn.Module) -> None:
-    """ValueError for a layer that by its model's config has a sliding window, but did not hand it down to us."""
+    """ValueError for a layer that has a sliding window by its config but does not pass it to its attention function."""
     config = module.config
     kinds, window = (getattr(config, name, None) for name in ("layer_types", "sliding_window"))
     is_used = kinds[module.layer_idx] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
@@ -130,7 +131,7 @@ def refuse_unservable(model: PreTrainedModel) -> None:
 
 @contextmanager
 def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, slab attention, no gradients; random state, modes and attention come back in any case."""
+    """Evaluation mode, slab attention, no gradients; random state, modes and attention are restored in any case."""
     in_training = [module for module in model.modules() if module.training]
     devices = [model.device] if model.device.type == "cuda" else []
     try:

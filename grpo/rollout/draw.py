@@ -1,6 +1,7 @@
-"""One call of `Sampler.generate`: groups come in, rows are decoded until each has ended, groups go out.
+"""The loop of one `Sampler.generate` call: admit groups, decode their rows, collect those that have ended.
 
-The loop is Python on the host; what it repeats is one decode step, which the Sampler prepared.
+It is Python on the host around a decode step (grpo.rollout.step) that the Sampler has prepared. Every few steps a
+`Look` tells which rows are alive; once enough have ended, an exchange replaces them or makes the step smaller.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from grpo.rollout.step import DecodeStep, forward
 if TYPE_CHECKING:
     from grpo.rollout.engine import Sampler
 
-STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # at which rows live
-LOOKS_UNDER_WAY = {"cpu": 0, "cuda": 1}  # what was seen is heeded while a device is busy with the steps after it
-STEPS_BETWEEN_STOPS = 8  # to look for stop strings is to decode text
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # decode steps from one look to the next
+LOOKS_UNDER_WAY = {"cpu": 0, "cuda": 1}  # a look is acted on one look later, so that the GPU never waits for the host
+STEPS_BETWEEN_STOPS = 8  # decode steps between searches for stop strings, which have to decode text
 
 
 class Look(NamedTuple):
-    """Rows as they were; of a CUDA device copies, complete once the event has come."""
+    """The rows after some step, on the host. From a CUDA device they are copies, complete once `is_there` has fired."""
 
     alive: Tensor  # [rows] bool
     length: Tensor  # [rows] int64
@@ -37,7 +38,7 @@ class Look(NamedTuple):
 
 
 class Draw:
-    """Sequence i of problem p is number p * G + i."""
+    """The state of one call. Sample i of problem p is sequence p * G + i."""
 
     def __init__(
         self, sampler: Sampler, step: DecodeStep, run_step: Callable, problems: list[Problem], training_step: int
@@ -46,13 +47,13 @@ class Draw:
         self.step, self.run_step, self.group_size = step, run_step, sampler.rollout.group_size
         self.device, self.plan = sampler.model.device, step.slab.plan
         self.completions: dict[int, Completion] = {}
-        # What has ended and is not among the completions yet: sequences, lengths, [n] each, ids, log-probs.
+        # Ended rows that are not yet completions: sequences [n], lengths [n], ids [n, width], log-probs [n, width].
         self.unread: list[tuple[Tensor, ...]] = []
         self.waiting = deque(range(len(problems)))
         self.rows = Rows.none()
 
     def run(self) -> list[Completion]:
-        """Of every sequence, in order."""
+        """The completions of all sequences, in order."""
         steps, total = 0, len(self.problems) * self.group_size
         looks: deque[Look] = deque()
         self._exchange()
@@ -75,12 +76,12 @@ class Draw:
         return [self.completions[sequence] for sequence in range(total)]
 
     def _pays_to_exchange(self, live: int) -> bool:
-        """Whether rows come in, or steps become smaller."""
+        """Whether enough rows have ended, and an exchange can admit waiting groups or make the step smaller."""
         would_shrink = not live or self.sampler.bucket(live) < self.rows.size
         return live < SHRINK_BELOW * self.rows.size and (would_shrink or bool(self.waiting))
 
     def _exchange(self) -> None:
-        """Finished rows out, waiting groups in, and the rows that stay close together."""
+        """Collect finished rows, compact those that stay, admit waiting groups."""
         old, group_size = self.rows, self.group_size
         alive = self.step.alive.cpu()[old.row]
         self._collect(old.row[~alive], old.sequence[~alive])
@@ -96,13 +97,13 @@ class Draw:
             self.layout = self._layout()
 
     def _next(self, num_rows: int, num_groups: int) -> list[int]:
-        """Waiting problems for which there is room beside the rows and groups that stay."""
+        """Take from the waiting problems those that fit beside the rows and groups that stay."""
         room = (min(self.sampler.rollout.max_sequences, self.plan.num_rows) - num_rows) // self.group_size
         room = min(room, self.plan.num_groups - num_groups, len(self.waiting))
         return [self.waiting.popleft() for _ in range(room)]
 
     def _arrange(self, sequence: Tensor, group: Tensor) -> Rows:
-        """Rows and seats for these sequences of these groups."""
+        """Assign rows and seats to these sequences of these groups, and tell the step the seats."""
         if not len(group):
             return Rows.none()
         size = self.sampler.bucket(len(group))
@@ -118,7 +119,7 @@ class Draw:
         self.step.move(rows, to)
 
     def _admit(self, problems: list[Problem], first_group: int, rows: Tensor) -> None:
-        """Prompts of new groups, from first_group on, and their rows."""
+        """Prefill the prompts of new groups, first_group being the first, and give them these rows."""
         if not problems:
             return
         device, group_size = self.device, self.group_size
@@ -126,7 +127,7 @@ class Draw:
         by_row = lambda values: torch.tensor(values, device=device).repeat_interleave(group_size)
         keys = dict(seed=self.sampler.seed, step=self.training_step, stream=self.sampler.stream, device=device)
         numbers = uniforms([problem.index for problem in problems], group_size, self.plan.suffix_size, **keys)
-        # Between the first and the last of them lie only rows without an owner.
+        # A slice will do: any other rows between the first and the last new one have no owner.
         rows_between = slice(int(rows[0]), int(rows[-1]) + 1)
         self.step.slab.clear(slice(first_group, first_group + len(problems)), rows_between)
         self._prefill(prompts, first_group)
@@ -134,7 +135,7 @@ class Draw:
         self.step.admit(rows.to(device), token=token, prefix=prefix, uniforms=numbers)
 
     def _prefill(self, prompts: list[tuple[int, ...]], first_group: int) -> None:
-        """The prefixes of new groups: what all of their prompts begin with is read once."""
+        """Fill the prefixes of new groups; a beginning that all their prompts share is read only once."""
         common = common_length(prompts)
         if common:
             self._read_prompts([prompts[0][:common]], [first_group], start=0)
@@ -144,7 +145,7 @@ class Draw:
             self._read_prompts([ends[i] for i in chunk], [first_group + i for i in chunk], start=common)
 
     def _read_prompts(self, texts: list[tuple[int, ...]], groups: list[int], *, start: int) -> None:
-        """One forward pass over tokens from position `start` on, stored in the prefixes of these groups."""
+        """One forward pass over texts that begin at position `start`; stores them in the prefixes of these groups."""
         ids = pad_sequence([torch.tensor(text, dtype=torch.int64) for text in texts], batch_first=True).to(self.device)
         if ids.shape[1]:  # prompts of one token have no prefix
             slab, positions = self.step.slab, torch.arange(start, start + ids.shape[1], device=self.device)
@@ -152,7 +153,7 @@ class Draw:
             forward(self.sampler.model, ids, positions.expand_as(ids), slab)
 
     def _layout(self) -> Decode:
-        """With the bounds of the rows as they are; in a step made ahead, with those that always hold."""
+        """For the next decode steps. Bounds are those of the current rows, or with CUDA graphs the slab's own."""
         rows, step, plan, here = self.rows, self.step, self.plan, slice(self.rows.size)
         if self.sampler.is_static:
             bounds = (min(plan.num_groups, rows.size), plan.prefix_size, plan.suffix_size)
@@ -161,7 +162,7 @@ class Draw:
         return Decode(rows.seats, step.place[here], step.prefix[here], step.stored[here], *bounds)
 
     def _look(self, steps: int) -> Look:
-        """The rows after this many steps; their ids only where it is time to look for stop strings."""
+        """The rows after this many steps; with ids only if a search for stop strings is due."""
         size, is_cuda = self.rows.size, self.device.type == "cuda"
         longest = steps if self.sampler.ending.stop and steps % STEPS_BETWEEN_STOPS == 0 else 0
         columns = (self.step.alive[:size], self.step.length[:size], self.step.ids[:size, :longest])
@@ -172,9 +173,9 @@ class Draw:
         return look
 
     def _heed(self, look: Look) -> int:
-        """End the rows that had come to a stop string; how many others were live.
+        """End the rows that this look shows at a stop string; returns how many others it shows alive.
 
-        Saves time only: `Ending.finish` finds a stop anyway.
+        Ending them only saves time: `Ending.finish` finds the stop string anyway.
         """
         if look.is_there:
             look.is_there.synchronize()
@@ -186,12 +187,12 @@ class Draw:
         return int(look.alive.sum())
 
     def _stopped(self, look: Look) -> Tensor:
-        """Live rows whose text holds a stop string."""
+        """Indices of live rows whose text contains a stop string."""
         ending = self.sampler.ending
-        # New tokens, and enough before them for a stop that began earlier, should each byte of it be a token.
+        # The new tokens, and enough older ones for a stop string that began earlier, even at one token per byte.
         window = STEPS_BETWEEN_STOPS + 4 * max(map(len, ending.stop))
         places = look.length[:, None] + torch.arange(-window, 0)
-        recent = look.ids.gather(1, places.clamp_min(0))  # of a short row the first token again and again
+        recent = look.ids.gather(1, places.clamp_min(0))  # short rows repeat their first token
         newest = recent[:, -STEPS_BETWEEN_STOPS:]
         ends = torch.tensor([x for x in newest.unique().tolist() if ending.may_complete(x)], dtype=torch.int64)
         rows = (torch.isin(newest, ends).any(1) & look.alive).nonzero()[:, 0]
@@ -200,12 +201,12 @@ class Draw:
         return rows[list(map(ending.stops, ending.texts([ids[:length] for ids, length in sequences])))]
 
     def _collect(self, rows: Tensor, sequences: Tensor) -> None:
-        """Results of rows that have finished."""
+        """Fetch the results of finished rows from the device; `_read` makes completions of them."""
         rows, step = rows.to(self.device), self.step
         self.unread.append((sequences, *(column[rows].cpu() for column in (step.length, step.ids, step.logprobs))))
 
     def _read(self) -> None:
-        """Completions of what has been collected: decoded, and cut where they stop."""
+        """Make completions of what has been collected: decode the text and cut it at a stop string."""
         unread, self.unread = self.unread, []
         for sequences, lengths, ids, logprobs in unread:
             self._refuse_broken(sequences, lengths, logprobs)

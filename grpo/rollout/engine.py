@@ -1,8 +1,8 @@
 """Problems -> groups: prefill each prompt once, decode all its completions together, hand back plain Python.
 
-The model is the unmodified transformers causal LM with its attention replaced for the length of the call
-(grpo.rollout.attention), so any family, and any wrapped linear layer, samples exactly as it trains. train.py and
-eval.py call `Sampler.generate`. What a call leaves behind saves time only, but for the plan of the slab's size.
+The model is the ordinary transformers causal LM; only its attention is replaced, for the duration of a call
+(grpo.rollout.attention). So any family, and any wrapped linear layer, samples exactly as it trains. train.py,
+grpo.evaluation and grpo.base call `Sampler.generate`. What a call leaves behind only saves time, except the Plan.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from grpo.rollout.stops import Ending, eos_ids
 
 
 class Sampler:
-    """Samples `rollout.group_size` completions of each problem. `model` may change its weights between calls.
+    """Samples `rollout.group_size` completions of each problem. The weights of `model` may change between calls.
 
-    model, tokenizer: the unwrapped causal LM and its tokenizer.  rollout: how to draw, within which limits; temperature
-    0 is greedy.  stop: a completion ends with the token that completes one of these.  stream, seed: of every random
-    number.  compile: decode with compiled layers.  impl: of the kernels.  progress: told how many sequences are done,
-    and of how many.
+    model, tokenizer: the unwrapped causal LM and its tokenizer.  rollout: sampling settings and limits; temperature 0
+    is greedy.  stop: strings; a completion ends with the token that completes one of them.  stream, seed: key every
+    random number (grpo.rollout.philox).  compile: decode with compiled layers.  impl: auto, torch or triton, as in
+    kernels.  progress: called with the numbers of finished and of all sequences.
     """
 
     def __init__(
@@ -56,21 +56,21 @@ class Sampler:
         refuse_unservable(model)
         self.model, self.rollout, self.impl, self.seed, self.stream = model, rollout, impl, seed, stream
         self.has_graphs = rollout.cuda_graph and graphs.are_usable(model.device)
-        self.is_static = self.has_graphs  # a graph is for one shape: rows come in buckets, bounds are those of the slab
-        self.forwards = compiled_layers(model) if compile else {}  # while decoding
+        self.is_static = self.has_graphs  # a graph has one shape: rows are padded to a bucket, bounds are the slab's
+        self.forwards = compiled_layers(model) if compile else {}  # used for decoding only
         self.ending = Ending(tokenizer, eos_ids(model, tokenizer), stop)
         self.progress = progress or (lambda done, total: None)
         self.plan: Plan | None = None
         self._shapes: dict[int, LayerShape] = {}
-        self._kept: tuple[DecodeStep, Callable] | None = None  # of the last call: the step and what runs it
+        self._kept: tuple[DecodeStep, Callable] | None = None  # from the last call: the step, and it or its graphs
 
     def generate(self, problems: list[Problem], step: int) -> list[Group]:
         """One Group per problem, in the order given; `prompt_ids` must be filled.
 
-        A completion depends on the weights, its prompt, `seed`, `step` (the training step), the problem's index and
-        its sample number: on nothing else in the call. ValueError before any work for a prompt that is empty, does not
-        fit or has a token that the model does not know, and for a group that the memory for keys and values cannot
-        hold; FloatingPointError for a log-prob that is not finite.
+        Up to rounding, a completion depends only on the weights, the settings, its prompt, `seed`, `stream`, `step`
+        (the training step), the problem's index and its sample number: not on what else the call contains. ValueError,
+        before anything is sampled, for a prompt that is empty, too long or has a token without an embedding, and where
+        the KV budget cannot hold one group; FloatingPointError for a log-prob that is not finite.
         """
         self._check(problems, step)
         if not problems:
@@ -86,26 +86,26 @@ class Sampler:
         return [Group(problem, completions[i * size : (i + 1) * size], step) for i, problem in enumerate(problems)]
 
     def state_dict(self) -> dict:
-        """The plan: what a resumed run must share for the last bits to be the same."""
+        """The plan: a resumed run needs the same one to sample the same to the last bit."""
         return {"plan": asdict(self.plan) if self.plan else None, "limits": self._limits()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on with the plan of another run, if it was made under the same limits."""
+        """Adopt the plan of another run if it was made under the same limits; else the next call makes one."""
         is_ours = state.get("limits", self._limits()) == self._limits()  # older checkpoints have none
         self.plan = Plan(**state["plan"]) if state["plan"] and is_ours else None
 
     def _limits(self) -> list[float | None]:
-        """What a plan is made under, besides what `Plan.serves` asks."""
+        """The settings that a plan depends on, besides those that `Plan.serves` checks."""
         return [self.rollout.group_size, self.rollout.max_sequences, self.rollout.kv_gib]
 
     def planned_bytes(self) -> int:
-        """Of keys and values, by the plan of the calls so far."""
+        """Bytes of the KV slab by the current plan; 0 before the first call."""
         return self.plan.num_bytes(self._token_bytes()) if self.plan else 0
 
     def release(self) -> None:
-        """Give back what a call leaves behind on CUDA: slab, buffers and graphs. The next call makes them again."""
+        """Free what is kept between calls: slab, buffers and graphs. The next call makes them again."""
         self._kept = None
-        torch.cuda.empty_cache()  # nothing where CUDA is not in use
+        torch.cuda.empty_cache()  # does nothing without CUDA
 
     def _check(self, problems: list[Problem], step: int) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -127,13 +127,13 @@ class Sampler:
                 )
 
     def _plan(self, problems: list[Problem]) -> None:
-        """A plan that serves this call and all before it; the old one wherever it does."""
+        """Set self.plan: the old one if it is large enough for this call, else one for this and all earlier calls."""
         if not self._shapes:
             self._shapes = self._probe()
         longest_prefix = max(len(problem.prompt_ids) for problem in problems) - 1
         num_problems, suffix_size, old = len(problems), self.rollout.max_new_tokens + 1, self.plan
         round_up = bucket if self.is_static else lambda rows: rows
-        has_rows_for_steps = old and round_up(old.num_rows) == old.num_rows  # not if it was made without buckets
+        has_rows_for_steps = old and round_up(old.num_rows) == old.num_rows  # False if made without CUDA graphs
         if has_rows_for_steps and old.serves(num_problems, longest_prefix, suffix_size):
             return
         if old:
@@ -150,14 +150,14 @@ class Sampler:
         )
 
     def bucket(self, rows: int) -> int:
-        """Rows of the step that decodes so many."""
+        """Size of the step that decodes this many: the next rung of the `ladder`, or `rows` itself without graphs."""
         return min(size for size in ladder(self.plan.num_rows) if size >= rows) if self.is_static else rows
 
     def _token_bytes(self) -> int:
         return sum(shape.token_bytes for shape in self._shapes.values())
 
     def _probe(self) -> dict[int, LayerShape]:
-        """What the layers store, learnt from one token. ValueError where not all do."""
+        """What each layer stores per token, learnt from a one-token pass. ValueError for layers that store nothing."""
         ids, probe = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device), Probe()
         forward(self.model, ids, ids, probe)
         found, layers = len(probe.shapes), self.model.config.get_text_config().num_hidden_layers
@@ -169,7 +169,7 @@ class Sampler:
         return probe.shapes
 
     def _prepare(self) -> tuple[DecodeStep, Callable]:
-        """The decode step by the plan, and what runs it: those of the last call where they are kept and still right."""
+        """The decode step for the current plan, and what runs it; reused from the last call if kept and still valid."""
         if self._kept and self._kept[0].slab.plan != self.plan:
             self.release()
         if not self._kept:

@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: one launch replays hundreds of kernels, and Python is out of the loop.
 
-A graph is captured for each number of rows that occurs, when it first occurs: the largest first, because rows leave,
-and all from one memory pool. Weights are captured by address, so an optimizer that writes in place needs no new graph.
+A graph is captured for each number of rows that occurs, after a short warm-up; usually the largest first, because rows
+end one by one. All share one memory pool. Graphs hold the addresses of weights: updates in place need no new graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from grpo.rollout.slab import Decode
 from grpo.rollout.step import DecodeStep
 
-WARM_UP_STEPS = 2  # that a size runs before its capture: kernels are compiled and libraries initialised by then
+WARM_UP_STEPS = 2  # of each size before its capture, so that kernels are compiled and libraries initialised by then
 
 
 def are_usable(device: torch.device) -> bool:
@@ -27,12 +27,12 @@ def are_usable(device: torch.device) -> bool:
 
 @functools.cache
 def side_stream() -> torch.cuda.Stream:
-    """Of every warm-up and capture: cuBLAS keeps a workspace, on Hopper of 32 MiB, for each stream that it has seen."""
+    """One stream for all warm-ups and captures: cuBLAS keeps a workspace (Hopper: 32 MiB) for every stream it sees."""
     return torch.cuda.Stream()
 
 
 def on_side_stream(run: Callable[[], None]) -> None:
-    """Run as a capture will: on a stream of its own, between all work before and all work after."""
+    """Run as a capture will: on the side stream, after all earlier and before all later work of the current one."""
     stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -41,16 +41,16 @@ def on_side_stream(run: Callable[[], None]) -> None:
 
 
 def capture(run: Callable[[], None], pool: tuple[int, int] | None) -> tuple[Callable[[], None], tuple[int, int]]:
-    """What replays `run`, and the memory pool to share with the next. `run` is recorded, not executed."""
+    """Record `run` without executing it. Returns what replays it, and the memory pool to give to the next capture."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: NCCL's watchdog thread asks for events meanwhile, which a global capture would not survive.
+    # thread_local: NCCL's watchdog thread queries events meanwhile, which would invalidate a global capture.
     with torch.cuda.graph(graph, pool=pool, stream=side_stream(), capture_error_mode="thread_local"):
         run()
     return graph.replay, graph.pool()
 
 
 class Graphs:
-    """Runs a step by its graph; where it cannot be captured, eagerly from then on, with a warning that says why."""
+    """Runs a step by its graph. After a failed capture it warns why, and what has no graph yet runs eagerly."""
 
     def __init__(self, step: DecodeStep):
         self.step = step
@@ -59,13 +59,13 @@ class Graphs:
         self.can_capture = True
 
     def forget(self) -> None:
-        """Drop every graph: they hold the addresses of the weights as these are now."""
+        """Drop every graph, and note the addresses of the weights, which the next graphs will hold."""
         self.replays: dict[int, Callable[[], None]] = {}
         self.pool = None
         self.addresses = self._addresses()
 
     def check(self) -> None:
-        """Call before every rollout: weights may have changed in place, but if any has moved the graphs must go."""
+        """Call before every rollout: weights may change in place, but if any has moved, the graphs are stale."""
         if self._addresses() != self.addresses:
             self.forget()
 
@@ -90,7 +90,7 @@ class Graphs:
     def _capture(self, size: int, layout: Decode) -> None:
         try:
             self.replays[size], self.pool = capture(lambda: self.step(layout), self.pool)
-        except RuntimeError as error:  # what CUDA raises for a wait for the device, or for memory
+        except RuntimeError as error:  # CUDA's for a synchronisation while capturing, or out of memory
             self.can_capture = False
             reason = str(error).splitlines()[0]
             warnings.warn(f"rollout decodes without CUDA graphs, which is slower: {reason}", stacklevel=2)

@@ -1,7 +1,7 @@
 """The random numbers that tokens are drawn with.
 
 A random number is a pure function of (seed, training step, problem, sample, token position, stream): never of rank,
-slot, batch or order. So the same completion is drawn whoever draws it, and next to whatever else.
+slot, batch or order. So the same completion is drawn whichever rank draws it, and whatever is drawn beside it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NUMBERS_TOGETHER = 2**20  # made at a time: the arithmetic takes some 30 times the memory of its result
+NUMBERS_TOGETHER = 2**20  # computed at a time: the arithmetic takes some 30 times the memory of its result
 TRAINING, EVALUATION = 0, 1  # streams: a word of the random counter, so that the two never share numbers
 
 
@@ -23,7 +23,7 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     a, b, c, d = counter.unbind(-1)
     low_key, high_key = key
     for _ in range(10):
-        # The 64-bit product may wrap the sign bit; its bits are right, and the mask removes the sign's copies.
+        # The product may overflow into the sign bit: its 64 bits are right, and the mask removes the extended sign.
         left, right = a * 0xD2511F53, c * 0xCD9E8D57
         a, b, c, d = (right >> 32 & mask) ^ b ^ low_key, right & mask, (left >> 32 & mask) ^ d ^ high_key, left & mask
         low_key, high_key = (low_key + 0x9E3779B9) & mask, (high_key + 0xBB67AE85) & mask
@@ -31,7 +31,7 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def refuse_large_words(**words: int) -> None:
-    """ValueError for the first that is no 32-bit word of the random key or counter."""
+    """ValueError for the first of these that does not fit a 32-bit word of the random key or counter."""
     for name, word in words.items():
         if not 0 <= word < 2**32:
             raise ValueError(f"{name}={word} does not fit the random counter; use 0 to {2**32 - 1}")

@@ -1,8 +1,8 @@
-"""Which sequences are being decoded, in which rows, and when they give way to others.
+"""Which sequences are decoded in which rows, and when finished ones make room for others.
 
-A group is admitted whole, because its prompt is computed once; a row leaves alone. Rows lie in the order of their
-groups. Finished rows go on decoding, unheard, until the live ones have shrunk enough for a move to pay. All of this
-is known on the host; the device only learns the outcome.
+A group is admitted whole, because its prompt is prefilled once; rows end one by one. Rows are in the order of their
+groups. Finished rows go on decoding, to no effect, until so few are alive that moving these together pays. All of this
+is decided on the host; the device only gets the outcome.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SHRINK_BELOW = 0.75  # of the rows still live: then move them together, into fewer
+SHRINK_BELOW = 0.75  # as soon as fewer than this share of the rows are alive, moving them into fewer rows pays
 
 
 def bucket(rows: int) -> int:
-    """The next of 8, 16, 32, 64, 96, ...: numbers of rows that suit a device."""
+    """Round up to the next of 8, 16, 32, 64, 96, ...: batch sizes that suit a device."""
     return next((size for size in (8, 16) if rows <= size), -(-rows // 32) * 32)
 
 
 def ladder(most: int) -> list[int]:
-    """The buckets for which a step is prepared ahead, where the largest is `most`: each some SHRINK_BELOW of the one
-    above. More of them would cost more, to make each step and to move rows each time, than a few rows less would save.
+    """The sizes of step that CUDA graphs are captured for, from `most` down: each about SHRINK_BELOW of the one above.
+    More of them would cost more, in captures and in moving rows, than decoding a few rows less would save.
     """
     sizes = [most]
     while (above := sizes[-1]) > 8:
@@ -31,10 +31,10 @@ def ladder(most: int) -> list[int]:
 
 
 def seat(group: Tensor, seats: int, size: int) -> tuple[Tensor, Tensor]:
-    """Places of `size` rows, of which only len(group) have an owner, and which rows those are.
+    """Give each of `size` rows a place in the grid of groups x seats; only n = len(group) of the rows have an owner.
 
-    group: [n] int64, ascending.  Returns place [size] int64, strictly increasing (group * seats + seat), and row [n].
-    Rows without an owner take empty seats, of which there must be enough.
+    group: [n] int64, ascending, of each owner.  Returns place [size] int64, strictly increasing (group * seats + seat),
+    and row [n], that of each owner. Rows without an owner take empty seats, of which there must be enough.
     """
     count = torch.bincount(group)
     place = group * seats + torch.arange(len(group)) - (count.cumsum(0) - count)[group]
@@ -49,13 +49,13 @@ def seat(group: Tensor, seats: int, size: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Rows:
-    """The rows of one decode step: how many there are and who owns them, [n] each, on the host."""
+    """The rows of one decode step and their n owners, on the host."""
 
-    size: int  # rows, with those that have no owner
+    size: int  # rows, including those without an owner
     seats: int  # of each group
-    row: Tensor  # int64, ascending: the rows that have an owner
-    sequence: Tensor  # int64: its place among the results
-    group: Tensor  # int64: its group in the slab, ascending from 0 without a gap
+    row: Tensor  # [n] int64, ascending: the rows that have an owner
+    sequence: Tensor  # [n] int64: the owner's place among the results
+    group: Tensor  # [n] int64: the owner's group in the slab, ascending from 0 without a gap
 
     @classmethod
     def none(cls) -> Rows:
@@ -64,7 +64,7 @@ class Rows:
 
 
 def prefill_chunks(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices of `lengths` in chunks of similar length: at most max_tokens after padding, but always one prompt."""
+    """Indices of `lengths` in chunks of similar length: at most max_tokens after padding, but at least one prompt."""
     chunks: list[list[int]] = [[]]
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if chunks[-1] and (len(chunks[-1]) + 1) * lengths[index] > max_tokens:

@@ -1,8 +1,8 @@
-"""Keys and values while sampling: a prefix per group, read by all its rows, and a suffix per row.
+"""The KV cache while sampling, called slab: one prefix per group, shared by all its rows, and one suffix per row.
 
-The prefix holds the prompt without its last token, the suffix that token and the sampled ones; so a fresh row is like
-any other, and its first sampled token comes from an ordinary decode step. How many rows and groups there are is
-planned from a memory budget before anything is allocated, and never exceeded.
+The prefix holds the prompt without its last token, the suffix that token and the sampled ones. So a fresh row is no
+special case: its first sampled token comes from an ordinary decode step. The numbers of rows and groups are planned
+from a memory budget before anything is allocated, and never exceeded.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from grpo.machine import memory_share
 
-MEMORY_SHARE = 0.3  # of the device's memory, the budget where none is given
-KEEP_BELOW = 0.2  # of a CUDA device's memory: the largest slab that stays between two calls
-PREFIX_STEP = 64  # prefix sizes are multiples of it, so that a slightly longer prompt fits the slab of the last call
+MEMORY_SHARE = 0.3  # of the device's memory: the budget if rollout.kv_gib is not set
+KEEP_BELOW = 0.2  # of a CUDA device's memory: the largest slab that is kept between calls
+PREFIX_STEP = 64  # prefix sizes are multiples of it, so that a slightly longer prompt still fits the last call's slab
 GIB = 2**30
 
 
@@ -32,7 +32,7 @@ class LayerShape(NamedTuple):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token."""
+        """Bytes of one token's key and value."""
         return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
 
 
@@ -45,7 +45,7 @@ class Probe:
         self.shapes: dict[int, LayerShape] = {}
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> None:
-        """Remember the layer. key, value: [_, Hkv, _, D], any that it made."""
+        """Record what the layer stores. key, value: [_, Hkv, _, D], whatever it produced."""
         if index in self.shapes:
             raise ValueError(f"layer {index} attends twice in one pass, which rollout cannot serve; use another model")
         self.shapes[index] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
@@ -53,23 +53,24 @@ class Probe:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a slab, and the workload that they were chosen for: the longest calls so far.
+    """The sizes of a slab, and the workload they were chosen for: the largest of each quantity over all calls so far.
 
-    How rows take turns follows from it, and with that the last bits of every log-prob: it is saved with a run.
+    It decides which rows are decoded together, and that affects the last bits of every log-prob: so it is saved with
+    the run.
     """
 
     num_problems: int
     num_rows: int
     num_groups: int
     prefix_size: int  # tokens
-    suffix_size: int  # tokens: max_new_tokens and one where a row of full length idles
+    suffix_size: int  # tokens: max_new_tokens, and one scratch column for rows that have ended
 
     def num_bytes(self, token_bytes: int) -> int:
-        """Of the whole slab. token_bytes: of one token in all layers."""
+        """Bytes of the whole slab. token_bytes: of one token in all layers."""
         return token_bytes * (self.num_groups * self.prefix_size + self.num_rows * self.suffix_size)
 
     def serves(self, num_problems: int, longest_prefix: int, suffix_size: int) -> bool:
-        """Whether a call of this size needs no other plan."""
+        """Whether a call of this size can use this plan."""
         fits = num_problems <= self.num_problems and longest_prefix <= self.prefix_size
         return fits and suffix_size == self.suffix_size
 
@@ -85,16 +86,16 @@ def make_plan(
     suffix_size: int,
     bucket: Callable[[int], int],
 ) -> Plan:
-    """As many rows as `budget` bytes hold, at most max_rows; ValueError where one group is too much.
+    """The plan with as many rows as `budget` bytes hold, at most max_rows; ValueError if not even one group fits.
 
-    Rows come in buckets. With room there are twice the groups that fill the rows, and four times where their prefixes
-    are small beside the suffixes: as rows leave one by one, a group's last row keeps its prefix, and others could not
-    come in.
+    bucket: rounds a number of rows up to a size of decode step. Memory permitting, the slab has room for twice the
+    groups that fill its rows, or four times if their prefixes take at most a quarter of the suffixes' memory: rows end
+    one by one, and a group's last row keeps its prefix occupied, so without spare groups none could be admitted.
     """
     prefix_size = -(-longest_prefix // PREFIX_STEP) * PREFIX_STEP
     for limit in range(min(max_rows, num_problems * group_size), group_size - 1, -1):
         rows = bucket(limit)
-        least = -(-rows // group_size)  # every row of a bucket, idle ones too, has a seat in some group
+        least = -(-rows // group_size)  # every row of a bucket, idle ones too, needs a seat in some group
         for times in (4, 2, 1):
             groups = min(times * (limit // group_size), num_problems)
             plan = Plan(num_problems, rows, max(groups, least), prefix_size, suffix_size)
@@ -109,7 +110,7 @@ def make_plan(
 
 
 def kv_budget(kv_gib: float | None, device: torch.device) -> int:
-    """Bytes that keys and values may take: as given (rollout.kv_gib), or a share of the device's memory."""
+    """Bytes that keys and values may take: rollout.kv_gib where given, else MEMORY_SHARE of the device's memory."""
     return int(MEMORY_SHARE * total_memory(device) if kv_gib is None else kv_gib * GIB)
 
 
@@ -119,7 +120,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def is_kept(num_bytes: int, device: torch.device) -> bool:
-    """Whether a slab stays while the policy is trained. On CPU none does: there it is made again in no time."""
+    """Whether a slab stays allocated while the policy trains. Never on CPU, where making it again costs nothing."""
     return device.type == "cuda" and num_bytes <= KEEP_BELOW * total_memory(device)
 
 
@@ -132,8 +133,8 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefill:
-    """This forward pass reads prompts, padded on the right, and stores them as the prefixes of `groups`: from `start`
-    on, where what comes before is stored already."""
+    """Layout of a forward pass that reads prompts, padded on the right, and stores them in the prefixes of `groups`
+    from position `start` on; what comes before is stored already."""
 
     groups: Tensor  # [n] int64
     start: int
@@ -141,7 +142,7 @@ class Prefill:
 
 @dataclass
 class Decode:
-    """This forward pass reads one token of each row. See kernels/decode_attention for place and seats."""
+    """Layout of a forward pass that reads one token per row. kernels/decode_attention/reference.py defines the rest."""
 
     seats: int
     place: Tensor  # [B] int64
@@ -149,11 +150,11 @@ class Decode:
     suffix_lengths: Tensor  # [B] int64, without the token read now; -1 for a row that has ended
     num_groups: int
     longest_prefix: int
-    longest_suffix: int  # with the token read now; the two are upper bounds, known without asking the device
+    longest_suffix: int  # with the token read now; both longest_* are upper bounds, known without asking the device
 
 
 class KVSlab:
-    """The storage, and in `layout` what the attention function must do in the current forward pass."""
+    """The storage; its `layout` tells the attention function what the current forward pass is."""
 
     def __init__(self, plan: Plan, shapes: dict[int, LayerShape], device: torch.device, impl: str):
         self.plan = plan
@@ -172,7 +173,7 @@ class KVSlab:
         return self.layers[index]
 
     def clear(self, groups: slice, rows: slice) -> None:
-        """Zero what earlier owners left: masked keys get probability 0, but 0 times NaN is NaN."""
+        """Zero what earlier owners left: what is masked gets probability 0, but 0 times NaN is NaN."""
         for layer in self.layers.values():
             for prefix in layer[:2]:
                 prefix[groups] = 0
@@ -180,15 +181,15 @@ class KVSlab:
                 suffix[rows] = 0
 
     def share(self, group: int, others: slice, length: int) -> None:
-        """The first `length` tokens of a group's prefix become those of others'."""
+        """Copy the first `length` tokens of a group's prefix into the prefixes of the groups `others`."""
         for layer in self.layers.values():
             for prefix in layer[:2]:
                 prefix[others, :, :length] = prefix[group, :, :length]
 
     def move(self, groups: Tensor, rows: Tensor, to: Tensor, longest_suffix: int) -> None:
-        """Groups to the front and rows to the places `to`. The right-hand sides are copies, so overlap is safe.
+        """Compact: `groups` move to the front, `rows` to `to`. The right-hand sides are copies, so overlap is safe.
 
-        groups: ascending, on the host: as long as the first of them are all there, their prefixes lie where they are.
+        groups: ascending, on the host; where they are the first already, their prefixes stay where they are.
         """
         is_in_place, groups = int(groups[-1]) + 1 == len(groups), groups.to(rows.device)
         for layer in self.layers.values():

@@ -1,7 +1,7 @@
 """One decode step: every row reads a token and draws the next.
 
-Whatever the step reads or writes lies in buffers that are allocated once, and nothing in it depends on their contents
-or waits for the device. So the same function runs eagerly, and as a CUDA graph that is replayed without Python.
+Whatever the step reads or writes lies in buffers that are allocated once. Its shapes and control flow never depend on
+their contents, and it never waits for the device: so the same function runs eagerly or is captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, slab: KVSlab
 
 
 class DecodeStep:
-    """The buffers, an entry per row of the slab, and the step over the first rows of them."""
+    """Buffers with an entry per row of the slab, and the decode step over the first rows of them."""
 
     def __init__(
         self,
@@ -38,22 +38,22 @@ class DecodeStep:
         self.model, self.slab, self.rollout, self.forwards = model, slab, rollout, forwards
         num_rows, width, device = slab.plan.num_rows, slab.plan.suffix_size, model.device
         make = lambda dtype, *shape: torch.zeros(num_rows, *shape, dtype=dtype, device=device)
-        self.token = make(torch.int64)  # what it reads next
+        self.token = make(torch.int64)  # what the row reads next
         self.prefix = make(torch.int64)  # tokens of its prompt, without the last
-        self.length = make(torch.int64)  # sampled so far, and so where the next one goes; a finished row stands still
+        self.length = make(torch.int64)  # tokens sampled so far, so the column of the next one; fixed once it has ended
         self.alive = make(torch.bool)
-        # By position. The last column, here and in the slab's suffix, is where a row of full length idles.
+        # [rows, position]. The last column is scratch: a row of full length goes on writing there.
         self.uniforms = make(torch.float64, width)
         self.ids = make(torch.int64, width)
         self.logprobs = make(torch.float32, width)
         self.owned = (self.token, self.prefix, self.length, self.alive, self.uniforms, self.ids, self.logprobs)
-        self.stored = make(torch.int64)  # tokens in its suffix, -1 where it has ended: its attention is left out
-        self.place = make(torch.int64)  # its seat, see kernels/decode_attention
+        self.stored = make(torch.int64)  # tokens in its suffix; -1 once it has ended, so that attention skips it
+        self.place = make(torch.int64)  # its seat, see kernels/decode_attention/reference.py
         self.row = torch.arange(num_rows, device=device)
         self.eos = torch.tensor(eos, device=device)
 
     def __call__(self, layout: Decode) -> None:
-        """The step, for the rows of `layout`."""
+        """Run the step for the rows of `layout`, which are the first ones."""
         rollout, size = self.rollout, len(layout.place)
         token, length, alive = self.token[:size], self.length[:size], self.alive[:size]
         self.stored[:size] = torch.where(alive, length, -1)
@@ -76,7 +76,7 @@ class DecodeStep:
         alive &= (drawn[:, None] != self.eos).all(1) & (length < rollout.max_new_tokens)
 
     def move(self, rows: Tensor, to: Tensor) -> None:
-        """Rows to the places `to`; every other row is left without an owner: finished, and of no length."""
+        """Move rows to `to`; every other row is left without an owner: not alive, and of length 0."""
         for buffer in self.owned:
             kept = buffer[rows]
             buffer.zero_()

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a sequence by the tokenizer, its chat template, the generation config or the model config;
-    ValueError if none."""
+    """Every id that ends a sequence according to the tokenizer, its chat template, the generation config or the model
+    config; ValueError if there is none."""
     generation = getattr(model, "generation_config", None)
     found = turn_end(tokenizer)
     for source in (tokenizer, generation, model.config.get_text_config()):
@@ -26,13 +26,13 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special token by which the chat template closes an answer. A base model may have a template and call another
-    token its end of sequence: it would go on with the next turn."""
+    """The special token that closes an answer in the chat template, or nothing. A base model may have a template but
+    name another token as its end of sequence, and would sample on into the next turn."""
     answer = "Such is the answer."
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # there is no template, or it raises, as they may: who asks by it is told by grpo.tasks.prompts
+    except Exception:  # no template, or one that raises; whoever prompts with it gets the error from grpo.tasks.prompts
         return set()
     _, is_there, after = text.rpartition(answer)
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if is_there else []
@@ -40,15 +40,15 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Those that text never shows, by id: the ones with a role, as bos_token has, and the ones that were added."""
+    """The tokens that decoded text never shows, by id: those with a role, such as bos_token, and added special ones."""
     found = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    with suppress(NotImplementedError):  # mistral-common's
+    with suppress(NotImplementedError):  # from mistral-common's tokenizer
         found |= {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return found
 
 
 class Ending:
-    """Decides where sampled ids end and what they say. Text never shows special tokens, so a stop cannot be one."""
+    """Decides where sampled ids end and what they say. Text never shows special tokens: no stop string can hold one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos: list[int], stop: tuple[str, ...]):
         if isinstance(stop, str) or "" in stop:
@@ -61,14 +61,14 @@ class Ending:
             )
         self.eos, self.stop = frozenset(eos), stop
         self.may_complete = cache(self._may_complete)
-        backend = getattr(tokenizer, "backend_tokenizer", None)  # on all cores, and without a look at each id before
+        backend = getattr(tokenizer, "backend_tokenizer", None)  # on all cores, without checking each id first
         alone = partial(tokenizer.batch_decode, clean_up_tokenization_spaces=False)
         self._decode = backend.decode_batch if backend else alone
 
     def _may_complete(self, token: int) -> bool:
-        """Whether a stop string may end in this token: it says the last character of one, or a part of a character.
+        """Whether a stop string may end in this token: its text has the last character of one, or part of a character.
 
-        Of a last character that is a space any token may: a tokenizer may show it beside others only.
+        If that last character is a space, any token may: some tokenizers show a space only between tokens.
         """
         text = self.texts([[token]])[0]
         return any(stop[-1] in text or stop[-1].isspace() for stop in self.stop) or "\N{REPLACEMENT CHARACTER}" in text
@@ -76,17 +76,17 @@ class Ending:
     def texts(self, sequences: list[list[int]]) -> list[str]:
         """Ids -> text, without special tokens and without the end-of-sequence token, special or not."""
         bodies = [ids[:-1] if ids and ids[-1] in self.eos else ids for ids in sequences]
-        return self._decode(bodies, skip_special_tokens=True) if bodies else []  # batch_decode makes "" of nothing
+        return self._decode(bodies, skip_special_tokens=True) if bodies else []  # batch_decode([]) is "", not []
 
     def stop_at(self, text: str) -> int | None:
-        """Where the first stop string in `text` begins."""
+        """Where the first stop string in `text` begins, or None."""
         return min((at for at in map(text.find, self.stop) if at >= 0), default=None)
 
     def finish(self, ids: list[int], text: str) -> tuple[list[int], str, str]:
         """Sampled ids and their text -> ids kept, text kept, finish reason.
 
-        A stop string may cross token borders, so it is looked for in the text. The last id kept is the first by which
-        it is complete, maybe with more text behind it; the text kept ends before the stop.
+        A stop string may cross token borders, so it is looked for in the text. The last id kept is the first that
+        completes it, and may hold text beyond it; the text kept ends before the stop string.
         """
         if not self.stops(text):
             return ids, text, "eos" if ids[-1] in self.eos else "length"
