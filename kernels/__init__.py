@@ -43,7 +43,7 @@ class Choice(NamedTuple):
 
 
 def resolve(op: str, impl: str, device: torch.device | str) -> Choice:
-    """The implementation of `op` for `impl` on `device`. ValueError where what was asked for does not exist."""
+    """The implementation of `op` for `impl` on `device`. ValueError for an unknown impl, and if triton cannot run."""
     assert op in OPS, f"unknown op {op!r}; the ops are {OPS}"
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is none of {', '.join(IMPLS)}")
@@ -73,14 +73,14 @@ def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
 
 
 def old_capability(device: torch.device) -> str | None:
-    """The compute capability of a GPU before Ampere (T4, V100), else None: such have no bf16, and neither flash
-    attention nor what Triton makes for bf16 runs on them."""
+    """The compute capability of a GPU older than Ampere (T4, V100), else None. Those have no bf16, and neither flash
+    attention nor Triton's bf16 code runs on them."""
     has_one = device.type == "cuda" and torch.cuda.is_available()
     capability = torch.cuda.get_device_capability(device) if has_one else (8, 0)
     return None if capability >= (8, 0) else ".".join(map(str, capability))
 
 
-@cache  # the search takes as long as a small op, and every call of one asks
+@cache  # the search takes as long as a small op, and every call of an op asks
 def _has_triton() -> bool:
     return find_spec("triton") is not None
 
@@ -90,7 +90,7 @@ def missing_to_launch() -> str | None:
     """What Triton, and so torch.compile, lacks to build the small C extensions that launch its kernels, or None."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton kernels need a C compiler, and there is none: install gcc, or name one in CC"
-    scheme = sysconfig.get_default_scheme()  # Debian's own says where pip installs, not where Python's headers are
+    scheme = sysconfig.get_default_scheme()  # Debian's default says where pip installs, not where Python's headers are
     folder = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
     elsewhere = os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")
     if not (Path(folder, "Python.h").is_file() or elsewhere):
@@ -99,7 +99,7 @@ def missing_to_launch() -> str | None:
 
 
 def _serves(op: str, impl: str, obstacle: str | None) -> bool:
-    """Whether the kernel of `op` takes this call; if not, ValueError or, for auto, torch and one word about it."""
+    """Whether the kernel of `op` can serve this call. If not: ValueError for triton; for auto False, logged once."""
     if obstacle is None:
         return True
     if impl == "triton":
@@ -133,8 +133,9 @@ def linear_logprob(
 
     kernels/linear_logprob/reference.py is the definition.  hidden: [T, D]; weight: [V, D]; bias: [V]; target: [T]
     int64.  Returns ([T], [T]), natural log, fp32 (fp64 for fp64). The log-prob carries gradients to hidden, weight
-    and bias, whatever the loss; the entropy only with entropy_gradient. ValueError for shapes, dtypes or targets
-    that do not belong together; on a GPU, which would have to wait for it, a target out of range gives NaN.
+    and bias, whatever the loss; the entropy only with entropy_gradient. ValueError for shapes, dtypes or targets that
+    do not fit together. On a GPU targets are not checked, as that would wait for it: one out of range gives NaN in
+    Triton, a device-side assert in torch.
     """
     head = _log_prob_head(hidden, weight, target, bias, Temper(temperature, softcap), impl)
     return modes.logprobs_and_entropy(head, hidden, target, entropy_gradient=entropy_gradient)
@@ -152,11 +153,12 @@ def linear_logprob_loss(
     impl: str,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of token_loss(log-probs, entropy, rows) over all rows; with the log-probs and entropy, detached.
+    """Sum of token_loss(log-probs, entropy, rows) over all rows; and log-probs and entropy, [T] each, detached.
 
-    As `linear_logprob`, a quarter cheaper: the logits are computed once, because the loss of each chunk of rows is
-    known while its logits are still there. token_loss returns the loss per row, [R], must depend on no other row, and
-    passes a gradient to nothing but its arguments. A loss of whole sequences needs `linear_logprob`.
+    As `linear_logprob`, but a quarter cheaper: the logits are computed only once, because each chunk's loss is computed
+    while its logits are still in memory. token_loss is called with the log-probs and entropy, [R], of a chunk and the
+    slice of its rows. It returns a loss per row, [R], which depends on no other row and passes gradients to these two
+    arguments only. A loss over whole sequences needs `linear_logprob`.
     """
     head = _log_prob_head(hidden, weight, target, bias, Temper(temperature, softcap), impl)
     return modes.folded_loss(head, hidden, target, token_loss, entropy_gradient=entropy_gradient)

@@ -1,6 +1,6 @@
-"""What the benches of small ops share: contenders take turns, on CUDA each as a graph of several calls.
+"""What the benches of ops share: contenders take turns; on CUDA each is timed as a CUDA graph of several calls.
 
-So launch overhead, which a decode step captured as a graph has not either, stays out of the comparison.
+So launch overhead stays out of the comparison, as it does in a decode step that is captured as a graph.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 
 from kernels import resolve
 
-CALLS = 10  # in a graph
+CALLS = 10  # in one graph
 
 
 def alternate(
     contenders: dict[str, Callable], device: torch.device, repeats: int, *, in_graph: bool = True
 ) -> dict[str, list[float]]:
-    """Milliseconds of a call, `repeats` times by turns: of the clock on CUDA, of the process on CPU.
+    """Milliseconds of each contender's call, in `repeats` alternating rounds: elapsed on CUDA, process time on CPU.
 
-    in_graph: on CUDA without the launches.
+    in_graph: on CUDA, time a graph of CALLS calls, so without launch overhead.
     """
     clocks = {name: stopwatch(call, device, in_graph=in_graph) for name, call in contenders.items()}
     taken: dict[str, list[float]] = {name: [] for name in contenders}
@@ -38,14 +38,14 @@ def alternate(
 
 
 def stopwatch(call: Callable, device: torch.device, *, in_graph: bool = True) -> Callable[[], float]:
-    """What makes a call and returns its milliseconds, as `alternate` counts them."""
+    """A function that makes one call and returns its milliseconds, as `alternate` counts them."""
     if device.type == "cpu":
         return _eager(call)
     return _graph(call) if in_graph else lambda: 1e3 * seconds(device, call)
 
 
 def seconds(device: torch.device, work: Callable) -> float:
-    """Of the wall clock, with the device idle before and after."""
+    """Wall-clock seconds of `work`, with the device idle before and after."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
@@ -68,7 +68,7 @@ def _eager(call: Callable) -> Callable[[], float]:
 def _graph(call: Callable) -> Callable[[], float]:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and fills the workspaces of matmuls
+        for _ in range(3):  # compiles, and allocates the workspaces of matmuls
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -88,7 +88,7 @@ def _graph(call: Callable) -> Callable[[], float]:
 
 
 def show(title: str, taken: dict[str, list[float]], num_bytes: int) -> None:
-    """A table; num_bytes: the least that must be read."""
+    """Print a table. num_bytes: the least that any contender must read."""
     print(f"\n{title}: at least {num_bytes / 2**20:.1f} MiB to read")
     print(f"{'':<24}{'median ms':>12}{'least':>12}{'most':>12}{'GB/s':>10}")
     for name, values in taken.items():
@@ -97,37 +97,37 @@ def show(title: str, taken: dict[str, list[float]], num_bytes: int) -> None:
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float:
-    """MiB that a run adds to what is there before it: of the allocator on CUDA, else resident ones (Linux)."""
+    """Peak MiB that `run` adds to what is in use before it: of the allocator on CUDA, else resident (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark falls to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
     before = resident_mib("VmRSS")
     run()
     return resident_mib("VmHWM") - before
 
 
 def resident_mib(field: str) -> float:
-    """Memory of this process, now (VmRSS) or at its highest (VmHWM; ru_maxrss would count the parent's)."""
+    """Resident MiB of this process, now (VmRSS) or at its highest (VmHWM; ru_maxrss would count the parent's)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
 
 
 def device_name(device: torch.device) -> str:
-    """Of the hardware."""
+    """Name of the GPU or processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
-    """Of packages."""
+    """The installed version of each package."""
     return {name: next((found.version for found in distributions(name=name)), "not installed") for name in names}
 
 
 def hardware(device: torch.device) -> dict[str, object]:
-    """Where it was measured, for the last line."""
+    """Device, threads and versions, for the JSON line."""
     facts = {"device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version()}
     return facts | versions(("torch", "triton"))
 

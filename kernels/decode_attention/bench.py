@@ -1,8 +1,8 @@
 """One layer's attention in a decode step: python -m kernels.decode_attention.bench
 
-The reference, what runs in its place (on a CPU flash attention in two parts, on CUDA the Triton kernels) and, as the
-usual way, PyTorch's own attention over keys in which every row has a copy of its group's prefix; that one is given its
-keys already stored and joined. All rows have full length.
+Contenders: the reference; what runs in its place (on a CPU flash attention in two parts, on CUDA the Triton kernels);
+and, as the usual way, PyTorch's own attention with a copy of its group's prefix for every row, which is given its keys
+already stored and joined. All rows have full length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kernels.measure import alternate, run_bench, show
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows in full groups. suffix: tokens of a row, with the newest."""
+    """groups x seats rows, every seat taken. prefix, suffix: tokens, the newest included."""
 
     name: str
     groups: int
@@ -67,7 +67,7 @@ def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, objec
     tensors, layout = make_inputs(shape, device)
     query, _, _, prefix, suffix = tensors
     defined = lambda: reference.decode_attention(*tensors, **layout)
-    expected = defined()  # stores the newest
+    expected = defined()  # also stores the newest
     joined = [torch.cat([x.repeat_interleave(shape.seats, 0), y], 2) for x, y in zip(prefix, suffix, strict=True)]
     peer = lambda: F.scaled_dot_product_attention(query[:, :, None], *joined, enable_gqa=True)[:, :, 0]
     ours = lambda: kernels.decode_attention(*tensors, impl="auto", **layout)

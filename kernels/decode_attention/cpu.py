@@ -1,6 +1,6 @@
-"""On a CPU: prefix and suffix apart, each by torch's flash attention, merged by their log-sum-exps.
+"""On a CPU: torch's flash attention over prefix and suffix separately, merged by their log-sum-exps.
 
-No score is stored, no key is copied. What it does not do (a softcap, a sliding window, bf16) the definition does.
+No score is stored, no key is copied. What it cannot do (a softcap, a sliding window, bf16) is left to reference.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from kernels.decode_attention.reference import leave_seats, take_seats
 
 
 def serves(query: Tensor, prefix: tuple, suffix: tuple, *, softcap=None, window=None, **layout) -> bool:
-    """Whether `attend` computes this call."""
-    is_wide = window is None or window >= prefix[0].shape[2] + suffix[0].shape[2]  # and hides nothing
+    """Whether `attend` can compute this call."""
+    is_wide = window is None or window >= prefix[0].shape[2] + suffix[0].shape[2]  # so that it hides nothing
     is_plain = softcap is None and is_wide and prefix[0].shape[-1] == prefix[1].shape[-1]
     return query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and is_plain
 
@@ -32,18 +32,18 @@ def attend(
     scale: float,
     **others,
 ) -> Tensor:
-    """As kernels/decode_attention/reference.py defines it, where `serves` says so. Of a row whose suffix is empty the
-    output may be anything."""
+    """What reference.attend computes, for calls that `serves` accepts. The output of a row with an empty suffix may be
+    anything."""
     num_rows, num_heads, width = query.shape
     num_groups, kv_heads, longest, _ = prefix[0].shape
     query = query.reshape(num_rows, kv_heads, num_heads // kv_heads, width)
     output, lse = _flash(query, suffix, suffix_lengths, scale)
     if longest:
         lengths = prefix_lengths.new_zeros(num_groups)
-        lengths.scatter_reduce_(0, place // seats, prefix_lengths, "amax")  # an idle row may say less than its group
+        lengths.scatter_reduce_(0, place // seats, prefix_lengths, "amax")  # amax: an idle row may say 0
         shared, shared_lse = _flash(take_seats(query, num_groups, seats, place), prefix, lengths, scale)
         shared, shared_lse = (leave_seats(part, seats, place) for part in (shared, shared_lse[..., None]))
-        share = torch.sigmoid(shared_lse - lse[..., None])  # of the softmax's sum, exp(shared_lse) / (both)
+        share = torch.sigmoid(shared_lse - lse[..., None])  # the prefix's of the softmax's sum
         output = torch.lerp(output, shared, share)
     return output.reshape(num_rows, num_heads, width)
 
@@ -56,4 +56,4 @@ def _flash(query: Tensor, stored: tuple[Tensor, Tensor], lengths: Tensor, scale:
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=mask, scale=scale
     )
-    return output, lse.masked_fill((lengths < 1)[:, None, None], -math.inf)  # which it leaves undefined
+    return output, lse.masked_fill((lengths < 1)[:, None, None], -math.inf)  # undefined there

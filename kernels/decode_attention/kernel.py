@@ -1,13 +1,14 @@
-"""Triton kernels, memory bound: every stored key and value is read once per step, a prefix once per group.
+"""Triton kernels, memory bound: per step every stored key and value is read once, a prefix once per tile of seats.
 
-`attend_prefix` takes a tile of a group's seats, so that one load of the prefix serves seats x heads-per-kv-head query
-rows (at least 16: the tensor cores' least), over one chunk of the prefix; it leaves an output and its log-sum-exp.
-`attend_suffix` takes one row: it stores the newest key and value, attends to the row's own suffix and folds the
-chunks in, as one softmax in fp32. Of a few rows with room for thousands of tokens, as the last of a rollout are, the
-suffix comes in chunks as well, by `attend_stored`: a program to a row would leave most of the device idle, and read
-one key after another. Shapes alone decide the launch: nothing waits for the device, and a CUDA graph may
-capture them. What lies beyond a length is never loaded, whatever it holds; and blocks begin at fixed keys, so that a
-row's output does not depend on its neighbours.
+`attend_prefix` takes a tile of a group's seats and one chunk of the prefix: one load of the prefix serves seats x
+heads-per-kv-head query rows (at least 16, the tensor cores' minimum). It leaves an output and its log-sum-exp.
+`attend_suffix` takes one row: it stores the newest key and value, attends to the row's own suffix and folds in the
+prefix's chunks, as one softmax in fp32. `attend_stored` splits the suffixes into chunks, too, if a few rows have room
+for thousands of tokens, as at the end of a rollout: with one program per row most of the device would idle.
+
+Shapes alone decide the launch: nothing waits for the device, and a CUDA graph may capture it. What lies beyond a
+length is never loaded, whatever it holds; and blocks begin at fixed keys, so that a row's output does not depend on its
+neighbours.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE_ROWS = {2: 64, 4: 16}  # query rows of a prefix tile, by bytes of an element; 64 are one warp group's wgmma
 BLOCK_BYTES = 8192  # of keys read at a time; with more, wide heads spill registers (tests/test_kernels_compile.py)
-CHUNK = 128  # least keys of a prefix chunk; below, writing and folding its partial result costs as much as reading it
-PROGRAMS = 264  # to aim for: two for each multiprocessor of an H100
-STORED_CHUNK = 512  # least keys of a chunk of a suffix
-STORED_CHUNKS = 8  # in which a suffix of all its room gives a program to each of PROGRAMS: one an eighth as long, too
+CHUNK = 128  # fewest keys of a prefix chunk; with fewer, writing and merging its result costs as much as reading it
+PROGRAMS = 264  # to aim for: two per multiprocessor of an H100
+STORED_CHUNK = 512  # fewest keys of a suffix chunk
+STORED_CHUNKS = 8  # times PROGRAMS is how many chunks to aim for: suffixes an eighth full still keep PROGRAMS busy
 LOG2E = tl.constexpr(1.4426950408889634)
-NOTHING = tl.constexpr(-1.0e30)  # a finite score of no key: -inf - -inf would be NaN
+NOTHING = tl.constexpr(-1.0e30)  # score of a hidden key, finite because -inf - -inf would be NaN
 
 
 def obstacle(query: Tensor, key: Tensor, value: Tensor, prefix: tuple, suffix: tuple) -> str | None:
@@ -61,8 +62,8 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """What reference.decode_attention says; what lies beyond a length may be anything here, NaN too."""
-    key, value = key.contiguous(), value.contiguous()  # of one projection for all, a value is a slice
+    """As reference.decode_attention, but what lies beyond a length may be anything, NaN too."""
+    key, value = key.contiguous(), value.contiguous()  # after a fused qkv projection they are slices
     num_rows, num_heads, width = query.shape
     num_groups, kv_heads, prefix_size, _ = prefix[0].shape
     repeats = num_heads // kv_heads
@@ -112,18 +113,18 @@ def block_size(width: int, element_size: int) -> int:
 
 
 def prefix_warps(width: int, element_size: int) -> int:
-    """Warps of a prefix tile: the sums of wide heads need the registers of eight."""
+    """Warps of a prefix tile: the accumulators of wide heads need the registers of eight."""
     return 8 if width * element_size >= 512 else 4
 
 
 def chunk_size(prefix_size: int, programs: int, block: int) -> int:
-    """Keys of a prefix chunk, a multiple of `block`: long chunks, but enough programs to fill the device."""
+    """Keys of a prefix chunk, a multiple of `block`: as many as leave enough programs to fill the device."""
     chunks = max(1, min(triton.cdiv(PROGRAMS, programs), prefix_size // CHUNK))
     return triton.cdiv(max(1, triton.cdiv(prefix_size, chunks)), block) * block
 
 
 def stored_chunk_size(suffix_size: int, programs: int, block: int) -> int:
-    """Keys of a chunk of a suffix, a multiple of `block`; 0 where each row's program reads its suffix whole."""
+    """Keys of a suffix chunk, a multiple of `block`; 0 if suffixes are not split."""
     chunks = min(triton.cdiv(STORED_CHUNKS * PROGRAMS, programs), suffix_size // STORED_CHUNK)
     is_worth_it = programs < PROGRAMS and chunks > 1
     return triton.cdiv(triton.cdiv(suffix_size, chunks), block) * block if is_worth_it else 0
@@ -131,7 +132,7 @@ def stored_chunk_size(suffix_size: int, programs: int, block: int) -> int:
 
 @triton.jit
 def _score(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scores in units of log 2, so that weights are powers of two: the one exponential that the hardware has."""
+    """Scores times log2(e), so that softmax weights are powers of two: 2^x is the one exponential in hardware."""
     scores = products * scale
     if HAS_SOFTCAP:
         scores = softcap * (1 - 2 / (tl.exp2(scores / softcap * (2 * LOG2E)) + 1))  # tanh
@@ -160,7 +161,7 @@ def _attend(
         total = total * shrink + tl.sum(weights, 1)
         sums = tl.dot(weights.to(value.dtype), value, sums * shrink[:, None], input_precision="tf32x3")
         best = new_best
-    return best, total, sums
+    return best, total, sums  # of each row: its largest score, the sum of its weights, and of its weighted values
 
 
 @triton.jit
@@ -177,7 +178,7 @@ def attend_prefix(
     kv_head = tl.program_id(1)
     start = tl.program_id(2) * CHUNK
 
-    # Which row sits where: places increase, so a binary search tells how many come before a seat.
+    # Which row sits in each seat: places increase, so a binary search finds how many rows come before it.
     m = tl.arange(0, ROWS)
     repeat = m % PADDED_REPEATS
     seat = (tl.program_id(0) % tiles) * TILE_SEATS + m // PADDED_REPEATS
@@ -259,7 +260,7 @@ def attend_stored(
 
 @triton.jit
 def _fold_in(partial, lse, part, best, total, sums, is_head, WIDTH: tl.constexpr):
-    """Fold a chunk's result into the softmax. part: [M], its place for each row of the query."""
+    """Fold a chunk's result into the softmax. part: [M], its index in partial and lse for each row of the query."""
     theirs = tl.load(lse + part, mask=is_head, other=NOTHING)
     mean = tl.load(partial + part[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=is_head[:, None], other=0.0)
     new_best = tl.maximum(best, theirs)
@@ -275,14 +276,14 @@ def attend_suffix(
     REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, PADDED_REPEATS: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, kv head): store, attend (or, where the suffix is in chunks, fold them in), fold the prefix's chunks
-    in, write the row's output."""
+    """Program (row, kv head): store the newest key and value, attend to the suffix (if IS_SPLIT, fold in its chunks),
+    fold in the prefix's chunks, write the row's output."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     repeat = tl.arange(0, PADDED_REPEATS)
     column = tl.arange(0, WIDTH)
     is_head = (repeat < REPEATS)[:, None]
-    head = row * tl.num_programs(1) * REPEATS + kv_head * REPEATS + repeat  # of all rows: [B * H]
+    head = row * tl.num_programs(1) * REPEATS + kv_head * REPEATS + repeat  # index into [B * H]
     stored = tl.load(suffix_lengths + row).to(tl.int32)
     result = tl.zeros([PADDED_REPEATS, WIDTH], tl.float32)
     if stored >= 0:
@@ -295,7 +296,7 @@ def attend_suffix(
 
         mine = row * stride_query_row + (kv_head * REPEATS + repeat) * stride_query_head
         stacked = tl.load(query + mine[:, None] + column[None, :], mask=is_head, other=0.0)
-        # The newest token is taken from registers: other threads' stores to the slab are not yet to be seen.
+        # The newest token is taken from registers: other threads' stores to the slab are not visible yet.
         product = tl.sum(stacked.to(tl.float32) * key_new.to(tl.float32)[None, :], 1)
         best = _score(product, scale, softcap, HAS_SOFTCAP)
         total = tl.full([PADDED_REPEATS], 1.0, tl.float32)

@@ -1,8 +1,8 @@
 """The definition, in PyTorch: one softmax over the keys of a shared prefix and of a row's own suffix.
 
-Before it the newest key and value of each row are stored. All rows of a group read their prefix in one matmul: each
+First the newest key and value of each row are stored. All rows of a group read their shared prefix in one matmul: each
 row has a seat in a [groups, seats] grid, and the queries of a group's seats are stacked. An empty seat costs a little
-arithmetic and no memory traffic: rows may leave one by one.
+arithmetic but no memory traffic, so rows may leave one by one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ def decode_attention(
     how: Callable[..., Tensor] | None = None,
     **layout,
 ) -> Tensor:
-    """Store the key and value of each row's newest token at its suffix_lengths[b], then `attend` with it, or as `how`.
+    """Store the key and value of each row's newest token at place suffix_lengths[b] of its suffix, then `attend`.
 
-    key, value: [B, Hkv, D].  suffix_lengths: [B] int64, without the newest token; -1 is an idle row: its output is 0,
-    and its suffix may be anything afterwards. The rest is `attend`'s. The device is never waited for.
+    key, value: [B, Hkv, D].  suffix_lengths: [B] int64, without the newest token; -1 marks an idle row: its output is
+    0, and its suffix may be anything afterwards.  how: called in place of `attend`.  The rest as in `attend`. Never
+    waits for the device.
     """
     row = torch.arange(len(query), device=query.device)
     for stored, newest in zip(suffix, (key, value), strict=True):
-        stored[row, :, suffix_lengths] = newest  # -1 is the last position: of an idle row nobody reads it
+        stored[row, :, suffix_lengths] = newest  # an idle row's -1 is its last position, which nobody reads
     output = (how or attend)(query, prefix, suffix, suffix_lengths=suffix_lengths + 1, **layout)
     return output.masked_fill_((suffix_lengths < 0)[:, None, None], 0)
 
@@ -52,7 +53,7 @@ def attend(
 ) -> Tensor:
     """softmax(cap(scale q k^T)) v over row b's first prefix_lengths[b] prefix and suffix_lengths[b] suffix keys.
 
-    cap(x) = softcap * tanh(x / softcap) where one is given (Gemma 2). `window` keeps only the last that many keys.
+    cap(x) = softcap * tanh(x / softcap) where one is given (Gemma 2). Of all these keys only the last `window` count.
     query: [B, H, D].  prefix: key and value, [C, Hkv, P, D] for C groups.  suffix: key and value, [B, Hkv, S, D], the
     newest token stored already, so suffix_lengths >= 1.  place: [B] int64, strictly increasing: group * seats + seat.
     prefix_lengths, suffix_lengths: [B] int64. What is stored beyond a length must be finite; it has no effect.

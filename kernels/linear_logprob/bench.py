@@ -1,9 +1,9 @@
 """Time, memory and error of the log-prob head beside its peers: python -m kernels.linear_logprob.bench
 
 Three jobs: values without a gradient; a frozen head, with the gradient of the hidden states; training, with that of
-the weight too. The loss of a token is its coefficient times the probability ratio. Contenders take turns within
-every repeat. Seconds are of the clock on CUDA, of the process (one thread) on CPU; the peak is what a run adds to
-the memory that its inputs fill; the limit is that of the matmuls alone at 800 TFLOP/s.
+the weight too. A token's loss is its coefficient times the probability ratio. Contenders take turns within every
+repeat. Times are elapsed on CUDA, process time (one thread) on CPU; the peak is what a run adds to the memory of its
+inputs; the limit is what the matmuls alone would take at 800 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import kernels
 from kernels.linear_logprob.reference import linear_logprob as reference
 from kernels.measure import alternate, bench_parser, hardware, peak_mib, versions
 
-MATMULS = {"values": 1, "frozen head": 2, "training": 3}  # of 2TDV flops: the least that a job can need
+MATMULS = {"values": 1, "frozen head": 2, "training": 3}  # of 2TDV flops each: the least that a job can do with
 SUSTAINED_FLOPS = 800e12  # of one H100, dense bf16
 SHAPES = {  # device: (rows T, width D, vocabulary V)
     "cpu": [(512, 896, 8_192), (192, 896, 151_936)],
     "cuda": [(16_384, 896, 151_936), (16_384, 4_096, 151_936)],
 }
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
-BLOCK_ELEMENTS = {"cuda": 2**28, "cpu": 2**24}  # logits at a time of `recomputed`
+BLOCK_ELEMENTS = {"cuda": 2**28, "cpu": 2**24}  # logits that `recomputed` holds at a time
 
 
 class Inputs(NamedTuple):
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     coefficient: Tensor
 
 
-Contender = Callable[[Inputs], Tensor]  # -> loss, one number
+Contender = Callable[[Inputs], Tensor]  # -> loss, a scalar
 
 
 def ratio_loss(logprobs: Tensor, coefficient: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def ratio_loss(logprobs: Tensor, coefficient: Tensor) -> Tensor:
 
 
 def by_logprobs(logprobs_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
-    """The loss by a function (hidden, weight, target) -> log-probs."""
+    """The contender that takes its log-probs from a function (hidden, weight, target) -> [T]."""
     return lambda inputs: ratio_loss(logprobs_of(*inputs[:3]), inputs.coefficient).sum()
 
 
@@ -71,12 +71,12 @@ def recomputed(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def any_loss(impl: str) -> Contender:
-    """Modes A, B and D, by what needs a gradient."""
+    """Mode A, B or D of modes.py, depending on what needs a gradient."""
     return by_logprobs(lambda *inputs: kernels.linear_logprob(*inputs, temperature=1.0, impl=impl)[0])
 
 
 def folded(impl: str) -> Contender:
-    """Mode C."""
+    """Mode C of modes.py."""
 
     def run(inputs: Inputs) -> Tensor:
         loss_of = lambda logprobs, entropy, rows: ratio_loss(logprobs, inputs.coefficient[rows])
@@ -87,7 +87,7 @@ def folded(impl: str) -> Contender:
 
 def trl_chunked() -> Contender:
     """What TRL's GRPO runs since 1.16."""
-    importlib.import_module("trl.trainer.utils")  # which its backward imports: better missed now than then
+    importlib.import_module("trl.trainer.utils")  # imported by its backward: better missing now
     head = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
     options = (1.0, 32_768, None, 1.0, ("entropy",))
     return by_logprobs(lambda hidden, weight, target: head.apply(hidden, weight, None, target, *options)[0])
@@ -100,7 +100,7 @@ def liger_scaled() -> Contender:
 
 
 def liger_grpo(length: int = 128) -> Contender:
-    """Rows as sequences of 128 tokens, each with one advantage, so its gradient is of a loss of its own."""
+    """Rows as sequences of 128 tokens with one advantage each: another loss, so its gradient is not compared."""
     make = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
     function = make(beta=0.0, compiled=True, use_ref_model=False, loss_type="bnpo")
 

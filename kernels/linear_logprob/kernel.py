@@ -1,13 +1,14 @@
-"""The head in Triton: the matmul with the statistics of its rows, alone and as the two steps of rows.py.
+"""The log-prob head in Triton: matmul and row statistics in one (`fused`), and the two steps of rows.py.
 
 `fused` is a matmul whose epilogue folds each tile of logits into running sums of a row: its largest logit m, sum
 e^(z - m) and sum e^(z - m) (z - m), from which log-sum-exp and entropy follow. Every program owns some rows and
 SPAN columns of the vocabulary; a second kernel merges the spans in order. No atomics: a row's result depends on that
-row alone, to the bit. Inside, logits are in units of log 2, so that 2^x, which the hardware has, replaces e^x.
+row alone, to the bit. Inside, logits are multiplied by log2(e), so that 2^x, which the hardware has, replaces e^x.
 
-Where a gradient will be wanted the tiles are kept, in fp16 and less their largest entry: likely tokens, which make the
-gradient, keep a thousandth of precision however large the logits are, and values stay as exact as without. Written and
-read once, they cost two fifths of the traffic that fp32 logits cost between a matmul and two kernels.
+If a gradient will be needed, the tiles are kept as well, in fp16 and minus the largest entry of each row. So likely
+tokens, which make the gradient, are kept to a thousandth however large the logits are; log-probs and entropy are as
+exact as without. Written and read once, the tiles cost two fifths of the memory traffic that fp32 logits cost between a
+matmul and two kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kernels.linear_logprob.rows import Rows, RowStatistics, Temper
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 # Below every logit, and finite: -inf - -inf would be NaN where a tile has no column of the vocabulary.
 LOWEST = tl.constexpr(-1.0e30)
-LEAST = tl.constexpr(-6.0e4)  # that fp16 holds
+LEAST = tl.constexpr(-6.0e4)  # to be kept: fp16 ends at -65,504
 
 # Compiles without a spill for sm_80, 90 and 100 (tests/test_kernels_compile_logprob.py). No GPU has timed it yet.
 TILE = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_WIDTH": 64, "num_warps": 8, "num_stages": 3}
@@ -34,7 +35,7 @@ MAX_FUSED_WIDTH = 2048
 
 @triton.jit
 def _tempered(logits, by_temperature, softcap, HAS_CAP: tl.constexpr):
-    """cap(logits) / temperature in units of log 2."""
+    """log2(e) cap(logits) / temperature."""
     if HAS_CAP:
         tanh = 1 - 2 / (tl.exp(logits * (2 / softcap)) + 1)  # right at both ends: e^x may be 0 or inf
         logits = softcap * tanh
@@ -43,7 +44,7 @@ def _tempered(logits, by_temperature, softcap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _fold(top, total, moment, z, other_total, other_moment):
-    """Running sums over two sets of logits; z is the largest of the second, `moment` sum 2^(z - top) (z - top)."""
+    """Merge the running sums of two sets of logits. z: the largest of the second; moment: sum 2^(z - top) (z - top)."""
     new = tl.maximum(top, z)
     keep, take = tl.exp2(top - new), tl.exp2(z - new)
     moment = keep * (moment + total * (top - new)) + take * (other_moment + other_total * (z - new))
@@ -52,7 +53,7 @@ def _fold(top, total, moment, z, other_total, other_moment):
 
 @triton.jit
 def _logprob_and_entropy(top, total, moment, chosen, target, V: tl.constexpr):
-    """Natural units. A target outside the vocabulary gives NaN, which stops the run with the sequence's name."""
+    """In nats. A target outside the vocabulary gives NaN, which stops the run with the sequence's name."""
     logprob = (chosen - top - tl.log2(total)) * LN2
     is_known = (target >= 0) & (target < V)
     return tl.where(is_known, logprob, float("nan")), (tl.log2(total) - moment / total) * LN2
@@ -67,11 +68,11 @@ def forward_spans(
 ):  # fmt: skip
     """Program (row block, span): running sums over the span's tiles of logits, while they are in the registers.
 
-    partial: [4, spans, T]: top, total, moment and the target's logit where the span has it.  kept, offsets: [T, V] fp16
-    and [T, tiles] fp32, where KEEPS: the logits less the largest of their tile, and that.
+    partial: [4, spans, T]: top, total, moment and the target's logit, 0 outside its span.  kept, offsets: [T, V] fp16
+    and [T, tiles] fp32, written if KEEPS: the logits minus their row's largest in the tile, and that largest.
     """
-    # Programs that run together differ in their rows first: they read the same part of the weight from L2. Rows past
-    # the end are the last one again, and write the same.
+    # Row blocks come first in the grid: programs that run together read the same part of the weight from L2. Rows past
+    # the end repeat the last one, and write the same.
     first_row, span = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
     row = tl.minimum(first_row + tl.arange(0, BLOCK_ROWS), num_rows - 1)
     wanted = tl.load(target + row)
@@ -98,10 +99,10 @@ def forward_spans(
             logits += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
         z = tl.where(is_column[None, :], _tempered(logits, by_temperature, softcap, HAS_CAP), LOWEST)
         chosen += tl.sum(tl.where(column[None, :] == wanted[:, None], z, 0.0), 1)
-        highest = tl.maximum(tl.max(z, 1), LOWEST)  # of a tile that a bias bars with -inf, too
+        highest = tl.maximum(tl.max(z, 1), LOWEST)  # finite even where a bias of -inf bars a whole tile
         z -= highest[:, None]
         if KEEPS:
-            block = kept + first_row.to(tl.int64) * V  # places in it fit into 32 bits
+            block = kept + first_row.to(tl.int64) * V  # so that offsets within it fit into 32 bits
             place = block + (row - first_row)[:, None] * V + column[None, :]
             tl.store(place, tl.maximum(z, LEAST).to(kept.dtype.element_ty), mask=is_column[None, :])
             tiles = tl.num_programs(1) * (COLUMNS // BLOCK_COLUMNS)
@@ -121,7 +122,7 @@ def merge_spans(
     partial, target, logprobs, entropy, tops, totals, num_rows,
     V: tl.constexpr, SPANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program row block: the spans of its rows, in order, into log-prob and entropy."""
+    """Program (row block): merge the spans of its rows, in order, into log-prob and entropy."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = row < num_rows
     top = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -147,7 +148,7 @@ def row_statistics(
     logits, target, logprobs, entropy, tops, totals, by_temperature, softcap,
     V: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row, one read. Every lane keeps its own running sums; they are joined at the end."""
+    """Program (row), which reads its logits once. Every lane keeps its own running sums; they are merged at the end."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -178,16 +179,16 @@ def row_gradients(
     by_temperature, softcap, V: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: its logits become their gradients in place, as rows.py has it.
+    """Program (row): its logits are replaced by their gradients in place, by the equation in rows.py.
 
-    logits: as they are or, where a row has TILES of COLUMNS columns and so offsets, as forward_spans keeps them.
-    gradients: the same memory; its rows are as far apart, counted in its own elements: `stride`.
+    logits: plain ones or, if TILES is not 0, as forward_spans keeps them in tiles of COLUMNS columns with offsets.
+    gradients: the same memory; stride: from row to row, counted in elements of the gradients.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     wanted, g = tl.load(target + row), tl.load(by_logprob + row)
     top, total = tl.load(tops + row), tl.load(totals + row)
-    of_wanted = tl.exp(tl.load(logprobs + row))  # 1 - p cancels where p is near 1: that p is exact
+    of_wanted = tl.exp(tl.load(logprobs + row))  # the exact p of the target: near 1, 1 - p cancels
     for start in range(0, V, BLOCK):
         column = start + lane
         raw = tl.load(logits + row * V + column, mask=column < V, other=LEAST).to(tl.float32)
@@ -203,8 +204,8 @@ def row_gradients(
         if HAS_CAP:
             tanh = z / (softcap * by_temperature * LOG2E)
             gradient *= 1 - tanh * tanh
-        # A narrower gradient lies over logits of this block that other threads may still have to read; never over those
-        # of a later one.
+        # A narrower gradient may overwrite logits of this block that other threads still have to read; never those of
+        # a later block.
         tl.debug_barrier()
         place = gradients + row * stride + column
         tl.store(place, (gradient * by_temperature).to(gradients.dtype.element_ty), mask=column < V)
@@ -213,9 +214,9 @@ def row_gradients(
 def fused(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temper: Temper, room: Tensor | None
 ) -> RowStatistics:
-    """Log-prob and entropy of each row. hidden: [T, D]; weight: [V, D]; both bf16 or fp16, contiguous.
+    """Log-prob and entropy of each row. hidden: [T, D]; weight: [V, D]; both bf16 or fp16.
 
-    room: [T, V] fp16, contiguous, where `gradients` will be asked for.
+    room: [T, V] fp16, contiguous: memory to keep the logits in for `gradients`; None if those will not be needed.
     """
     (num_rows, width), vocabulary = hidden.shape, len(weight)
     spans = triton.cdiv(vocabulary, SPAN)
@@ -230,7 +231,7 @@ def fused(
             partial, *kept, num_rows, *_scalars(temper),
             V=vocabulary, D=width, HAS_BIAS=bias is not None, HAS_CAP=temper.softcap is not None,
             KEEPS=room is not None, COLUMNS=SPAN, **TILE,
-            UPCAST=triton.knobs.runtime.interpret,  # it multiplies the bit patterns of bf16
+            UPCAST=triton.knobs.runtime.interpret,  # else it multiplies the bit patterns of bf16
         )  # fmt: skip
         columns = (logprobs, entropy, tops, totals)
         merge_spans[(triton.cdiv(num_rows, 128),)](
@@ -252,7 +253,7 @@ def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
 def gradients(
     found: RowStatistics, target: Tensor, temper: Temper, g: Tensor, h: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """d loss / d logits as [R, V] of `dtype` (as wide as the logits or narrower) in their memory."""
+    """d loss / d logits as [R, V] of `dtype` (as wide as the logits or narrower), in the memory of the logits."""
     logits, tops, totals, *offsets = found.saved
     placed = logits.view(dtype)
     row_gradients[(len(logits),)](
@@ -274,6 +275,6 @@ def obstacle(hidden: Tensor) -> str | None:
 
 
 def rows_for(weight: Tensor) -> Rows:
-    """What to use for this head. fp32 keeps its logits in chunks: Triton's matmul would round it to TF32."""
+    """The implementation for this head. fp32 is not fused: Triton's matmul would round it to TF32."""
     is_fused = weight.dtype != torch.float32 and weight.shape[1] <= MAX_FUSED_WIDTH
     return Rows(statistics, gradients, fused if is_fused else None)

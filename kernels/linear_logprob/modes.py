@@ -4,9 +4,9 @@
 A  no gradient                 1     log-prob and entropy
 B  frozen head, any loss       2     forward keeps d logprob / d hidden, [T, D]; backward scales its rows
 C  loss known per chunk        3     logits, loss, coefficients, gradients, both matmuls; then the next chunk
-D  any loss, known later       4     forward as A; backward is C with the coefficients that arrive
+D  any loss, known later       4     forward as A; backward as C, with the coefficients that autograd brings
 
-A frozen head saves C and D the matmul of its gradient.
+With a frozen head C and D save the matmul of its gradient.
 
 Log-probs, sums over chunks and the weight's gradient are fp32 for bf16 inputs (fp64 for fp64), and every mode takes its
 log-probs from the same function, so that all agree on them. Every gradient is returned to autograd: writing `.grad`
@@ -34,7 +34,7 @@ Coefficients = Callable[[RowStatistics, slice], tuple[Tensor, Tensor | None]]
 
 
 class Head(NamedTuple):
-    """logits = hidden weight^T + bias, then the temper; and how that is computed."""
+    """logits = hidden weight^T + bias, then `temper`; and the implementation (`rows`) that computes it."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
@@ -48,7 +48,7 @@ class Head(NamedTuple):
 
 
 def check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    """ValueError where the arguments do not belong together, with both values. Never waits for a GPU."""
+    """ValueError where the arguments do not fit together, with both values. Never waits for a GPU."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not [T, D] and [V, D]")
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
@@ -115,7 +115,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _FoldedLoss(torch.autograd.Function):
-    """Mode C. The gradients are made in forward; backward multiplies them by the gradient of the sum."""
+    """Mode C. The gradients are computed in forward; backward multiplies them by the gradient of the sum."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, head: Head, token_loss: TokenLoss, entropy_gradient: bool):
@@ -135,7 +135,7 @@ class _FoldedLoss(torch.autograd.Function):
     def backward(ctx, scale: Tensor, *_) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("a folded loss can be differentiated once; compute it again for a second backward")
-        gradients, ctx.gradients = ctx.gradients, None  # handed out, so scaled in place: no second [V, D]
+        gradients, ctx.gradients = ctx.gradients, None  # given away, so scaled in place: no second [V, D]
         return *(None if gradient is None else gradient.mul_(scale) for gradient in gradients), None, None, None, None
 
 
@@ -172,7 +172,7 @@ def _measure(head: Head, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor
 
 
 def _statistics(head: Head, hidden: Tensor, target: Tensor, room: Tensor) -> RowStatistics:
-    """Of a chunk, whose logits are left in `room`."""
+    """The statistics of a chunk; its logits stay in `room`, for the gradients."""
     if head.rows.fused:
         return head.rows.fused(hidden, head.weight, head.bias, target, head.temper, room[: len(hidden)])
     return head.rows.statistics(_logits(head, hidden, room), target, head.temper)
@@ -225,7 +225,7 @@ def _differentiate(
 
 
 def _outputs(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for log-probs [T], entropy [T] and the logits of a chunk."""
+    """Empty memory for log-probs [T], entropy [T] and the logits of a chunk, [R, V]."""
     wide = _accumulator(hidden.dtype)
     logprobs, entropy = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(2))
     shape = (min(head.rows_per_chunk, len(hidden)), len(head.weight))

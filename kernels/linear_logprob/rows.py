@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements worked on together: they stay in the cache of a CPU; a GPU wants few launches.
+# Elements processed at a time: few enough to stay in a CPU's cache; on a GPU many, for few launches.
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
@@ -28,7 +28,7 @@ class Temper(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """Log-prob of the target and entropy, both [R] fp32; `saved` is for `gradients` of the same implementation."""
+    """Log-prob of the target and entropy, [R], fp32 or fp64; `saved` is for `gradients` of the same implementation."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -38,8 +38,8 @@ class RowStatistics(NamedTuple):
 class Rows(NamedTuple):
     """One implementation of the work on rows.
 
-    fused: `statistics` and the matmul before it at once, (hidden, weight, bias, target, temper, room) -> RowStatistics;
-    room: [R, V] fp16, where `gradients` will be asked for, else None: then no logits are written. None: no such kernel.
+    fused: the matmul and `statistics` in one, (hidden, weight, bias, target, temper, room) -> RowStatistics; None if
+    there is no such kernel. room: [R, V] fp16, to keep the logits for `gradients`, or None if those are not needed.
     """
 
     statistics: Callable[[Tensor, Tensor, Temper], RowStatistics]
@@ -58,14 +58,14 @@ def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
         total[rows] = exp.sum(-1)
         log_total = total[rows].log()
         logprobs[rows] = z.gather(1, target[rows, None])[:, 0] - log_total
-        entropy[rows] = log_total - z.mul_(exp).sum(-1) / total[rows]  # pairwise, as a dot product is not
+        entropy[rows] = log_total - z.mul_(exp).sum(-1) / total[rows]  # summed pairwise, which a dot product is not
     return RowStatistics(logprobs, entropy, (logits, top, total))
 
 
 def gradients(
     found: RowStatistics, target: Tensor, temper: Temper, g: Tensor, h: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """d loss / d logits as [R, V] of `dtype`, in the memory of the logits where the dtype is theirs.
+    """d loss / d logits as [R, V] of `dtype`, in the memory of the logits if that is their dtype.
 
     g, h: [R], derivatives of the loss by log-prob and by entropy; h None where the entropy has no part in the loss.
     """
@@ -76,7 +76,7 @@ def gradients(
         if h is None and temper.softcap is None:
             exp.mul_(factor).scatter_add_(1, by_target[rows], by_logprob[rows])
             continue
-        # Where e^(z - max z) is 0, log p matters at the target alone, and there it is known.
+        # Where e^(z - max z) underflows to 0, log p matters only at the target, and there it is known.
         logprobs = (exp / total[rows]).clamp_min_(torch.finfo(exp.dtype).tiny).log_()
         logprobs.scatter_(1, by_target[rows], found.logprobs[rows, None])
         if h is not None:

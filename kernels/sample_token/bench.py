@@ -1,7 +1,7 @@
 """Drawing a token for every row: python -m kernels.sample_token.bench
 
-The reference, the Triton kernels (on CUDA) and torch.multinomial with log-probs, which is no exact inverse of the
-cumulative distribution and does not take a number of one's own.
+The reference, the Triton kernels (on CUDA) and torch.multinomial with log-probs, which does not invert the cumulative
+distribution exactly and cannot be given the random number.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Two Triton kernels: `weigh_tiles` reads all logits once, over many programs; `pick` reads one tile of each row again.
 
-The distribution is the reference's: exp(logit / temperature - best) of every token in fp32, added up in fp64. A tile's
-weights are relative to the tile's own best, so rounding moves a border of the cumulative distribution by some 1e-7 of
-its height against the reference; a uniform nearer to a border than that may pick the neighbour.
+The distribution is the reference's: exp(logit / temperature - best) of every token in fp32, summed in fp64. But a
+tile's weights are relative to the tile's own best, so rounding moves the border between two tokens in the cumulative
+distribution by some 1e-7 of its height; a uniform nearer to a border than that may pick the neighbour.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def obstacle(logits: Tensor, *, temperature: float, top_p: float, top_k: int, min_p: float = 0.0) -> str | None:
-    """Why the kernels cannot sample from these logits, or None. Greedy choice knows no truncation."""
+    """Why the kernels cannot sample from these logits, or None. Greedy sampling ignores truncation."""
     if temperature > 0 and (top_p < 1 or 0 < top_k < logits.shape[-1] or min_p > 0):
         return f"top_p={top_p}, top_k={top_k}, min_p={min_p} cut the distribution"
     if logits.dtype not in DTYPES:
@@ -26,7 +26,7 @@ def obstacle(logits: Tensor, *, temperature: float, top_p: float, top_k: int, mi
 
 
 def sample_token(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """What reference.sample_token says, without truncation."""
+    """As reference.sample_token, without truncation."""
     num_rows, vocabulary = logits.shape
     tile = min(TILE, triton.next_power_of_2(vocabulary))
     tiles = triton.cdiv(vocabulary, tile)
@@ -67,7 +67,7 @@ def weigh_tiles(logits, stride_row, best, total, vocabulary, temperature, TILE: 
 def _first_above(weights, threshold, SIZE: tl.constexpr):
     """The first index of positive weight whose running sum exceeds the threshold, else the last of positive weight.
 
-    Also the sum before that index. The parallel sum may round neighbours apart, so weight 0 is asked for by name.
+    Also the sum before that index. The parallel sum may rise by rounding even where a weight is 0, hence the check.
     """
     index = tl.arange(0, SIZE)
     running = tl.cumsum(weights, 0)
@@ -82,7 +82,7 @@ def pick(
     logits, stride_row, best, total, uniforms, token, logprob, tiles, vocabulary, temperature,
     GREEDY: tl.constexpr, TILE: tl.constexpr, PADDED_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program row: the tile that the uniform falls into, then the token inside it; or the first best token."""
+    """Program (row): the tile that the uniform falls into, then the token in it; or, GREEDY, the first best token."""
     row = tl.program_id(0)
     tile = tl.arange(0, PADDED_TILES)
     tile_best = tl.load(best + row * tiles + tile, mask=tile < tiles, other=-float("inf"))
@@ -100,7 +100,7 @@ def pick(
         scale = tl.sum(tl.where(tile == chosen, share, 0.0), 0)
         scores, _, base = _load_tile(logits, stride_row, row, chosen, vocabulary, temperature, TILE)
         inside, _ = _first_above(tl.exp(scores - base).to(tl.float64), (threshold - before) / scale, TILE)
-    # With NaN among the logits nothing compares: the index only has to exist, the log-prob is NaN and tells.
+    # With NaN among the logits every comparison is false: the index only has to be valid, the NaN log-prob tells.
     picked = tl.minimum(chosen * TILE + inside, vocabulary - 1)
     score = tl.load(logits + row.to(tl.int64) * stride_row + picked).to(tl.float32)
     tl.store(token + row, picked)
