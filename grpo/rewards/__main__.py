@@ -1,7 +1,7 @@
 """python -m grpo.rewards check TASK [--completions FILE --output FILE]: what the rewards pay, before training.
 
-With a file of completions that exist already (eval.py --completions, too): no model and no data set is loaded. Without:
-on reference answers and on deliberately wrong ones of the task's validation split.
+With --completions it scores the completions of a file, as eval.py --completions does; no model and no data set is
+loaded. Without, it scores reference answers and deliberately wrong ones of the task's validation split.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from grpo.rewards.runner import (
 from grpo.tasks import Task, make_task
 from grpo.tasks.rows import as_text, read_jsonl
 
-PROBLEMS = 20  # of the validation split, tried where no file is given
-_READ = {  # of a line: whether it is what it must be
+PROBLEMS = 20  # of the validation split, tried if no file is given
+_READ = {  # field of a line: whether its value is valid
     "completion": lambda value: isinstance(value, str),
     "answer": lambda value: as_text(value) is not None,
     "finish_reason": lambda value: isinstance(value, str | None),
@@ -106,8 +106,8 @@ def score_file(
 ) -> list[dict[str, Any]]:
     """Scores every line of a JSONL file and writes it back with `rewards`, `reward` and `status` added.
 
-    A line needs `completion` and `answer`; `finish_reason` is optional: absent counts as finished, and "length"
-    pays nothing while require_finish. Other keys reach the reward functions as columns and are kept.
+    A line needs `completion` and `answer`; `finish_reason` is optional: a missing one counts as finished, and with
+    require_finish "length" earns nothing. Other keys reach the reward functions as columns and are kept.
     `rewards` holds each component (null where it is not ok), `reward` the weighted total, `status` the worst
     status of the components. Returns what it wrote. Errors name the file and the line.
     """
@@ -154,7 +154,7 @@ def _verdict(outcomes: list[Outcome], rewards: dict[str, Reward]) -> dict[str, A
 
 
 def report(rows: list[dict], output_path: str) -> str:
-    """Counts by status; mean of the reward, if nothing failed, and of each component, of what `score_file` wrote."""
+    """Sums up what `score_file` wrote: counts by status, mean of each component and of the reward where none failed."""
     values = {"reward": [None if row["status"] in (ERROR, TIMEOUT) else row["reward"] for row in rows]}
     values |= {name: [row["rewards"][name] for row in rows] for name in rows[0]["rewards"]}
     known = {name: [value for value in column if value is not None] for name, column in values.items()}

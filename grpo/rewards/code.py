@@ -1,7 +1,7 @@
 """Rewards for code: does it parse, does it run, which share of the tests does it pass. Used by the task `code`.
 
 A row has tests as MBPP (`test_list`, optional `test_imports` and `test_setup_code`) or as HumanEval (`test`, which
-defines `check`, with `entry_point`; the question then is the head of the program). Programs run in a sandbox.
+defines `check`, with `entry_point`; the program then begins with the question). Programs run in a sandbox.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Tests(NamedTuple):
     setup: str
     tests: tuple[str, ...]
     functions: tuple[str, ...]
-    head: str  # of the program: a completion goes on from it
+    head: str  # how the program begins: a completion goes on from here
 
 
 def extract_code(completion: str) -> str:
@@ -51,7 +51,7 @@ def read_tests(row: dict[str, Any]) -> Tests:
     tests = tuple(row["test_list"])
     names = lambda sources, context: frozenset().union(*(_names(source, context) for source in sources))
     called = names(tests, ast.Load) - names([setup, *tests], ast.Store)
-    # A builtin is Python's own, unless tests call nothing else and the reference defines it, as MBPP's `sum(a, b)`.
+    # A builtin means Python's own, unless tests call nothing else and the reference defines it, as MBPP's `sum(a, b)`.
     missing = called - set(dir(builtins)) or called & _names(row.get("answer") or "", ast.Store)
     if not missing:
         raise ValueError(
@@ -65,7 +65,7 @@ def read_tests(row: dict[str, Any]) -> Tests:
 def _names(source: str, context: type) -> frozenset[str]:
     """Names that code reads (ast.Load), or that it defines in any way (ast.Store)."""
     found, defines = set(), context is ast.Store
-    with warnings.catch_warnings(action="ignore"):  # the compiler's, which would go to the terminal
+    with warnings.catch_warnings(action="ignore"):  # warnings of the compiler would go to the terminal
         tree = ast.parse(source)
     for node in ast.walk(tree):
         match node:
@@ -97,7 +97,7 @@ def tests_passed(completions: list[str], *, sandbox: Sandbox, **columns: list) -
 def _programs(completions: list[str], columns: dict[str, list]) -> list[tuple[str, Tests]]:
     rows = [read_tests({name: column[i] for name, column in columns.items()}) for i in range(len(completions))]
     codes = map(extract_code, completions)
-    # A head that nothing goes on from would be a function that answers None, and paid for.
+    # A head that nothing follows would be a function that returns None, and be paid for.
     return [(tests.head + code if code.strip() else "", tests) for code, tests in zip(codes, rows, strict=True)]
 
 

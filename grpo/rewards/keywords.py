@@ -2,7 +2,7 @@
 
 A row has `groups`, a list of groups of terms that mean the same (any one of them is enough), and optionally
 `sections`, a heading for each group or null: its term must stand under a line that opens with that heading and a
-colon, marks and numbers of a list aside; and `ordered`: the groups must come in their order.
+colon, apart from list marks and numbers; and `ordered`: the groups must come in their order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WORD = re.compile(r"[^\W_]+")
 _SENTENCE_END = re.compile(r"[.!?]\s|\n+")
 _ENDINGS = (("ies", "y"), ("ing", ""), ("ed", ""), ("es", ""), ("s", ""), ("e", ""))
 
-Pieces = list[tuple[int, str]]  # of a text: how many of its words come before, and the piece
+Pieces = list[tuple[int, str]]  # parts of a text: number of its words before the piece, the piece
 
 
 def stem(word: str) -> str:
@@ -34,10 +34,11 @@ def stem(word: str) -> str:
 def keyword_reward(
     completions: list[str], *, groups: list, sections: list | None = None, ordered: list | None = None, **columns: list
 ) -> list[float]:
-    """The share of the groups of which a term is used: 1 in a sentence, LIST_CREDIT elsewhere.
+    """Mean over the groups: 1 if one of its terms is used in a sentence, LIST_CREDIT if only elsewhere, else 0.
 
     A sentence has at least SENTENCE_WORDS words, at most half of them required terms: a list of keywords earns half.
-    With `ordered` only the longest run of groups in rising order counts. Repeating a term adds nothing.
+    With `ordered` the mean is scaled by the share of the groups found that come in order (the longest rising
+    subsequence). Repeating a term adds nothing.
     """
     empty = [None] * len(completions)
     rows = zip(completions, groups, sections or empty, ordered or empty, strict=True)
@@ -57,12 +58,12 @@ def _score(text: str, groups: list[list[str]], headings: list[str | None], order
 
 
 def stems(text: str) -> list[str]:
-    """Of its words."""
+    """The stems of its words."""
     return [stem(word) for word in _WORD.findall(text)]
 
 
 def _sections(text: str) -> dict[str, Pieces]:
-    """Text by the heading that it stands under: what follows a line's opening `Heading:`, up to the next."""
+    """Heading -> the text under it: what follows a `Heading:` that opens a line, up to the next; before any, ""."""
     found, heading, place = defaultdict(list), "", 0
     for line in text.split("\n"):
         before, colon, after = line.partition(":")
@@ -76,12 +77,12 @@ def _sections(text: str) -> dict[str, Pieces]:
 
 
 def _heading(text: str) -> str:
-    """Without case, marks of Markdown and the number of a list: `2. **Therapy` is therapy."""
+    """The heading without case, marks of Markdown and the number of a list: `2. **Therapy` is therapy."""
     return text[_LIST_MARK.match(text).end() :].strip(" \t#*").casefold()
 
 
 def _find(pieces: Pieces, group: list[list[str]], every: list[list[list[str]]]) -> tuple[int, float] | None:
-    """(number of its first word, credit) of the best place of any term of the group; of equals the first."""
+    """(number of its first word, credit) of the first place where a term of the group earns most; None if nowhere."""
     matches = []
     for start, text in pieces:
         for words in map(stems, _SENTENCE_END.split(text)):

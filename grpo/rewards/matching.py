@@ -1,6 +1,7 @@
 """More verifiers, for `rewards.functions` or a task of your own: exact, numeric, multiple choice, boxed LaTeX, regex.
 
-Pure functions of text, like grpo.rewards.verifiers. What they look at is the completion's final line, else all of it.
+Pure functions of text, like grpo.rewards.verifiers. *_match look at the completion's final line if it has one, else at
+all of it, as the others do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _DECIMAL = re.compile(
     re.ASCII,
 )
 _CHOICE = re.compile(r"(?:\b(?:answer|choice|option)\b(?: is)?:? *)?[(\[*]*([A-Z])[)\]*]*[.:]?", re.IGNORECASE)
-_BRACE = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)  # or an escaped character, which may be one
+_BRACE = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)  # or an escaped character: \{ opens nothing
 _MATHEMATICS = re.compile(r"[^\w\s,]")
 
 
@@ -49,7 +50,7 @@ def parse_value(text: str) -> Fraction | None:
 
 
 def exact_match(completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
-    """1 where the final text is the answer, but for case and the amount of space."""
+    """1 where the final text is the answer, apart from case and the amount of space."""
     fold = lambda text: " ".join(text.casefold().split())
     return [float(fold(final_text(c)) == fold(a)) for c, a in zip(completions, answer, strict=True)]
 
@@ -102,8 +103,8 @@ def boxed_math(completions: list[str], *, answer: list[str], **columns: list) ->
 
 
 def _boxes(text: str) -> str:
-    r"""$\boxed{...}$ for each box that is closed, after the words before it. Of the whole text math-verify reads other
-    mathematics, where a box is empty or a sentence calls something else the final answer."""
+    r"""Each closed box as $\boxed{...}$, after the words before it. Given the whole text, math-verify would read other
+    mathematics where a box is empty or a sentence calls something else the final answer."""
     opened: list[re.Match] = []
     boxes: list[tuple[int, int]] = []
     for brace in _BRACE.finditer(text):
@@ -121,7 +122,7 @@ def _boxes(text: str) -> str:
 
 
 def regex_format(completions: list[str], *, pattern: str, **columns: list) -> list[float]:
-    """1 where the whole completion matches `pattern` (Python, with DOTALL): functools.partial gives it."""
+    """1 where the whole completion matches `pattern` (Python, with DOTALL); bind it with functools.partial."""
     compiled = re.compile(pattern, re.DOTALL)
     return [float(compiled.fullmatch(text) is not None) for text in completions]
 

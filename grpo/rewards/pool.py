@@ -3,8 +3,8 @@
 A Pool is called like `score_texts` (grpo.rewards.runner) and returns the same table. Workers are spawned, never forked,
 each the leader of a session of its own; one that is late is killed with its whole process group and replaced.
 
-A call that fails (raises, is late, dies, returns the wrong length) on several completions is made again for each alone,
-in a fresh worker; what fails alone gets its status. A component that was late once is called with single
+A call that fails (raises, is late, dies, returns the wrong length) on several completions is repeated with each alone,
+in a fresh worker; one that fails alone gets the status. A component that was late once is called with single
 completions for the rest of the step: a batch that will be late wastes a whole deadline.
 """
 
@@ -33,13 +33,13 @@ from grpo.rewards.runner import Outcome, Reward, Table, log_once, take_rows
 from grpo.rewards.worker import READY, pack_function
 
 IMPORT_TIMEOUT_S = 60.0  # for a worker to start and import what defines a function; not part of a call's deadline
-RETRIED_TOGETHER = 8  # single completions in one job: few, so that the hung ones spread over the workers
+RETRIED_TOGETHER = 8  # single completions in one job: few, so that those that hang spread over the workers
 MAX_DEFAULT_WORKERS = 16
 
 
 @dataclass(frozen=True)
 class Call:
-    """One component of some rows."""
+    """One component to be computed for some rows."""
 
     component: int
     rows: tuple[int, ...]
@@ -49,12 +49,12 @@ class Call:
 
 
 class Worker:
-    """One process, the calls that it still owes an answer, and when the first of them is late."""
+    """One process, the calls that it has yet to answer, and the deadline of the first of them."""
 
     def __init__(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
         with socket.fromfd(self.connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as pipe:
-            for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # else one that has stopped would stop us, too
+            for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # else a worker that is suspended would block us
                 pipe.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", int(IMPORT_TIMEOUT_S), 0))
         code = "from grpo.rewards.worker import main; main()"
         self.process = subprocess.Popen(
@@ -71,7 +71,7 @@ class Worker:
     def kill(self) -> None:
         """End it and every process of its group."""
         self.connection.close()
-        with suppress(ProcessLookupError, PermissionError):  # the latter is macOS's where nothing of the group runs
+        with suppress(ProcessLookupError, PermissionError):  # the latter from macOS if nothing of the group runs
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
@@ -89,11 +89,11 @@ class Work:
     def __post_init__(self) -> None:
         self.names = list(self.rewards)
         self.packed = [pack_function(name, reward.function) for name, reward in self.rewards.items()]
-        unscored = Outcome(math.nan, TIMEOUT)  # what the step's deadline leaves behind
+        unscored = Outcome(math.nan, TIMEOUT)  # what is still missing at the step's deadline
         self.table = [[unscored] * len(self.names) for _ in self.completions]
 
     def divide(self, workers: int) -> None:
-        """Jobs of at most a worker's even share; a job holds all components of its rows that take as many."""
+        """Make jobs of at most a worker's even share of rows; a job has all components with that many rows a call."""
         total, even_share = len(self.completions), max(1, -(-len(self.completions) // workers))
         sizes = [min(reward.batch_size, even_share) for reward in self.rewards.values()]
         for size in dict.fromkeys(sizes):
@@ -124,7 +124,7 @@ class Work:
             self.table[row][call.component] = Outcome(*outcome)
 
     def fail(self, call: Call, status: str, kind: str, details: str) -> None:
-        """A status where the call was for one completion; else each is to be tried alone."""
+        """Record the status if the call was for one completion; else queue each of them alone."""
         log_once(self.names[call.component], kind, details)
         if status == TIMEOUT:
             self.late.add(call.component)
@@ -136,10 +136,11 @@ class Work:
 
 
 class Pool:
-    """`pool(completions, columns, rewards) -> [N][K] outcomes`, by `workers` processes (0: this rank's share of cores).
+    """`pool(completions, columns, rewards) -> [N][K] outcomes`, computed by worker processes.
 
-    timeout_s: of one call.  step_timeout_s: of the whole table; what has no outcome by then is `timeout`.
-    Workers start when there is work for them and stay; `with Pool(...) as pool` ends them.
+    workers: how many; 0: this rank's share of cores, at most MAX_DEFAULT_WORKERS.  timeout_s: for one call.
+    step_timeout_s: for the whole table; what has no outcome by then is `timeout`.  Workers start when there is work for
+    them and stay; `with Pool(...) as pool` ends them.
     """
 
     def __init__(self, *, workers: int, timeout_s: float, step_timeout_s: float):
@@ -158,7 +159,7 @@ class Pool:
         work, end = Work(completions, columns, rewards), time.monotonic() + self.step_timeout_s
         work.divide(self.size)
         for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
-            self._drop(worker)  # killed since the last call, for memory perhaps: no fault of a completion
+            self._drop(worker)  # died since the last call, killed for memory perhaps: not a completion's fault
         try:
             while time.monotonic() < end and (work.jobs or self._busy()):
                 self._dispatch(work)
@@ -178,7 +179,7 @@ class Pool:
                 self.workers.append(idle := Worker())
             job = work.next_job()
             idle.calls, idle.deadline = deque(job), time.monotonic() + IMPORT_TIMEOUT_S
-            with suppress(OSError):  # it has died, as reading from it will say; or it has stopped, and is late now
+            with suppress(OSError):  # dead: reading from it will tell; suspended: it will be late
                 idle.connection.send_bytes(work.message(job))
 
     def _collect(self, work: Work, end: float) -> None:
@@ -214,7 +215,7 @@ class Pool:
         worker.deadline = time.monotonic() + IMPORT_TIMEOUT_S
 
     def _lose(self, worker: Worker, work: Work, status: str, kind: str, details: str) -> None:
-        """Its first call failed and it goes; its other calls go to a fresh one."""
+        """Drop a worker whose first call failed; its other calls go to a fresh one."""
         work.fail(worker.calls.popleft(), status, kind, details)
         if worker.calls:
             work.jobs.appendleft(list(worker.calls))

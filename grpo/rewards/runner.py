@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from grpo.records import ABSTAIN, ERROR, OK, TIMEOUT, Group, Scores
 
 STANDARD = ("answer", "question", "prompt")  # columns of every task
-LARGEST = 1e18  # whose square fp32 holds: advantages are made of rewards in fp32
+LARGEST = 1e18  # its square still fits fp32, in which advantages are computed from rewards
 
 logger = logging.getLogger(__name__)
 _logged_kinds: dict[tuple[str, str], str] = {}  # a failing reward fails thousands of times: one traceback is enough
@@ -32,7 +32,7 @@ _logged_kinds: dict[tuple[str, str], str] = {}  # a failing reward fails thousan
 class Reward:
     """One component: `function(completions, **columns) -> list of float | None` and its weight in the total.
 
-    The function may be async. It gets at most batch_size completions a call: 1 where a single one is work enough.
+    The function may be async. It gets at most batch_size completions a call: 1 if scoring a single one takes long.
     """
 
     function: Callable[..., Any]
@@ -56,7 +56,7 @@ UNFINISHED = Outcome(0.0, OK)  # what require_finish pays a completion that ran 
 def refuse_uncallable(rewards: Mapping[str, Reward], columns: Iterable[str] | None = None) -> None:
     """ValueError for a function that cannot be called with the completions and every column by its name.
 
-    columns: those of the data besides STANDARD. None, before it is read: a name that a function wants may be one.
+    columns: those of the data besides STANDARD. None before the data is read: any name that a function wants will do.
     """
     for name, reward in rewards.items():
         try:
@@ -106,7 +106,7 @@ def score_groups(
 def score_paid(
     texts: list[str], rows: list[dict[str, Any]], is_paid: list[bool], rewards: dict[str, Reward], score: Scorer
 ) -> Table:
-    """[N][K] outcomes of N texts, each with a row of columns; what is not paid gets UNFINISHED and is not run.
+    """[N][K] outcomes of N texts, each with a row of columns. Where is_paid is False: UNFINISHED, without a call.
 
     The functions see the union of the rows' columns, None where a row lacks one.
     """
@@ -118,7 +118,7 @@ def score_paid(
 
 
 def _worst_for_unpaid(group: Table, is_paid: list[bool], rewards: dict[str, Reward]) -> Table:
-    """Outcomes of a group in which what is not paid gets, in each component, the worse of 0 and the worst paid."""
+    """The group's outcomes; an unpaid completion gets, in each component, the worse of 0 and the worst paid value."""
     worst = []
     for k, reward in enumerate(rewards.values()):
         values = [row[k].value for row in compress(group, is_paid) if row[k].status == OK]
@@ -166,7 +166,7 @@ def take_rows(
 
 
 def call(name: str, function: Callable, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
-    """One call of a reward function, awaited where it is async; ValueError where it does not return what it must."""
+    """One call of a reward function, awaited if async; ValueError unless it returns a float or None per completion."""
     values = function(completions, **columns)
     values = asyncio.run(values) if inspect.iscoroutine(values) else values
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
@@ -200,7 +200,7 @@ def log_once(name: str, kind: str, details: str) -> None:
 
 @contextmanager
 def held_log() -> Iterator[None]:
-    """Within it failures are logged at the end, and not at all where it ends in an error, which tells."""
+    """Hold back the log of failures until the block ends; drop it if the block raises, as that error says enough."""
     handler = MemoryHandler(10**6, logging.CRITICAL + 1, logging.lastResort, flushOnClose=False)
     logger.addHandler(handler)
     try:
@@ -236,7 +236,7 @@ def _as_scores(table: Table, is_paid: list[bool], rewards: dict[str, Reward], gr
     totals = [weighted_total(row, rewards) for row in table]
     weights = tuple(reward.weight for reward in rewards.values())
     weighted = [_weighted_statuses(row, weights) for row in status]
-    # Else the total would be a guess: without what failed, or 0 where nothing that has a weight judged the completion.
+    # Else the total would be a guess: it would lack what failed, or be 0 because all weighted components abstained.
     scored = [FAILURES.isdisjoint(found) and found != {ABSTAIN} for found in weighted]
     return Scores(
         names=tuple(rewards),
@@ -251,5 +251,5 @@ def _as_scores(table: Table, is_paid: list[bool], rewards: dict[str, Reward], gr
 
 
 def _weighted_statuses(row: list[str], weights: Sequence[float]) -> set[str]:
-    """Of one completion, by the components that have a weight."""
+    """The statuses of one completion's components that have a weight."""
     return {status for status, weight in zip(row, weights, strict=True) if weight}

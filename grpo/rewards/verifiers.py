@@ -63,8 +63,8 @@ def format_reward(completions: list[str], **columns: list) -> list[float | None]
 def correctness_reward(completions: list[str], *, answer: list[str], **columns: list) -> list[float | None]:
     """1 where the final line's number is within TOLERANCE (inclusive) of the reference, else 0.
 
-    The reference is read by the same grammar, less spaces around it, from behind its last `####` where it has one, as
-    GSM8K's answer column has; one that is no number is never met.
+    The reference is read by the same grammar, without spaces around it; if it has a `####`, as in GSM8K's answer
+    column, what follows the last one is read. One that is not a number is never matched.
     """
     return [
         float(_is_equal(final_answer(text), parse_number(ref.rpartition("####")[2].strip(" \t\r\n"))))

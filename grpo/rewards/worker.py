@@ -30,7 +30,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class _Packer(pickle.Pickler):
-    """Pickles functions by name; those of a file that no import finds, by file and name."""
+    """Pickles functions by name; those of a file that cannot be imported, by file and name."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, FunctionType):
@@ -44,7 +44,7 @@ class _Packer(pickle.Pickler):
 
 
 def pack_function(name: str, function: Callable) -> bytes:
-    """What a worker unpacks to the same function; ValueError for one that only this process can know."""
+    """What a worker unpacks to the same function; ValueError for one that exists in this process only."""
     buffer = io.BytesIO()
     try:
         _Packer(buffer).dump(function)
@@ -71,7 +71,7 @@ def main() -> None:
         for name, packed, completions, columns in job:
             answer = _answer(connection, name, packed, completions, columns)
             if os.getpid() != own_id:
-                os._exit(1)  # a child that the function started and that left it, too: its answer would be a second one
+                os._exit(1)  # a child that the function forked and that returned from it, too: no second answer
             connection.send_bytes(answer)
 
 

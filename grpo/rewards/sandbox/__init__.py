@@ -1,7 +1,7 @@
-"""Where code of the model runs: walls (launcher), a process behind them (guest), a judge outside that it cannot reach.
+"""Where the model's code runs: behind walls (box, launcher) a process runs it (guest); a judge outside compares.
 
-`find_sandbox` gives a Sandbox that has withstood its self-test, or says why there is none; `judge_program` runs a
-program against tests in it. Linux only.
+The walls are namespaces, resource limits and a filter of system calls. `find_sandbox` gives a Sandbox that has
+withstood its self-test, or says why there is none; `judge_program` runs a program against tests in it. Linux only.
 """
 
 from grpo.rewards.sandbox.box import Sandbox, SandboxError

@@ -1,4 +1,4 @@
-"""Walls on this machine, and a process behind them. Used by the judge."""
+"""Starts and stops one guest process behind the walls that this machine offers. Used by the judge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from grpo.rewards.sandbox import guest, launcher
 ISOLATED = ("-I", "-S", "-B")  # no environment, no user site, no site-packages, no files written
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
-UNUSED_UID = 2_000_000_000  # + process id: far above what any distribution hands out, and one of its own for each
+UNUSED_UID = 2_000_000_000  # + process id: far above what any distribution hands out, and a different one for each box
 PREFIXES = ("/usr", "/usr/local", "")  # and Python's own
 PARTS = ("bin", "sbin", "lib", "lib32", "lib64")  # of each; the rest may be a user's: containers have /usr/src/app
 FILES = ("/usr/share/zoneinfo", "/etc/ld.so.cache")
@@ -31,16 +31,16 @@ class SandboxError(Exception):
 
 
 class Expired(BaseException):
-    """The deadline has passed. No Exception: what runs under it must not catch it by accident."""
+    """The deadline has passed. Not an Exception: what runs under it must not catch it by accident."""
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Walls and limits, for one program at a time and a fresh process each.
+    """Walls and limits; every program gets a fresh process behind them.
 
     backend: "namespaces", "unsafe_subprocess" or the path of bwrap.  wall_s: seconds for the whole program with all its
-    tests; memory_mib: address space of one process; processes: with threads; quota_mib: all files; file_mib: one file;
-    tests_mib: what the tests may take in the process that judges, None: as much as there is.
+    tests; memory_mib: address space of one process; processes: threads included; quota_mib: all files together;
+    file_mib: one file; tests_mib: memory that the tests may take in the judge's own process, None: unlimited.
     """
 
     backend: str
@@ -53,10 +53,10 @@ class Sandbox:
 
     @contextmanager
     def start(self) -> Iterator[subprocess.Popen]:
-        """A guest that has said hello, behind the walls; SandboxError without. At the end nothing of it is left."""
+        """A guest behind the walls that has said hello; SandboxError if none does. At the end nothing of it is left."""
         command = [sys.executable, *ISOLATED, launcher.__file__, json.dumps(self._settings())]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        # A session of its own: killed with the group of this process, the launcher could not kill what it started.
+        # A session of its own: if killed with this process's group, the launcher could not kill what it started.
         process = subprocess.Popen(command, **pipes, env={}, cwd="/", start_new_session=True)
         try:
             _wait_for_hello(process)
@@ -65,7 +65,7 @@ class Sandbox:
             _stop(process)
 
     def _settings(self) -> dict:
-        # Not as they are named: uv and Homebrew have links for prefixes, and a virtual environment may have a copy.
+        # Real paths of the base Python: uv and Homebrew use links as prefixes; a virtual environment may have a copy.
         python, base = (os.path.realpath(path) for path in (sys._base_executable, sys.base_prefix))
         command = [python, *ISOLATED, "-c", Path(guest.__file__).read_text()]
         folders: list[str] = []
@@ -86,7 +86,7 @@ class Sandbox:
             "limits": {
                 "RLIMIT_AS": self.memory_mib << 20,
                 "RLIMIT_CPU": math.ceil(self.wall_s) + 1,
-                "RLIMIT_NPROC": self.processes + 2 * is_bubblewrap,  # it has a process outside and one inside
+                "RLIMIT_NPROC": self.processes + 2 * is_bubblewrap,  # bwrap has a process outside and one inside
                 "RLIMIT_FSIZE": self.file_mib << 20,
                 "RLIMIT_NOFILE": 32,
                 "RLIMIT_CORE": 0,
@@ -117,20 +117,20 @@ def deadline(seconds: float) -> Iterator[None]:
         raise Expired
 
     before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # again and again: one may land where it is swallowed
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # repeated: one may be raised where it is swallowed
     try:
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:  # once more: it may have passed just before it was called off
+    finally:  # once more: it may have expired just before it was cancelled
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
 def memory_bound(mib: int | None) -> Iterator[None]:
-    """MemoryError where this process takes so much more: a test may ask for `answer % 3`, of "%999999999d"."""
+    """MemoryError if this process takes more than `mib` further: a test's `answer % 3` may meet "%999999999d"."""
     if mib is None:
         yield
         return
@@ -157,7 +157,7 @@ def _wait_for_hello(process: subprocess.Popen) -> None:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """The launcher kills everything behind the walls and waits for it; its end is the end of all."""
+    """End the launcher, which kills everything behind the walls and waits for it: when it has ended, all has."""
     process.terminate()
     try:
         process.wait(STOP_TIMEOUT_S)

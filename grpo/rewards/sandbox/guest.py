@@ -62,7 +62,7 @@ def write(file, line):
 
 
 def receive(file, limit=-1):
-    """The next message; EOFError where the pipe has closed or it is longer than `limit` bytes, ValueError: no JSON."""
+    """The next message; EOFError if the pipe has closed or it exceeds `limit` bytes, ValueError if it is not JSON."""
     line = file.readline(limit)
     if not line.endswith(b"\n"):
         raise EOFError
@@ -100,7 +100,7 @@ def serve():
         try:
             call = receive(calls)
         except EOFError:
-            os._exit(0)  # not sys.exit: threads and exit handlers of the program would keep it
+            os._exit(0)  # not sys.exit: the program's threads and exit handlers could keep it alive
         attempt(answers, answer)
 
 

@@ -7,8 +7,8 @@ bytes, lists, tuples, sets, dicts, None); a function that changes its arguments 
 
 Tests come with the data set and are trusted as a reward function is: only programs run behind the walls.
 
-Whether the walls hold is judged first, by programs that attack: they fork past the limit, fill memory and disk, open
-the network, read a planted secret, and make themselves root of a new namespace. Walls that let one through are none.
+A self-test first tries whether the walls hold, by programs that attack them: they fork past the limit, fill memory and
+disk, open the network, read a planted secret, make themselves root of a new namespace. None of these may succeed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from grpo.rewards.sandbox.guest import decode, encode, receive, send
 
 logger = logging.getLogger(__name__)
 
-MAX_ANSWER_BYTES = 1 << 16  # of more numbers with the same hash a set takes minutes, and no deadline interrupts it
+MAX_ANSWER_BYTES = 1 << 16  # a set of more numbers with equal hashes takes minutes, which no deadline interrupts
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """passed of total tests; `ran`: it loaded, and no test ended in an exception, in death or out of time."""
+    """passed of total tests; `ran`: it loaded, no test raised (AssertionError aside), and it lived and was in time."""
 
     ran: bool
     passed: int
@@ -46,7 +46,7 @@ class Verdict:
 
 
 class ProgramError(Exception):
-    """The program raised an exception that is no builtin one, or its arguments or answer are no plain data."""
+    """The program raised an exception that is not a builtin one, or its arguments or answer are not plain data."""
 
 
 class _Dead(BaseException):
@@ -83,12 +83,12 @@ def judge_program(
 
 
 def _stand_in(process: subprocess.Popen, name: str) -> Any:
-    """A function that is called in the guest."""
+    """A function whose calls are carried out in the guest."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         try:
             message = {"function": name, "arguments": encode(list(arguments)), "keywords": encode(keywords)}
-        except TypeError as error:  # which a test might expect of the program
+        except TypeError as error:  # not passed on: a test might expect a TypeError of the program
             raise ProgramError(f"an argument of {name} cannot be sent: {error}") from None
         answer = _exchange(process, message)
         if "value" not in answer:
@@ -112,7 +112,8 @@ def _exchange(process: subprocess.Popen, message: Any) -> dict:
 
 
 def _builtin_exception(name: Any) -> Exception:
-    """A test may expect a ValueError; an AssertionError would pass for its own, a StopIteration end its `map` early."""
+    """What to raise in the test, which may expect, say, a ValueError. Never an AssertionError, which would pass for its
+    own, nor a StopIteration, which would end its `map` early."""
     kind = getattr(builtins, name, None) if isinstance(name, str) else None
     if isinstance(kind, type) and issubclass(kind, Exception) and kind not in (AssertionError, StopIteration):
         with suppress(TypeError):  # one that takes other arguments, such as UnicodeDecodeError
@@ -173,7 +174,7 @@ def become_root():
 
 
 def self_test(sandbox: Sandbox) -> list[str]:
-    """What the walls let through; nothing is what a sandbox must answer. SandboxError where they cannot be put up."""
+    """The attacks that the walls let through: none, if they are sound. SandboxError where they cannot be put up."""
     secret = secrets.token_hex(16)
     with (
         tempfile.NamedTemporaryFile("w", prefix="grpo_secret_") as file,
@@ -190,7 +191,7 @@ def self_test(sandbox: Sandbox) -> list[str]:
             "a file of the user": f"find({file.name!r}, {secret!r})",
             "root rights in a new namespace": "become_root()",
         }
-        # Slow is not stopped. The bound would be that of the trainer, whose other threads go on meanwhile.
+        # Time enough: a slow attack is not a failed one. No bound on tests: it would bind the trainer's other threads.
         patient = replace(sandbox, wall_s=START_TIMEOUT_S, tests_mib=None)
 
         def succeeds(call: str) -> bool:

@@ -1,9 +1,9 @@
 """Starts one untrusted program behind walls. A script of its own: `python -I -S -B launcher.py SETTINGS`, stdlib only.
 
 SETTINGS is JSON: `backend` ("namespaces", "unsafe_subprocess" or the path of bwrap), `command`, `folders` (readable
-inside, nothing else is), `masked` (empty inside), `uid` (an unused one, taken where this runs as root: RLIMIT_NPROC
-does not bind root), `limits`. Standard input and output pass through to the command. SIGTERM kills the command and all
-that it started; this process ends after the last of them. What goes wrong before the command runs is on standard error.
+inside, nothing else is), `masked` (empty inside), `uid` (an unused one, which root changes to: RLIMIT_NPROC does not
+bind root), `limits`. Standard input and output pass through to the command. SIGTERM kills the command and all that it
+started; this process ends after the last of them. Errors before the command runs go to standard error.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MNT_DETACH, AT_FDCWD, AT_RECURSIVE, SYS_MOUNT_SETATTR = 2, -100, 0x8000, 442
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ALLOW, REFUSE = 22, 2, 0x7FFF0000, 0x50001  # the latter with EPERM
 LOAD, IS, IS_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06  # of classic BPF
-NUMBER, MACHINE, FIRST_ARGUMENT = 0, 4, 16  # where they stand in what a filter sees of a system call
+NUMBER, MACHINE, FIRST_ARGUMENT = 0, 4, 16  # their offsets in what a filter sees of a system call
 AF_UNIX, AF_NETLINK, X32 = 1, 16, 0x40000000
 ROOT = "/sys"  # a folder that exists everywhere and that nothing is read from: the new root is put together there
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 INSIDE_ID = 1000
-# Of each machine its name to a filter, the number of `socket`, and those of what no namespace and no limit contains:
-# shmget, semget, msgget and memfd_create (memory of no process), add_key, request_key and keyctl (keys of the user),
+# For each machine its code in a filter, the number of `socket`, and those of calls that no namespace or limit contains:
+# shmget, semget, msgget and memfd_create (memory of no process), add_key, request_key and keyctl (the user's keys),
 # io_uring_setup (sockets past the filter).
 SYSTEM_CALLS = {
     "x86_64": (0xC000003E, 41, (29, 64, 68, 319, 248, 249, 250, 425)),
@@ -109,7 +109,7 @@ def become(uid: int) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    system("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its own uid_map would belong to root
+    system("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its /proc/self/uid_map would belong to root
 
 
 def set_limits(limits: dict[str, int]) -> None:
@@ -130,7 +130,7 @@ def filter_calls() -> None:
     if machine not in SYSTEM_CALLS:
         raise OSError(f"the system calls of {machine} are not known, only those of {', '.join(SYSTEM_CALLS)}")
     name, socket, numbers = SYSTEM_CALLS[machine]
-    allow, refuse = (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)  # operation, steps to skip if so and if not, operand
+    allow, refuse = (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)  # operation, steps to skip if true, if false, operand
     steps = [(LOAD, 0, 0, MACHINE), (IS, 1, 0, name), refuse]  # a 32-bit program's numbers mean something else
     steps += [(LOAD, 0, 0, NUMBER), (IS_AT_LEAST, 0, 1, X32), refuse]
     steps += [step for number in numbers for step in ((IS, 0, 1, number), refuse)]
@@ -142,7 +142,7 @@ def filter_calls() -> None:
 
 
 def run(settings: dict) -> None:
-    """In the child: put the walls up, the privileges down, and become the command."""
+    """In the child: put up the walls, drop privileges, and become the command."""
     os.setsid()
     backend, command, is_root = settings["backend"], settings["command"], os.geteuid() == 0
     if backend == "namespaces":
@@ -191,7 +191,7 @@ def end_all(children: TextIOBase) -> None:
 
 
 def main() -> None:
-    """Start the box as the settings in the first argument say, and end with all that it started."""
+    """Start the box by the settings in the first argument; when it ends, end all that it started."""
     settings = json.loads(sys.argv[1])
     system("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # a judge that was killed takes all this with it
     system("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -207,7 +207,7 @@ def main() -> None:
         finally:
             os._exit(1)
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, signal.SIGKILL))
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # not reaped yet: its number stays its own
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # not reaped yet, so its id is not reused
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_all(children)
 
