@@ -37,7 +37,7 @@ class Task:
     instruction = f"Solve each problem step by step. End with the line `{FINAL_PREFIX}<number>`."
     stop_strings: tuple[str, ...] = ("\n\nQuestion:",)  # a base model goes on with the next question
     exemplars: tuple[Problem, ...] = ()  # built-in worked exemplars, with solutions
-    rewards: Mapping[str, Reward] = {}  # none: format and correctness, weighted by the config
+    rewards: Mapping[str, Reward] = {}  # empty: format and correctness, weighted by the config
 
     def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
         self.data, rewards = data or DataConfig(), rewards or RewardsConfig()
@@ -76,7 +76,7 @@ class Task:
         return self._splits[name]
 
     def check_path(self) -> None:
-        """ValueError for a data.path that names nothing, before anything is read; this task reads none."""
+        """ValueError for a data.path that does not exist, before anything is read; the base class reads none."""
 
     def load(self, split: str) -> Sequence[Problem]:
         """Reads or makes one split; a subclass must define it."""
@@ -107,8 +107,8 @@ class Task:
 def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:
     """The task of a name in TASKS, or of a user's own `path/to/file.py:ClassName`. Loads no data.
 
-    Its rewards are the class's own, those of `rewards.functions`, and weighted by `rewards.weights`; one of them is
-    `correctness`, and one at least is paid.
+    Its rewards are the class's own and those of `rewards.functions`, with the weights of `rewards.weights`; ValueError
+    unless one of them is `correctness` and at least one has a weight.
     """
     if name not in TASKS and ".py:" not in name:
         raise ValueError(

@@ -16,7 +16,7 @@ from grpo.rewards.code import parses, read_tests, runs, tests_passed
 from grpo.rewards.sandbox import find_sandbox
 from grpo.tasks.rows import DATA, RowTask
 
-WALL_SHARE = 0.6  # of rewards.timeout_s for a program: the rest is for putting the walls up, on a busy machine
+WALL_SHARE = 0.6  # of rewards.timeout_s is the program's; the rest is for putting up the walls, on a busy machine
 
 
 class Code(RowTask):

@@ -14,7 +14,7 @@ from grpo.records import Problem
 from grpo.rewards import FINAL_PREFIX, parse_number
 from grpo.tasks.rows import DATA, RowTask, read_file
 
-# Written for this project: short, and between them plain, money, comma, percent and negative answers.
+# Written for this project: short, and with plain, money, comma, percent and negative answers among them.
 EXEMPLARS = tuple(Problem(id=id, **row) for id, _, row in read_file(DATA / "exemplars.jsonl"))
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 

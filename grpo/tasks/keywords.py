@@ -17,7 +17,7 @@ from grpo.tasks.rows import DATA, RowTask
 
 
 class Keywords(RowTask):
-    """Full marks (accuracy) are all groups, in prose and where they belong."""
+    """Full marks, which accuracy counts, are for all groups, in prose and where they belong."""
 
     name = "keywords"
     embedded = DATA / "keywords.jsonl"

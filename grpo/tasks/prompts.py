@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENDLESS_POOL = 10_000  # exemplars from an endless training split come from its first problems
-TOKENIZED_TOGETHER = 256  # prompts: a tokenizer at work keeps some hundred bytes a token
+TOKENIZED_TOGETHER = 256  # prompts a call, in which a tokenizer takes some hundred bytes of memory a token
 QUESTIONS_TRIED = 64  # of a split, for length: the longest in tokens (in characters, Chinese ones would seem short)
 
 
@@ -52,7 +52,7 @@ class Prompter:
         return self.ask([problem])[0]
 
     def ask(self, problems: Sequence[Problem]) -> list[Problem]:
-        """The same of several problems, tokenized together."""
+        """As __call__, for several problems, which are tokenized together."""
         asked = []
         for problem, (text, ids) in zip(problems, self._prompts(problems), strict=True):
             if not self._leaves_room(ids):
@@ -71,9 +71,9 @@ class Prompter:
         """Text and token ids of each prompt, however long."""
         is_plain, eos = self.prompt.style == "plain", self.tokenizer.eos_token_id
         texts = map(self._plain if is_plain else self._chat, problems)
-        for text, ids in self._encoded(texts, add_special_tokens=is_plain):  # a template wrote its own
+        for text, ids in self._encoded(texts, add_special_tokens=is_plain):  # a chat template has written its own
             if is_plain and len(ids) > 1 and ids[-1] == eos and not text.endswith(self.tokenizer.eos_token):
-                ids = ids[:-1]  # of a tokenizer that closes every text (add_eos_token): the completion is still to come
+                ids = ids[:-1]  # a tokenizer with add_eos_token closes every text, but the completion is still to come
             yield text, ids
 
     def _encoded(self, texts: Iterable[str], **how: bool) -> Iterator[tuple[str, list[int]]]:
@@ -95,17 +95,17 @@ class Prompter:
         messages, how = _messages(self.task, problem, self._shots(problem)), {"add_generation_prompt": True}
         try:
             return self.tokenizer.apply_chat_template(messages, **how, tokenize=False, **self._template_options)
-        except Exception as error:  # a template may raise, and asks Jinja to
+        except Exception as error:  # a template may raise anything, and some do so on purpose
             message = f"the chat template of the tokenizer cannot take problem {problem.id}: {error}"
             raise ValueError(f"{message}; use --prompt.style plain, or another number of shots") from error
 
     def fitting(
         self, problems: Sequence[Problem], *, drop: bool = False, say: Callable[[str], None] = print
     ) -> Sequence[Problem]:
-        """`problems`, if all of their prompts leave room for the completion: ValueError for one that does not, or, with
-        `drop`, those that do; `say` is told how many are left out.
+        """The problems, after a check that their prompts leave room for the completion. ValueError for one that does
+        not; with `drop` such problems are left out instead, and `say` is told how many.
 
-        Without `drop` the longest questions are tried, of an endless split the first ones.
+        Without `drop` only the longest questions are tried, of an endless split the first ones.
         """
         is_endless = getattr(problems, "endless", False)
         pool = [problems[i] for i in range(QUESTIONS_TRIED)] if is_endless else problems
@@ -113,7 +113,8 @@ class Prompter:
         if not pool:
             return problems
         # No token is less than a byte: what is short in bytes need not be tokenized, which takes minutes for a million.
-        # Around a question stand the exemplars, and where it is one of them, another in its place: these are all cases.
+        # Around a question stand the exemplars or, if it is one of them itself, another in its place: these cases have
+        # all that can surround one.
         cases = [min(pool, key=num_bytes), *self._candidates]
         room = self.context_length - self.max_new_tokens - max(len(ids) for _, ids in self._prompts(cases))
         is_short = lambda problem: num_bytes(problem) <= room
@@ -124,7 +125,7 @@ class Prompter:
                 fits = is_short(problem) or self._leaves_room(next(prompts)[1])
                 (kept if fits else overlong).append(problem)
             if overlong and not kept:
-                self(overlong[0])  # says what does not fit
+                self(overlong[0])  # raises, and says what does not fit
             if overlong:
                 why = f"their prompts leave no room for max_new_tokens={self.max_new_tokens} in the model's context"
                 say(f"left out: {len(overlong)} of {len(pool)} problems, {overlong[0].id} the first: {why}")
@@ -159,8 +160,8 @@ def _messages(task: Task, problem: Problem, shots: Sequence[Problem]) -> list[di
 
 
 def _draw_exemplars(task: Task, prompt: PromptConfig) -> list[Problem]:
-    """The built-in ones; or of the training split, with questions that differ, one more than asked for: the problem
-    itself may be among them."""
+    """The built-in exemplars; or random ones from the training split with questions that differ, one more than asked
+    for, because the problem itself may be among them."""
     if prompt.shots == 0:
         return []
     if prompt.exemplars == "builtin":

@@ -1,6 +1,7 @@
 """Problems that are rows of local JSONL, JSON or Parquet files, or of a data set on the hub.
 
-A path and a split go in, Problems come out; every error names the file and the row. Under all tasks but word_problems.
+A path and a split go in, Problems come out; every error names the file and the row. All tasks but word_problems build
+on it.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class RowTask(Task):
     question_column: str = "prompt"
     answer_column: str = "answer"
     hub: tuple[str, str] | None = None  # data set and subset that an empty data.path stands for
-    embedded: Path | None = None  # or a file, of which a quarter each is held out
+    embedded: Path | None = None  # or a file: a quarter for validation, another for test
 
     def __init__(self, data: DataConfig | None = None, rewards: RewardsConfig | None = None):
         super().__init__(data, rewards)
         if self.embedded and not self.data.path:
             self.data = replace(self.data, path=str(self.embedded), validation_fraction=0.25)
-        self._unread: dict[str, list[Row]] = {}  # splits of a file that was read for another of them
+        self._unread: dict[str, list[Row]] = {}  # splits that were read along with another one
 
     @cached_property
     def exemplars(self) -> tuple[Problem, ...]:
@@ -65,8 +66,8 @@ class RowTask(Task):
         return [self._problem(*row) for row in rows]
 
     def _rows(self, split: str) -> dict[str, list[Row]]:
-        """Of a split, and of those that are held out of the same rows. They are those of data.path, a file, a folder, a
-        hub data set or one split of it, or of the task's own default."""
+        """Rows of a split, and of the splits that are held out of the same source: data.path (a file, a folder, a hub
+        data set or one split of it), or the task's own default."""
         self.check_path()
         data, name = self.data, "test" if split == "test" else "train"
         if Path(data.path).is_file():
@@ -112,7 +113,7 @@ class RowTask(Task):
         text = (as_text(row[column]) or "").strip()
         if not text:
             raise ValueError(f"{where}: {column}={row[column]!r} is neither text nor a number")
-        if text != text.encode(errors="ignore").decode():  # JSON may hold it, a tokenizer takes no such text
+        if text != text.encode(errors="ignore").decode():  # JSON can hold one, a tokenizer cannot take it
             raise ValueError(f"{where}: {column} holds half of a surrogate pair, which is no character; mend the row")
         return text
 
@@ -125,10 +126,10 @@ def as_text(value: Any) -> str | None:
 
 
 def hold_out(rows: list[Row], question: str, fraction: float, seed: int, *, parts: int) -> list[list[Row]]:
-    """[rest, part, ...]: `parts` disjoint random shares, each this fraction of what is asked; all keep file order.
+    """[rest, part, ...]: `parts` disjoint random parts, each with this fraction of the questions; all keep file order.
 
-    question: the column by which rows ask the same. They stay together, so that what is held out is asked nowhere else,
-    unless too little differs for a part of its own.
+    question: its column. Rows with the same one stay together, so that a held-out question is asked nowhere else; if
+    the distinct ones are too few to make a part, rows count as distinct.
     """
     asked = [str(columns.get(question, i)) for i, (_, _, columns) in enumerate(rows)]
     if not round(fraction * len(set(asked))):
@@ -200,7 +201,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_hub(repo: str, subset: str, split: str) -> list[Row]:
-    """Rows of a data set on the hub, or of its local cache, through `datasets`. subset: "" where it has but one."""
+    """Rows of a data set on the hub, or of its local cache, through `datasets`. subset: "" if it has only one."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 

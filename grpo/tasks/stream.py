@@ -1,8 +1,8 @@
 """The problem stream: which problems a training step works on, and what it remembers of them.
 
-A curriculum chooses, pure, which problems of a split an epoch visits. The order stays random, so that no step is all
-easy or all hard. A problem's rate is the share of its completions that were correct at its last visit, NaN before it.
-What there is for each problem is a tensor: of a million, lists would hold up every step and every checkpoint.
+A curriculum is a pure function that chooses which problems of a split an epoch visits. The order stays random, so that
+no step is all easy or all hard. A problem's rate is the share of its completions that were correct at its last visit,
+NaN before it. Rates and queue are tensors: with a million problems, lists would hold up every step and checkpoint.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import Tensor
 
 from grpo.records import Problem
 
-ENDLESS_STRIDE = 1 << 20  # problems of an endless split that one seed may call its own
+ENDLESS_STRIDE = 1 << 20  # problems of an endless split that are reserved for one seed
 LEAST_CHANCE = 0.1  # one epoch in ten: a rate that is never measured again stays wrong while the policy moves on
 STATE = ("position", "seed", "epoch", "skipped", "queue", "rates")
 
 
 def drop_solved(rates: Tensor, target: float, rng: random.Random) -> Tensor:
-    """Without those that every completion solved; all of them again where none is left."""
+    """All but the problems that every completion solved; all of them again if none is left."""
     unsolved = rates != 1.0
     return unsolved if unsolved.any() else torch.ones_like(unsolved)
 
 
 def target_rate(rates: Tensor, target: float, rng: random.Random) -> Tensor:
-    """Each with the chance 1 - |rate - target| / max(target, 1 - target), at least LEAST_CHANCE; 1 for a new one.
+    """Each problem with chance 1 - |rate - target| / max(target, 1 - target), at least LEAST_CHANCE; 1 for a new one.
 
     A rate of 0 or 1 has no spread and teaches nothing; the spread is largest at 0.5.
     """
@@ -49,7 +49,7 @@ CURRICULA: dict[str, Callable[[Tensor, float, random.Random], Tensor]] = {  # ra
 
 
 def digest(problems: Sequence[Problem]) -> str:
-    """The same for the same questions and answers in the same order: rates and places are of no use to others."""
+    """A hash of the questions and answers in their order: saved rates and places are valid for the same ones only."""
     texts = json.dumps([(problem.question, problem.answer) for problem in problems])
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
@@ -58,7 +58,7 @@ class ProblemStream:
     """Problems without end, a pure function of (split, seed) and, with a curriculum, of the rates remembered.
 
     A finite split is permuted anew every epoch, less what the curriculum leaves out of it. An endless one is read in
-    order from (seed + 1) * ENDLESS_STRIDE: no two seeds share problems, and the first stride stays with exemplars. Its
+    order from (seed + 1) * ENDLESS_STRIDE: no two seeds share problems, and the first stride is left to exemplars. Its
     problems never come back, so ValueError with a curriculum.
     """
 
@@ -121,13 +121,13 @@ class ProblemStream:
         """Goes on at the saved position; ValueError where the stream is not the one that was saved."""
         own = self.state_dict()
         for key in ("seed", "problems", "data"):
-            if key in state and state[key] != own[key]:  # `data` is younger than some checkpoints
+            if key in state and state[key] != own[key]:  # older checkpoints have no `data`
                 raise ValueError(
                     f"the checkpoint's problem stream has {key}={state[key]}, this run {key}={own[key]}; "
                     "resume with the same data and seed"
                 )
         vars(self).update({name: state[name] for name in STATE})
-        if isinstance(self.rates, list):  # as older checkpoints have it, and the queue
+        if isinstance(self.rates, list):  # in older checkpoints, like the queue
             self.rates = [math.nan if rate is None else rate for rate in self.rates]
         # Copies: the tensors of a checkpoint are mapped from its file.
         self.rates = torch.as_tensor(self.rates, dtype=torch.float64).clone()

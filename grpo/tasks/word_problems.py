@@ -6,11 +6,11 @@
     12+1=13
     #### The final answer is 13
 
-Problem i of a split is a pure function of the level, the split's name and i: nothing is stored, nothing is loaded. The
-splits are apart by equation chain, on all levels together: a chain (3*4=12, 12+1=13) is hashed to test, validation or
-training. Disjoint texts would not do: with other names and objects, four fifths of the test chains were in training,
-too. What is for training is parted once more, by text, into `solved`, whose worked solutions supervised training learns
-from (grpo.base), and `train`, where reinforcement learning meets other problems and only their answers.
+Problem i of a split is a pure function of the level, the split's name and i: nothing is stored, nothing is loaded. No
+two splits share a chain of equations, on any level: the hash of the chain (3*4=12, 12+1=13) decides between test,
+validation and training. Disjoint texts would not do: with other names and objects, four fifths of the test chains were
+in training, too. Training problems are divided once more, by text, into `solved`, whose worked solutions supervised
+training learns from (grpo.base), and `train`, where reinforcement learning meets other problems and only their answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAMES = ("Amy", "Ann", "Ben", "Eva", "Leo", "Max", "Mia", "Sam", "Tom", "Zoe")
 OBJECTS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
 MORE = ("{name} buys {n}.", "{other} gives {name} {n}.", "{name} finds {n}.")  # n: 3 more
 FEWER = ("{name} gives {n} to {other}.", "{name} loses {n}.", "{name} sells {n}.")
-DISTRACTORS = ("{other} has {n}.", "{name} also has {n}.", "{other} buys {n}.")  # of other things than are asked for
+DISTRACTORS = ("{other} has {n}.", "{name} also has {n}.", "{other} buys {n}.")  # of other things than those asked for
 
 Equation = tuple[int, str, int, int]  # 3, "*", 4, 12
 
@@ -43,9 +43,9 @@ class Level:
 
     steps: tuple[int, ...]  # relative frequency of chains of 1, 2, ... equations
     start: tuple[int, int]  # least and most to begin with
-    factor: int  # largest of a multiplication, the first step of 30 % of the problems
+    factor: int  # largest in a multiplication, which is the first step of 30 % of the problems
     change: int  # most that one step gives or takes
-    distractors: float  # share of steps before which a number is told that does not matter
+    distractors: float  # share of steps that are preceded by a sentence with a number that does not matter
     prompt_tokens: int  # mean
     solution_tokens: int  # room for the longest, the end token included
 
@@ -68,13 +68,13 @@ def draw_problem(rng: random.Random, level: Level) -> tuple[str, list[Equation]]
     else:
         sentences, chain = [f"{name} has {(start := rng.randint(*level.start))} {things}."], []
     have = chain[-1][3] if chain else start
-    of_what = f" {things}" if level.distractors else ""  # where other things are told of, too, each is named
+    of_what = f" {things}" if level.distractors else ""  # with distractors, the object has to be named
     while len(chain) < steps:
-        if level.distractors and rng.random() < level.distractors:  # without any, nothing is drawn
+        if level.distractors and rng.random() < level.distractors:  # at 0 no random number is drawn
             n = f"{rng.randint(2, level.change)} {rng.choice([thing for thing in OBJECTS if thing != things])}"
             sentences.append(rng.choice(DISTRACTORS).format(name=name, other=other, n=n))
         more = have < 2 or rng.random() < 0.5
-        n = rng.randint(1, level.change if more else min(level.change, have - 1))  # never down to nothing
+        n = rng.randint(1, level.change if more else min(level.change, have - 1))  # never down to 0
         form = rng.choice(MORE if more else FEWER)
         sentences.append(form.format(name=name, other=other, n=f"{n} more{of_what}" if more else f"{n}{of_what}"))
         chain.append((have, "+", n, have + n) if more else (have, "-", n, have - n))
@@ -83,7 +83,7 @@ def draw_problem(rng: random.Random, level: Level) -> tuple[str, list[Equation]]
 
 
 def working(chain: Sequence[Equation]) -> str:
-    """The chain as text, one equation a line: what a worked solution says, and what parts the splits."""
+    """The chain as text, one equation a line: what a worked solution says, and what the splits are divided by."""
     return "\n".join(f"{a}{sign}{b}={c}" for a, sign, b, c in chain)
 
 
@@ -137,7 +137,7 @@ class WordProblems(Task):
         self.level = LEVELS[self.data.level]
 
     def check_path(self) -> None:
-        """ValueError for a data.path: who names one means another task."""
+        """ValueError for any data.path: whoever names one means another task."""
         if self.data.path:
             raise ValueError(f"data.path={self.data.path!r}: task word_problems reads no file; name a --task that does")
 
@@ -146,7 +146,7 @@ class WordProblems(Task):
 
     @property
     def solved(self) -> EndlessProblems:
-        """Problems with a `solution` to be learnt from; those of train are never shown."""
+        """Problems whose `solution` supervised training learns from; solutions of `train` are never shown."""
         return EndlessProblems("solved", self.level)
 
     @cached_property
