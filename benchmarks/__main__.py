@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-# gpu runs the others on a CUDA device, for which attention, tune and hot_spots are; parity_trl and vs_trl need
+# gpu runs the others on a CUDA device; attention, tune and hot_spots are made for one; parity_trl and vs_trl need
 # benchmarks/requirements.txt; study takes an hour; common and letters are no benchmarks.
 NOT_HERE = {"attention", "common", "gpu", "hot_spots", "letters", "parity_trl", "study", "tune", "vs_trl"}
 

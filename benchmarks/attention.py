@@ -1,10 +1,10 @@
 """Which way of computing packed rows' attention is fastest on this device: python -m benchmarks.attention
 
 Forward and backward of one layer of Qwen2.5-0.5B over a micro-batch of GSM8K, 16 completions a prompt: `gathered` and
-`flex` of grpo/attention.py, and a candidate for CUDA that is not in use. `Cascade` copies no key: a token's own span,
-its group's prompt and what all prompts begin with are three flash calls, merged by their log-sum-exps, as `two_part`
-does on a CPU. It calls private operators of torch, so it must win by enough. All are held against `two_part` in fp32.
-Last line: JSON. On CPU, where there is no flash attention over variable lengths, `two_part` alone.
+`flex` of grpo/attention.py, and a candidate for CUDA that is not in use. `Cascade` repeats no prompt's keys: a token's
+own span, its group's prompt and the beginning common to all prompts are three flash calls, merged by their
+log-sum-exps, as `two_part` does on a CPU. It calls private operators of torch, so it would have to win clearly. All are
+compared with `two_part` in fp32. Last line: JSON. On CPU, without flash attention over variable lengths, only that one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAPES = {  # common beginning, groups, rest of a prompt, completions, tokens of
     "cuda": {"worked exemplars": (650, 6, 50, 16, 200), "unlike prompts": (0, 5, 700, 16, 200)},
     "cpu": {"tiny": (40, 2, 8, 3, 20)},
 }
-ROWS_TOGETHER = 4096  # that share one copy of the common keys: the backward pass takes one program a block of keys
+ROWS_TOGETHER = 4096  # rows to a copy of the common keys: the backward pass runs only one program per block of keys
 flash_forward, flash_backward = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
 
 
@@ -50,7 +50,7 @@ class Part:
 
 @functools.lru_cache(maxsize=4)
 def parts_of(layout: SharedPrefix) -> list[Part]:
-    """Own spans; prompts, for completions; what all begin with, for every row after it. Made once a micro-batch."""
+    """Every span with itself; completions with their prompts; all later rows with the common beginning. Cached."""
     device, length, common = layout.group.device, len(layout.group), layout.common.stop
     spans = [layout.common, *(span for prompt, own in layout.groups for span in (prompt, *own))]
     own = [span.stop - span.start for span in spans if span.stop > span.start]
@@ -159,7 +159,7 @@ def _copied(tensor: Tensor, copies: int) -> Tensor:
 
 
 def fast(function: Callable, device: torch.device) -> Callable:
-    """On CUDA one kernel in place of a dozen."""
+    """Compiled on CUDA: one kernel in place of a dozen."""
     return function if device.type == "cpu" else attention._compiled(function)
 
 
@@ -172,7 +172,7 @@ def cascade(query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, sca
 def make_layout(
     common: int, groups: int, prompt: int, completions: int, longest: int, device: torch.device
 ) -> SharedPrefix:
-    """Completions from a fifth of the longest on, evenly."""
+    """Completion lengths are spread evenly from a fifth of `longest` to `longest`."""
     end, spans = common, []
     for _ in range(groups):
         edges = [end, end + prompt]
@@ -198,7 +198,7 @@ def errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
 
 
 def measure(name: str, sizes: tuple[int, ...], device: torch.device, repeats: int) -> dict[str, object]:
-    """Errors, milliseconds by turns and MiB of each contender."""
+    """Errors, milliseconds (contenders take turns) and MiB of each contender."""
     layout, is_cuda = make_layout(*sizes, device), device.type == "cuda"
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if is_cuda else torch.float32

@@ -1,9 +1,9 @@
 """How long training stands still for a checkpoint: python -m benchmarks.checkpoint
 
-A random Qwen2 with its Adam state is saved again and again. `waiting` stands until the checkpoint is on disk (written,
-hashed, flushed, renamed), `in background` while the state is copied to memory. What the thread takes from training
-besides shows in the steps: so many of equal work, alone and beside the writing. Medians over alternating rounds; the
-last line is one JSON object.
+A random Qwen2 with its Adam state is saved again and again. `waiting` is blocked until the checkpoint is on disk
+(written, hashed, flushed, renamed), `in background` only while the state is copied to memory. How much the writing
+thread slows training down shows in the steps: equally many, alone (`steps`) and beside it. Medians over alternating
+rounds; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Trainee:
 
 
 def measure(trainee: Trainee, folder: Path, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Raw seconds by name. Enough steps follow a save for its writing to end beside them."""
+    """Raw seconds by name. Enough steps follow a save for its writing to end during them."""
     writer = checkpoint.Writer(folder, keep_last=1)
     time = partial(seconds, device)
     trainee.step()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the device, the options' frame, and what the last line says of where they ran."""
+"""What the benchmarks share: the device, the option parser, and what the last line says of where they ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def qwen_shape(layers: int, width: int, mlp_width: int, heads: int, vocabulary: int) -> dict[str, int]:
-    """Of a Qwen2 with two key-value heads, in transformers' words."""
+    """Config of a Qwen2 with two key-value heads, by transformers' names."""
     return {
         "num_hidden_layers": layers,
         "hidden_size": width,
@@ -33,7 +33,7 @@ def default_device() -> torch.device:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Whose help shows a module's docstring as it is."""
+    """A parser whose help shows a module's docstring as it is."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

@@ -1,16 +1,16 @@
 """Everything that only a CUDA device can tell, in under nine minutes: python -m benchmarks.gpu (make gpu).
 
-Correctness first: the tests marked `gpu`. Then every benchmark that is here. Each stage is a process of its own with a
-time limit, so that one which fails or hangs costs nothing but its share; what earlier stages leave of theirs, later
-ones may take. The last JSON line that a stage printed, cut off or not, is in gpu.json at once, with hardware and
-commit; the table at the end holds the figures that were asked for beside their goals. Exit status 0 only if every stage
-passed; a missed goal is no failure.
+Correctness first: the tests marked `gpu`. Then the benchmarks. Each stage is a process of its own with a time limit, so
+that one which fails or hangs costs nothing but its own time; what a stage leaves of it, later ones may use. The last
+JSON line that a stage has printed, even if it was cut off, goes to gpu.json at once, with hardware and commit; the
+table at the end shows the figures beside their goals. Exit status 0 only if every stage passed; a missed goal is no
+failure.
 
     python -m benchmarks.gpu --rehearse                     the same without a GPU: small, for what can go wrong before
     python -m benchmarks.gpu --only hot_spots tune --results DIR
 
 hot_spots (where the time goes), tune (which tile sizes are fastest), attention (which way is) and the slow peers run
-where --only names them.
+only if --only names them.
 
 A machine without a network needs torch, triton, transformers and pytest; TRL and Liger are compared with where they can
 be imported, from a folder of wheels too: pip install --no-index --no-deps --target DIR *.whl, then PYTHONPATH=DIR.
@@ -50,9 +50,9 @@ class Stage:
 
 TESTS = sorted(
     (path.name for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text("utf-8")),
-    key=lambda name: (name != "test_gpu_resume.py", name),  # which starts three programs and takes longest: first
+    key=lambda name: (name != "test_gpu_resume.py", name),  # first: it starts three programs, which takes longest
 )
-WORKERS = "-n 10 " if find_spec("xdist") else ""  # most of the time of these tests a CPU compiles kernels
+WORKERS = "-n 10 " if find_spec("xdist") else ""  # these tests mostly wait for a CPU to compile kernels
 STAGES = {
     "tests": Stage(
         f"-m pytest -v --tb=short {WORKERS}-m gpu -p no:cacheprovider {' '.join(f'tests/{name}' for name in TESTS)}",
@@ -71,7 +71,7 @@ STAGES = {
     "sample_token": Stage("-m kernels.sample_token.bench", 15),
     "train_step": Stage("-m benchmarks.train_step", 35, "--rounds 1 --prompt 40 --group 4"),
 }
-MORE = {  # --only NAME: what to change next, and what takes too long for nine minutes
+MORE = {  # by --only NAME: what tells where to improve next, and what takes too long for nine minutes
     "rollout_plain": Stage("-m benchmarks.rollout --alone --workload 0.5B", 40, "--repeats 1 --workload tiny"),
     "rollout_peers": Stage("-m benchmarks.rollout --workload 0.5B --repeats 1", 60, "--workload tiny"),
     "deterministic_pass": Stage(
@@ -88,7 +88,7 @@ MORE = {  # --only NAME: what to change next, and what takes too long for nine m
 
 
 def best_share(job: str, letter: str, width: int) -> Callable[[dict], float | None]:
-    """Of the log-prob bench: the share of the matmul limit that the best of our contenders of a mode reaches."""
+    """Reads the share of the matmul limit that the best of our contenders of a mode reaches in the log-prob bench."""
 
     def read(result: dict) -> float | None:
         rows = [row for row in result["results"] if row["job"] == job and row["width"] == width]
@@ -99,7 +99,7 @@ def best_share(job: str, letter: str, width: int) -> Callable[[dict], float | No
 
 
 def median_of(name: str) -> Callable[[dict], float | None]:
-    """Of the training pass: the seconds of one contender, None where it failed or was not asked for."""
+    """Reads the median seconds of one contender of the training pass, None if it failed or was not asked for."""
     return lambda result: result.get(name, {}).get("median")
 
 
@@ -140,13 +140,13 @@ def run_stage(name: str, command: list[str], limit_s: float) -> dict[str, object
 
 
 def json_object(line: str) -> dict | None:
-    """None for a line that is none, or half of one."""
+    """The object on this line; None if there is none, or only half of one."""
     with contextlib.suppress(ValueError):
         return json.loads(line) if line.startswith("{") else None
 
 
 def goals(records: dict[str, dict]) -> Iterator[tuple[str, float, str, float, bool]]:
-    """Figure, value, comparison, goal, whether it is reached: of the stages that gave a result."""
+    """Figure, value, comparison, goal, whether it is reached; for the stages that gave a result."""
     for stage, figure, read, comparison, goal in GOALS:
         value = read(records[stage]["result"]) if "result" in records.get(stage, {}) else None
         if value is not None:

@@ -2,7 +2,7 @@
 
 Three jobs under torch's profiler: one micro-batch of benchmarks.training_pass with plain layers (forward, folded head,
 backward), the same without the head, and one rollout of benchmarks.rollout alone. Before them the two ceilings of the
-device, to hold every figure against: a large copy (bytes read and written) and a large bf16 matmul of random numbers.
+device, to compare every figure with: a large copy (bytes read and written) and a large bf16 matmul of random numbers.
 The last line is JSON. On CPU it shows torch's operators.
 """
 
@@ -67,7 +67,7 @@ def hottest(work: Callable[[], object], device: torch.device, count: int) -> dic
     with profile(activities=[kind]) as found:
         seconds(device, work)
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    on_device = [e for e in found.key_averages() if device.type in e.device_type.name.lower()]  # not the calls for it
+    on_device = [e for e in found.key_averages() if device.type in e.device_type.name.lower()]  # not their launches
     events = sorted(on_device, key=lambda event: -getattr(event, key))
     busy = sum(getattr(event, key) for event in events) / 1e3
     kernels = [{"name": e.key, "calls": e.count, "ms": getattr(e, key) / 1e3} for e in events[:count]]

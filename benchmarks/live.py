@@ -1,11 +1,11 @@
 """What the live view adds to a step of training: python -m benchmarks.live
 
-The first steps of the embedded demo by train.py in a pseudo-terminal, again and again from the same seed, so that a
-step does the same work in every round. Contenders take turns by the step: plain rows, the view, and twenty views at
-once, whose effect a noisy machine cannot hide; a twentieth of it is that of one. Three steps of three rounds are a
-square in which each contender has every step and every round once: a ratio is that of geometric means over a square,
-and what is shown its median over all squares with a 95 % interval. CPU time is that of the process; `in the view` is
-what passes within the view's own functions. The last line is one JSON object.
+train.py runs the first steps of the embedded demo in a pseudo-terminal, again and again from the same seed, so that a
+step does the same work in every round. Contenders alternate from step to step: plain rows, the view, and twenty views
+at once, whose effect a noisy machine cannot hide; a twentieth of it is that of one. Three steps of three rounds are a
+Latin square, in which each contender has every step and every round once: a ratio is that of geometric means over a
+square, and its median over all squares is shown with a 95 % interval. CPU time is that of the process; `in the view` is
+what is spent in the view's own functions. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def contender(step: int, turn: int) -> str:
 
 
 def trainings(steps: int, rounds: int, folder: Path) -> Times:
-    """Inside the terminal: what every step that counts took."""
+    """Run inside the terminal: the seconds of every step that counts."""
     torch.set_num_threads(1)
     views: list[Progress] = []
     for name in ("begin", "__call__", "step_done", "close"):
@@ -111,7 +111,7 @@ def in_a_terminal(options: argparse.Namespace, folder: Path) -> tuple[Times, byt
 
 
 def read_all(master: int, written: list[bytes]) -> None:
-    """Until nobody can write to the terminal any more, which Linux reports as an error."""
+    """Read until nobody can write to the terminal any more, which Linux reports as an error."""
     try:
         while part := os.read(master, 65536):
             written.append(part)
@@ -120,7 +120,7 @@ def read_all(master: int, written: list[bytes]) -> None:
 
 
 def ratios(seconds: list[list[float]], name: str) -> list[float]:
-    """Of a contender to `plain`, by square."""
+    """Of a contender's time to that of `plain`, by square."""
 
     def square(turn: int, step: int) -> float:
         cells = [(t, s) for t in range(turn, turn + 3) for s in range(step, step + 3)]

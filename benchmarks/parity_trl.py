@@ -1,9 +1,9 @@
 """Our loss and gradient beside those of TRL's own code, on the same random numbers: python -m benchmarks.parity_trl
 
 Log-probs, lengths, advantages, entropies and settings are drawn once, in fp64. TRL's side is GRPOTrainer._compute_loss
-itself, on a trainer object that holds nothing but the attributes which that method reads. Ours is pack, weigh, the
-masks and weighted_loss, over several micro-batches. A row is *equal* where loss and gradient agree to 1e-6 (our weights
-are fp32). Where they differ, the stated change is applied to one side, and must make them equal. Last line: JSON.
+itself, on a trainer object that holds only the attributes that this method reads. Ours is pack, weigh, the masks and
+weighted_loss, over several micro-batches. A row is *equal* where loss and gradient agree to 1e-6 (our weights are
+fp32). Where they differ, the stated change is applied to one side, and must make them equal. Last line: JSON.
 
 Needs benchmarks/requirements.txt. Exit status 0 only if nothing is left unexplained.
 """
@@ -34,7 +34,7 @@ NUM_GROUPS, GROUP_SIZE, MAX_NEW_TOKENS, TOLERANCE = 4, 4, 12, 1e-6
 
 @dataclass
 class Draw:
-    """Everything that a loss is made of: padded [N, longest] fp64, advantages [N]; the mask says which tokens are."""
+    """Everything that a loss is made of: [N, longest] fp64, padded, and advantages [N]; `mask` is True for tokens."""
 
     groups: list[Group]
     mask: Tensor
@@ -75,7 +75,7 @@ def draw(seed: int = 0) -> Draw:
 
 
 def ours(data: Draw, logprobs: Tensor, objective: Objective, *, keep_advantages: bool = True) -> Tensor:
-    """The loss of one optimizer step, by the rooms that training goes through."""
+    """The loss of one optimizer step, by the functions that training calls."""
     options = {"minibatches": 1, "passes": 1, "tokens_per_micro_batch": 40, "device": torch.device("cpu")}
     batch = pack(data.groups, **options, max_over_ranks=lambda values: values)
     for micro_batch in batch.micro_batches:
@@ -174,7 +174,7 @@ Loss = Callable[[Draw, Tensor], Tensor]
 
 @dataclass
 class Case:
-    """One variant in both, and where they differ: why, and either side with that difference undone."""
+    """One variant on both sides; where they differ, why, and the change to either side that undoes the difference."""
 
     name: str
     objective: Objective

@@ -3,7 +3,7 @@
 The same random weights, prompts and numbers of new tokens for all; pure sampling (temperature 1, no truncation), no
 end-of-sequence token. `generate` gets num_return_sequences, and so does `generate_batch` (continuous batching), which
 then prefills a prompt once. Only the rollout returns log-probs. Contenders take turns within every repeat; speed-ups
-are medians over the repeats. Seconds are of the CPU's process time (one thread) or, on CUDA, of the clock.
+are medians over the repeats. Seconds are process time on CPU (one thread), elapsed time on CUDA.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Workload:
     group_size: int
     prompt_tokens: int = 700
     new_tokens: int = 256
-    has_peers: bool = True  # measured beside the others, too
+    has_peers: bool = True  # transformers' own are measured, too
 
 
 WORKLOADS = {
@@ -63,7 +63,7 @@ DEFAULT = {"cpu": ["27M"], "cuda": ["0.5B", "7B"]}
 
 
 class NoText:
-    """The tokenizer of a model without words: its end-of-sequence token is never drawn."""
+    """A tokenizer for a model without words: its end-of-sequence token is never drawn."""
 
     eos_token_id = -1
     all_special_ids = all_special_tokens = ()
@@ -98,7 +98,7 @@ def build_model(work: Workload, device: torch.device) -> PreTrainedModel:
 def contenders(
     model: PreTrainedModel, work: Workload, sampler: Sampler, *, has_peers: bool
 ) -> dict[str, Callable[[int], int]]:
-    """Name -> one rollout, told its number: how many tokens it sampled."""
+    """Name -> function that makes the rollout of a number and returns how many tokens it sampled."""
     prompts = torch.randint(work.vocab_size, (work.prompts, work.prompt_tokens), generator=torch.Generator()).tolist()
     problems = [Problem(str(i), "", "", index=i, prompt_ids=tuple(ids)) for i, ids in enumerate(prompts)]
     settings = GenerationConfig(
@@ -121,7 +121,7 @@ def contenders(
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         return output[:, work.prompt_tokens :].numel()
 
-    # Told how much it needs: by default it takes, and clears, most of the memory in every call.
+    # Told how much memory it needs: by default it takes, and clears, most of it in every call.
     rows, length = work.prompts * work.group_size, work.prompt_tokens + work.new_tokens
     sizes = ContinuousBatchingConfig(num_blocks=rows * -(-length // PAGE), max_batch_tokens=8192)
 
@@ -135,7 +135,7 @@ def contenders(
 
 
 def seconds_of(run: Callable[[int], int], number: int, device: torch.device, expected: int) -> float:
-    """Of one rollout; RuntimeError where it sampled another number of tokens than the others."""
+    """Seconds of one rollout; RuntimeError if it sampled another number of tokens than expected."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     started = clock()
     count = run(number)
@@ -148,9 +148,9 @@ def seconds_of(run: Callable[[int], int], number: int, device: torch.device, exp
 
 
 def roofline(model: PreTrainedModel, work: Workload, bandwidth: float) -> float:
-    """Tokens/s of a decode step in which weights, keys and values and logits (written, read twice) pass memory once.
+    """Tokens/s of a decode step that reads weights, keys and values once, and writes logits once and reads them twice.
 
-    Weights overlap with the matmuls that use them; half of the new tokens are stored on average.
+    Reading weights overlaps with the matmuls that use them; half of the new tokens are stored on average.
     """
     rows, size = work.prompts * work.group_size, 2
     used = sum(parameter.numel() for parameter in model.parameters())
@@ -204,7 +204,7 @@ def measure(
 
 
 def table(result: dict) -> str:
-    """Both raw times and what follows from them."""
+    """The raw times and what follows from them."""
     work, times = result["workload"], result["seconds"]
     total = work["prompts"] * work["group_size"] * work["new_tokens"]
     lines = [

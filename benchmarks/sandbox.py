@@ -29,7 +29,7 @@ def hang_on_request(completions: list[str], **columns: list) -> list[float]:
 
 
 def verdicts_per_second(pool: Pool, rewards: dict[str, Reward], count: int) -> float:
-    """Different programs: the same one twice would be remembered."""
+    """Every program differs: the verdict on one seen before would come from the cache."""
     texts = [f"def add(a, b):\n    return a + b  # {time.perf_counter()} {i}" for i in range(count)]
     started = time.perf_counter()
     table = pool(texts, {"test_list": [ROW["test_list"]] * count}, rewards)
@@ -49,7 +49,7 @@ def main() -> None:
     rates: dict[int, list[float]] = {1: [], 2: []}
     for size in [*rates] * options.rounds:
         with Pool(workers=size, timeout_s=60, step_timeout_s=600) as pool:
-            verdicts_per_second(pool, rewards, size)  # workers are there
+            verdicts_per_second(pool, rewards, size)  # starts the workers
             rates[size].append(verdicts_per_second(pool, rewards, options.programs))
     one, two = (median(values) for values in rates.values())
     texts, limit_s = ["hang" if i % 100 == 0 else "fine" for i in range(10_000)], 120.0

@@ -54,7 +54,7 @@ class Trainee:
             self.optimizer = ZeroRedundancyOptimizer(self.policy.trained, torch.optim.AdamW, **options)
 
     def seconds(self, world: World) -> list[float]:
-        """Of each of PARTS."""
+        """The seconds of each of PARTS."""
         return [taken(work, world) for work in (self.optimizer.step, self.policy.refresh)]
 
 

@@ -1,13 +1,13 @@
 """The presets on the embedded task at equal completions, several seeds each: python -m benchmarks.study --out DIR
 
 Every run is `train.py --config configs/demo.yaml --preset P --seed S`, alike in all but the preset: the same base model
-for a seed, as many completions, and the same learning rate and warm-up per step. On-policy all surrogates have one
-gradient, so a rollout is used for --minibatches optimizer steps; for one only where the surrogate has no ratio (rloo).
+for a seed, as many completions, and the same learning rate and warm-up per step. On-policy all surrogates have the same
+gradient, so a rollout is used for --minibatches optimizer steps; for only one if the surrogate has no ratio (rloo).
 Dynamic sampling draws groups that it drops: a first run counts them, and the run that is compared makes only as many
 steps as the budget allows. Test accuracy is of the checkpoint that validation chose. Unknown options go to train.py.
 
-DIR/study.jsonl has one row a run, DIR/runs/ the runs. Called again, what is finished is not run again and what is not
-goes on from its last checkpoint. The table and the plot are written to --page and beside it. Last line: JSON.
+DIR/study.jsonl has one row a run, DIR/runs/ the runs. Called again, it skips finished runs and resumes unfinished ones
+from their last checkpoint. The table and the plot are written to --page and beside it. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def run_all(presets: list[str], seeds: list[int], settings: Row, out: Path, trai
 
 
 def run_one(preset: str, seed: int, settings: Row, out: Path, train: Train) -> Row:
-    """Train one preset with one seed on the study's completions; what it came to."""
+    """Train one preset with one seed on the study's budget of completions; its row."""
     name, num_steps = f"{preset}-{seed}", settings["num_steps"]
     minibatches = 1 if PRESETS[preset].surrogate == "reinforce" else settings["minibatches"]
     options = [*settings["options"], f"--preset={preset}", f"--seed={seed}", f"--batch.minibatches={minibatches}"]
@@ -77,7 +77,7 @@ def run_one(preset: str, seed: int, settings: Row, out: Path, train: Train) -> R
 
 
 def finish_run(out: Path, name: str, options: list[str], train: Train) -> Path:
-    """The folder of a finished run: found, gone on with, or begun. What it prints goes to a file beside it."""
+    """The folder of a finished run, which is found, resumed or started; its output goes to a file beside it."""
     run_dir = out / "runs" / name
     if (run_dir / "summary.json").exists():
         return run_dir

@@ -95,7 +95,7 @@ def head_only(module: PolicyModule, micro_batch: MicroBatch, hidden: Tensor) -> 
 
 
 def measure(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, object]]:
-    """Seconds of every contender by repeat, and what else there is to say."""
+    """Seconds of every contender by repeat, and the facts to report beside them."""
     precision = "bf16" if device.type == "cuda" else "fp32"
     policy = Policy(make_model(device, torch.float32), None, precision)
     policy.model.train()

@@ -1,8 +1,9 @@
 """Which tile sizes are fastest on this device: python -m benchmarks.tune
 
-The constants at the head of each kernel.py and of modes.py, one after the other, each over some values with the others
-at their best so far. A value whose result differs from the first one's, or that does not compile or fit, is told and
-not taken. The constants to write down come last, and then JSON. Nothing is changed on disk. On CPU: chunks of the head.
+Tries the constants at the top of each kernel.py and of modes.py, one after the other, each with several values while
+the others are at their best so far. A value whose result differs from the first one's, or that does not compile or fit,
+is reported and not taken. The constants to write down come last, and then JSON. Nothing is changed on disk. On CPU:
+only chunks of the log-prob head.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def sweep(
     *,
     in_graph: bool = True,
 ) -> Iterator[Trial]:
-    """Every value; afterwards the constant has the fastest. The value that it has now comes first and is the measure
-    of what is right. in_graph: on CUDA timed as a graph, without the launches."""
+    """Try every value; afterwards the constant has the fastest. Its present value comes first, and the others must give
+    the same result. in_graph: on CUDA timed as a graph, without launch overhead."""
     now = getattr(owner, constant)
     expected, best = None, (float("inf"), now)
     for value in [now, *(value for value in values if value != now)]:
@@ -74,9 +75,9 @@ def sweep(
 
 
 def tiles() -> list[dict[str, int]]:
-    """(rows, columns, width, warps, stages, most registers of a thread) that compile for sm_90 without a spill, or with
-    few. A multiprocessor holds one block of the first, and two or three, one of which computes while another is in its
-    epilogue, of those with 128 registers, of small tiles and of 128 x 128 with 4 warps."""
+    """Values of TILE (rows, columns, width, warps, stages, most registers of a thread) that compile for sm_90 with few
+    spills or none. A multiprocessor holds one block of the first ones; of those with 128 registers, of small tiles and
+    of 128 x 128 with 4 warps it holds two or three, so that one computes while another is in its epilogue."""
     sizes = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 2), (128, 256, 64, 8, 3)]
     sizes += [(128, 128, 32, 8, 4, 128), (128, 128, 64, 8, 3, 128), (128, 128, 64, 4, 3)]
     sizes += [(64, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 256, 64, 4, 4)]

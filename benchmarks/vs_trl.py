@@ -1,11 +1,11 @@
 """Whole training steps beside TRL's, phase by phase: python -m benchmarks.vs_trl
 
 The same random model, prompts, group size, longest completion, optimizer and settings for TRL's GRPOTrainer and for
-train.py's own step. Each contender lives in a process of its own (its peak memory is its own) and makes one step at a
-time, by turns. The reward is the share of letters out of the first half of the alphabet, so both reward curves start at
-a half. TRL's `generate` contender uses its defaults but for what is stated in `trl_settings`; `continuous batching` is
-left out with the reason where it fails. Update: everything of a step that is not generation. Last line: JSON, and one
-after every turn, so that a comparison which is cut off is not lost.
+train.py's own step. Each contender runs in its own process, so that its peak memory is its own; they take turns, a step
+each. The reward is the share of letters out of the first half of the alphabet, so both reward curves start at a half.
+TRL's `generate` contender uses its defaults except for what `trl_settings` states; `continuous batching` is left out,
+with the reason, if it fails. Update: everything in a step but generation. Last line: JSON, and one after every turn, so
+that a comparison that is cut off is not lost.
 
 Needs benchmarks/requirements.txt.
 """
@@ -171,7 +171,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
 
 
 def trl_settings(work: Workload, folder: Path, steps: int, device: torch.device, *, batching: bool) -> dict:
-    """Ours, in TRL's words."""
+    """Our settings, by TRL's names."""
     return {
         "output_dir": str(folder / "trl"),
         "learning_rate": LEARNING_RATE,
@@ -199,7 +199,7 @@ def trl_settings(work: Workload, folder: Path, steps: int, device: torch.device,
 
 
 def run_trl(work: Workload, folder: Path, steps: int, device: torch.device, *, batching: bool) -> None:
-    """GRPOTrainer.train(), held before every step."""
+    """GRPOTrainer.train(), which waits for its turn before every step."""
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -300,7 +300,7 @@ class Contender:
 
 
 def compare(arguments: argparse.Namespace) -> Iterator[list[Contender]]:
-    """Every contender's steps, taken by turns; one at a time is at work. The contenders after each turn."""
+    """Let the contenders take turns, a step each, one at work at a time; yields all of them after each turn."""
     work, started = WORKLOADS[arguments.workload], time.perf_counter()
     names = [OURS]
     if find_spec("trl"):
