@@ -2,8 +2,8 @@
 
 A random Qwen2 with its Adam state is saved again and again. `waiting` is blocked until the checkpoint is on disk
 (written, hashed, flushed, renamed), `in background` only while the state is copied to memory. How much the writing
-thread slows training down shows in the steps: equally many, alone (`steps`) and beside it. Medians over alternating
-rounds; the last line is one JSON object.
+thread slows training down is the difference between `steps` and `steps beside`, the same number of steps alone and
+beside the writing. Medians over alternating rounds; the last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from grpo.rollout.engine import Sampler
 
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # decode steps from one look to the next
-LOOKS_UNDER_WAY = {"cpu": 0, "cuda": 1}  # a look is acted on one look later, so that the GPU never waits for the host
+LOOKS_UNDER_WAY = {"cpu": 0, "cuda": 1}  # a look is acted on one look later: meanwhile the GPU works on
 STEPS_BETWEEN_STOPS = 8  # decode steps between searches for stop strings, which have to decode text
 
 

@@ -133,7 +133,7 @@ class Sampler:
         longest_prefix = max(len(problem.prompt_ids) for problem in problems) - 1
         num_problems, suffix_size, old = len(problems), self.rollout.max_new_tokens + 1, self.plan
         round_up = bucket if self.is_static else lambda rows: rows
-        has_rows_for_steps = old and round_up(old.num_rows) == old.num_rows  # False if made without CUDA graphs
+        has_rows_for_steps = old and round_up(old.num_rows) == old.num_rows  # not if made without buckets
         if has_rows_for_steps and old.serves(num_problems, longest_prefix, suffix_size):
             return
         if old:
@@ -157,7 +157,7 @@ class Sampler:
         return sum(shape.token_bytes for shape in self._shapes.values())
 
     def _probe(self) -> dict[int, LayerShape]:
-        """What each layer stores per token, learnt from a one-token pass. ValueError for layers that store nothing."""
+        """What each layer stores per token, learnt from a one-token pass. ValueError if some attend without us."""
         ids, probe = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device), Probe()
         forward(self.model, ids, ids, probe)
         found, layers = len(probe.shapes), self.model.config.get_text_config().num_hidden_layers

@@ -6,9 +6,9 @@
     12+1=13
     #### The final answer is 13
 
-Problem i of a split is a pure function of the level, the split's name and i: nothing is stored, nothing is loaded. No
-two splits share a chain of equations, on any level: the hash of the chain (3*4=12, 12+1=13) decides between test,
-validation and training. Disjoint texts would not do: with other names and objects, four fifths of the test chains were
+Problem i of a split is a pure function of the level, the split's name and i: nothing is stored, nothing is loaded.
+Test, validation and training share no chain of equations, over all levels: the hash of a chain (3*4=12, 12+1=13)
+decides where it belongs. Disjoint texts would not do: with other names and objects, four fifths of the test chains were
 in training, too. Training problems are divided once more, by text, into `solved`, whose worked solutions supervised
 training learns from (grpo.base), and `train`, where reinforcement learning meets other problems and only their answers.
 """

@@ -43,7 +43,7 @@ def attend(
         lengths.scatter_reduce_(0, place // seats, prefix_lengths, "amax")  # amax: an idle row may say 0
         shared, shared_lse = _flash(take_seats(query, num_groups, seats, place), prefix, lengths, scale)
         shared, shared_lse = (leave_seats(part, seats, place) for part in (shared, shared_lse[..., None]))
-        share = torch.sigmoid(shared_lse - lse[..., None])  # the prefix's of the softmax's sum
+        share = torch.sigmoid(shared_lse - lse[..., None])  # the prefix's share of the softmax's sum
         output = torch.lerp(output, shared, share)
     return output.reshape(num_rows, num_heads, width)
 

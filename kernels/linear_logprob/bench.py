@@ -87,7 +87,7 @@ def folded(impl: str) -> Contender:
 
 def trl_chunked() -> Contender:
     """What TRL's GRPO runs since 1.16."""
-    importlib.import_module("trl.trainer.utils")  # imported by its backward: better missing now
+    importlib.import_module("trl.trainer.utils")  # its backward imports this: better missing now
     head = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
     options = (1.0, 32_768, None, 1.0, ("entropy",))
     return by_logprobs(lambda hidden, weight, target: head.apply(hidden, weight, None, target, *options)[0])

@@ -5,10 +5,10 @@ e^(z - m) and sum e^(z - m) (z - m), from which log-sum-exp and entropy follow. 
 SPAN columns of the vocabulary; a second kernel merges the spans in order. No atomics: a row's result depends on that
 row alone, to the bit. Inside, logits are multiplied by log2(e), so that 2^x, which the hardware has, replaces e^x.
 
-If a gradient will be needed, the tiles are kept as well, in fp16 and minus the largest entry of each row. So likely
-tokens, which make the gradient, are kept to a thousandth however large the logits are; log-probs and entropy are as
-exact as without. Written and read once, the tiles cost two fifths of the memory traffic that fp32 logits cost between a
-matmul and two kernels.
+If a gradient will be needed, the tiles are kept as well, in fp16 and minus the largest entry of each of their rows. So
+likely tokens, which make the gradient, are kept to a thousandth however large the logits are; log-probs and entropy are
+as exact as without. Written and read once, the tiles cost two fifths of the memory traffic that fp32 logits cost
+between a matmul and two kernels.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class _FoldedLoss(torch.autograd.Function):
     def backward(ctx, scale: Tensor, *_) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("a folded loss can be differentiated once; compute it again for a second backward")
-        gradients, ctx.gradients = ctx.gradients, None  # given away, so scaled in place: no second [V, D]
+        gradients, ctx.gradients = ctx.gradients, None  # not needed again, so scaled in place: no second [V, D]
         return *(None if gradient is None else gradient.mul_(scale) for gradient in gradients), None, None, None, None
 
 
@@ -225,7 +225,7 @@ def _differentiate(
 
 
 def _outputs(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty memory for log-probs [T], entropy [T] and the logits of a chunk, [R, V]."""
+    """Uninitialised memory for log-probs [T], entropy [T] and the logits of a chunk, [R, V]."""
     wide = _accumulator(hidden.dtype)
     logprobs, entropy = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(2))
     shape = (min(head.rows_per_chunk, len(hidden)), len(head.weight))

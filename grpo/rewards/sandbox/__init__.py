@@ -1,4 +1,4 @@
-"""Where the model's code runs: behind walls (box, launcher) a process runs it (guest); a judge outside compares.
+"""Where the model's code runs: in a process (guest) behind walls (box, launcher), with a judge outside, out of reach.
 
 The walls are namespaces, resource limits and a filter of system calls. `find_sandbox` gives a Sandbox that has
 withstood its self-test, or says why there is none; `judge_program` runs a program against tests in it. Linux only.

@@ -20,7 +20,7 @@ from grpo.rewards.sandbox import guest, launcher
 ISOLATED = ("-I", "-S", "-B")  # no environment, no user site, no site-packages, no files written
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
-UNUSED_UID = 2_000_000_000  # + process id: far above what any distribution hands out, and a different one for each box
+UNUSED_UID = 2_000_000_000  # + the judge's process id: far above what any distribution hands out, and one per judge
 PREFIXES = ("/usr", "/usr/local", "")  # and Python's own
 PARTS = ("bin", "sbin", "lib", "lib32", "lib64")  # of each; the rest may be a user's: containers have /usr/src/app
 FILES = ("/usr/share/zoneinfo", "/etc/ld.so.cache")
@@ -130,7 +130,7 @@ def deadline(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def memory_bound(mib: int | None) -> Iterator[None]:
-    """MemoryError if this process takes more than `mib` further: a test's `answer % 3` may meet "%999999999d"."""
+    """MemoryError if this process takes `mib` more: a test may do `answer % 3`, and the answer be "%999999999d"."""
     if mib is None:
         yield
         return
