@@ -36,7 +36,7 @@ from benchmarks.common import make_parser, measured_on
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SHOWN = 2500  # characters of a stage's output: the whole must fit where only the end of an output is kept
+SHOWN = 2500  # characters of a stage's output: all stages together must fit where only the end is kept
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def trainings(steps: int, rounds: int, folder: Path) -> Times:
 
     train.__globals__["train_step"] = marked
     found: Times = {name: [] for name in CLOCKS}
-    last = FIRST_STEP + steps  # its mark is the end of the step before
+    last = FIRST_STEP + steps  # not counted: its start marks the end of the step before
     options = ["--config", str(ROOT / "configs" / "demo.yaml"), "--num-steps", str(last), "--save-every", "1000"]
     options += ["--eval.every", "0", "--eval.test-problems", "0"]
     for turn in range(rounds):  # noqa: B007 (marked reads it)
@@ -120,7 +120,7 @@ def read_all(master: int, written: list[bytes]) -> None:
 
 
 def ratios(seconds: list[list[float]], name: str) -> list[float]:
-    """Of a contender's time to that of `plain`, by square."""
+    """The ratio of a contender's time to that of `plain`, in each square."""
 
     def square(turn: int, step: int) -> float:
         cells = [(t, s) for t in range(turn, turn + 3) for s in range(step, step + 3)]

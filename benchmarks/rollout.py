@@ -28,7 +28,7 @@ from grpo.rollout import Sampler
 from kernels.measure import device_name, peak_mib
 
 MIB = 2**20
-PAGE = 256  # tokens of a block of continuous batching
+PAGE = 256  # tokens in a cache block of continuous batching
 # What a decode step can reach: bytes/s of device memory, and 60 % of the dense bf16 matmul peak, FLOP/s.
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}
 MATMUL = 0.6 * 989e12
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         make_deterministic()
     device = default_device()
     torch.set_num_threads(1)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: for `generate` with every token
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: in `generate`, at every token
     options = {"cuda_graph": not chosen.no_cuda_graph, "compile": chosen.compile}
     results = []
     for name in chosen.workload or DEFAULT[device.type]:

@@ -55,7 +55,7 @@ def make_batch(device: torch.device, vocabulary: int, workload: str) -> Batch:
 
 
 def flops(model: nn.Module, batch: Batch) -> dict[str, float]:
-    """Of forward and backward: of the layers with their attention, and of the head."""
+    """Flops of forward and backward, for the layers with their attention and for the head."""
     config = model.config
     weights = sum(weight.numel() for weight in model.base_model.layers.parameters() if weight.dim() == 2)
     rows = sum(micro_batch.input_ids.numel() for micro_batch in batch.micro_batches)

@@ -106,7 +106,7 @@ def write_model_and_prompts(work: Workload, folder: Path, steps: int) -> None:
         for _ in range(work.prompts * (steps + 1) * 2):
             text, missing = "", rng.randint(work.shortest, work.longest)
             while missing > 0:
-                piece = " " + " ".join(rng.choices(words, k=10))  # as many tokens alone as in the text
+                piece = " " + " ".join(rng.choices(words, k=10))  # begins with a space: tokenized alone as in the text
                 text, missing = text + piece, missing - len(tokenizer(piece).input_ids)
             file.write(json.dumps({"prompt": text.strip(), "answer": "0"}) + "\n")
 
@@ -268,7 +268,7 @@ class Contender:
         command += [f"--{option}={getattr(arguments, option)}" for option in ("steps", "threads", "workload")]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "false"}
-        # No attention by cuDNN: it plans anew for every length, and `generate` has another one with every token.
+        # No attention by cuDNN: it plans anew for every length, and in `generate` that changes at every token.
         environment |= {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
@@ -312,7 +312,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[list[Contender]]:
         contenders = [Contender(name, arguments, Path(place)) for name in names]
         try:
             for contender in contenders:
-                contender.read()  # that it is ready: they start together
+                contender.read()  # waits until it is ready: they start together
             for turn in range(arguments.steps):
                 if turn and time.perf_counter() - started > arguments.seconds:
                     print(f"after {arguments.seconds:g} s: {turn} of {arguments.steps} steps a side")

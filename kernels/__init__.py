@@ -25,7 +25,7 @@ from kernels.linear_logprob.rows import TORCH, Temper
 from kernels.sample_token import reference as sample_token_reference
 
 IMPLS = ("auto", "torch", "triton")
-TRITON = {  # op: what its kernel does not do; torch does that
+TRITON = {  # op: what its kernel leaves to torch
     "linear_logprob": "fp64 in torch",
     "decode_attention": "head widths other than 16, 32, 64, 128 and 256 in torch",
     "sample_token": "top-k, top-p and min-p in torch",

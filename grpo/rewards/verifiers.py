@@ -19,7 +19,7 @@ _NUMBER = re.compile(
     r"(?: ?%|(?P<units>(?: [A-Za-z]+)+))?\.?",
     re.ASCII,
 )
-# Words after a number that change its value, or offer a second one, are not units.
+# Words after a number that change its value, or introduce a second one, are not units.
 _SCALES = {"k", "bn", "half", "dozen", "hundred", "thousand", "million", "billion", "trillion", "point"}
 _SCALES |= {f"{scale}s" for scale in _SCALES - {"k", "bn", "half", "point"}}
 _CONJUNCTIONS = {"and", "or", "to", "plus", "minus"}

@@ -157,7 +157,7 @@ class Sampler:
         return sum(shape.token_bytes for shape in self._shapes.values())
 
     def _probe(self) -> dict[int, LayerShape]:
-        """What each layer stores per token, learnt from a one-token pass. ValueError if some attend without us."""
+        """What each layer stores per token, learnt from a one-token pass. ValueError if one lacks our attention."""
         ids, probe = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device), Probe()
         forward(self.model, ids, ids, probe)
         found, layers = len(probe.shapes), self.model.config.get_text_config().num_hidden_layers

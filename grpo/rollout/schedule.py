@@ -40,7 +40,7 @@ def seat(group: Tensor, seats: int, size: int) -> tuple[Tensor, Tensor]:
     place = group * seats + torch.arange(len(group)) - (count.cumsum(0) - count)[group]
     if size == len(group):
         return place, torch.arange(size)
-    is_empty = torch.ones(size, dtype=torch.bool)  # of the first `size` seats at most len(group) are taken
+    is_empty = torch.ones(size, dtype=torch.bool)  # enough: at most len(group) of the first `size` seats are taken
     is_empty[place[place < size]] = False
     idle = is_empty.nonzero()[: size - len(group), 0]
     places = torch.cat([place, idle]).sort().values

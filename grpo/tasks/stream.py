@@ -74,8 +74,8 @@ class ProblemStream:
         self.rates = torch.full((0 if self.is_endless else len(problems),), math.nan, dtype=torch.float64)
         self.data = "" if self.is_endless else digest(problems)
         self.epoch = self.skipped = 0  # epochs begun, and problems that the last of them leaves out
-        self.queue = torch.empty(0, dtype=torch.int64)  # what is left of it, as places in the split, the next one last
-        self.taken: list[int] = []  # places of the last take
+        self.queue = torch.empty(0, dtype=torch.int64)  # what is left of the epoch: indices, the next one last
+        self.taken: list[int] = []  # indices of the last take
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems; `index` is the position in the stream, unique over the run."""
@@ -88,7 +88,7 @@ class ProblemStream:
         return [replace(self.problems[place], index=first + i) for i, place in enumerate(self.taken)]
 
     def _next(self) -> int:
-        while not len(self.queue):  # an epoch may be empty where target_rate is unlucky with a few problems
+        while not len(self.queue):  # with few problems target_rate may happen to keep none
             rng = random.Random(f"{self.seed}/{self.epoch}")
             order = list(range(len(self.problems)))
             rng.shuffle(order)

@@ -127,7 +127,7 @@ PEERS = {  # name: (how to make it, whether it needs CUDA, jobs)
 
 
 def contenders(device: torch.device) -> tuple[dict[str, dict[str, Contender]], dict[str, str]]:
-    """By job: name -> function; and why others were left out."""
+    """Job -> name -> function; and name -> why it was left out."""
     jobs = {job: {"eager": eager, "recomputed": recomputed} for job in MATMULS}
     for impl in ("torch", "triton") if device.type == "cuda" else ("torch",):
         jobs["values"][f"A {impl}"] = jobs["frozen head"][f"B {impl}"] = jobs["training"][f"D {impl}"] = any_loss(impl)
@@ -167,7 +167,7 @@ def run_once(function: Contender, inputs: Inputs) -> Tensor | None:
 
 
 def exact_gradient(inputs: Inputs, rows: int = 64) -> Tensor:
-    """Of the hidden states, from all logits in fp32, or fp64 where the weight is small enough to be copied."""
+    """The hidden states' gradient, from all logits in fp32, or in fp64 if the weight is small enough to be copied."""
     dtype = torch.float64 if inputs.weight.numel() <= 2**25 and not inputs.hidden.is_cuda else torch.float32
     hidden = inputs.hidden.detach()[:rows].to(dtype).requires_grad_()
     few = Inputs(hidden, inputs.weight.detach().to(dtype), inputs.target[:rows], inputs.coefficient[:rows].to(dtype))

@@ -29,7 +29,7 @@ LEAST = tl.constexpr(-6.0e4)  # to be kept: fp16 ends at -65,504
 TILE = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_WIDTH": 64, "num_warps": 8, "num_stages": 3}
 SPAN = 2048  # columns of one program: 75 programs a row block at V = 151,936
 ROW_BLOCK = {"BLOCK": 4096, "num_warps": 8}
-# Widest head that is fused; beyond it the traffic of logits is small beside the matmul, which cuBLAS does better.
+# Widest head that is fused; beyond it the memory traffic of logits is small beside the matmul, where cuBLAS is faster.
 MAX_FUSED_WIDTH = 2048
 
 

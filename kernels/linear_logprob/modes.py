@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels.linear_logprob.rows import Rows, RowStatistics, Temper
 
-# Logits of one chunk. A GPU's matmuls want 1,500 rows or more (1,664 at V = 151,936: 1 GB in fp32), below which the
-# traffic of the weight's gradient outweighs its arithmetic; a CPU is content with 220 (128 MiB).
+# Logits of one chunk. A GPU wants 1,500 rows or more (1,664 at V = 151,936: 1 GB in fp32): with fewer, the memory
+# traffic of the weight's gradient outweighs its arithmetic. For a CPU 220 (128 MiB) are enough.
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 CHUNK_MULTIPLE = {"cpu": 1, "cuda": 128}
 

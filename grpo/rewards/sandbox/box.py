@@ -22,7 +22,7 @@ START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
 UNUSED_UID = 2_000_000_000  # + the judge's process id: far above what any distribution hands out, and one per judge
 PREFIXES = ("/usr", "/usr/local", "")  # and Python's own
-PARTS = ("bin", "sbin", "lib", "lib32", "lib64")  # of each; the rest may be a user's: containers have /usr/src/app
+PARTS = ("bin", "sbin", "lib", "lib32", "lib64")  # of each; others may be a user's, as /usr/src/app in containers
 FILES = ("/usr/share/zoneinfo", "/etc/ld.so.cache")
 
 

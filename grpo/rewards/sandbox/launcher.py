@@ -193,7 +193,7 @@ def end_all(children: TextIOBase) -> None:
 def main() -> None:
     """Start the box by the settings in the first argument; when it ends, end all that it started."""
     settings = json.loads(sys.argv[1])
-    system("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # a judge that was killed takes all this with it
+    system("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # if the judge is killed, all this ends too
     system("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     children = open(f"/proc/self/task/{os.getpid()}/children")  # noqa: SIM115 (now: the child's new root is this process's, too)
     if settings["backend"] == "namespaces":
