@@ -206,9 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     command = parse_command(sys.argv[1:] if argv is None else argv)
     if command.config.deterministic:
         distributed.make_deterministic()
-    world = distributed.start(command.config.distributed.timeout_s)
     try:
-        return run_command(command, world)
+        return run_command(command, distributed.start(command.config.distributed.timeout_s))
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo.machine import cpu_share
+from grpo.machine import cpu_share, network_for_peers
 
 POLL_S = 0.5
 
@@ -206,15 +207,28 @@ def start(timeout_s: float = 1800.0) -> World:
         torch.set_num_threads(min(torch.get_num_threads(), cpu_share()))  # torch's default ignores CPU quotas
     if size == 1:
         return World(0, 1, device)
-    timeout = timedelta(seconds=timeout_s)
+    try:
+        return World(rank, size, device, _meet(device, timedelta(seconds=timeout_s)), timeout_s)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"rank {rank} on {socket.gethostname()} could not connect to the others: {reason}; if machines have "
+            "several networks, name the one that connects them: GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
+        ) from error
+
+
+def _meet(device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
+    """Join the default process group; returns another for the CPU."""
+    several_launchers = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    if several_launchers and (interface := network_for_peers(os.environ["MASTER_ADDR"])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+    if not several_launchers:
         # torchrun keeps its store over restarts: without a prefix a rank could read the address of its predecessor.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    group = dist.new_group(backend="gloo", timeout=timeout)  # separate: after a timeout a group can name no rank
-    return World(rank, size, device, group, timeout_s)
+    return dist.new_group(backend="gloo", timeout=timeout)  # separate: after a timeout a group can name no rank
 
 
 def stop() -> None:

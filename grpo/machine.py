@@ -1,4 +1,5 @@
-"""The CPUs and memory that a rank may use, given its CPU affinity and the limits of a container or a batch system.
+"""The CPUs and memory that a rank may use, given its CPU affinity and the limits of a container or a batch system, and
+the network on which other machines reach it.
 
 Such limits are set on control groups (cgroups); neither torch nor the system's totals take them into account. Threads
 beyond the CPU quota wait for each other, and memory beyond the limit ends the process. Standard library only.
@@ -6,8 +7,11 @@ beyond the CPU quota wait for each other, and memory beyond the limit ends the p
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,3 +61,38 @@ def _limits(controller: str, files: tuple[str, ...], files_of_v1: tuple[str, ...
                 limit, period = (*" ".join((above / name).read_text() for name in names).split(), 1)[:2]
                 if limit not in ("max", "-1"):
                     yield int(limit) / int(period)
+
+
+def network_for_peers(master: str) -> str | None:
+    """The network interface on which other machines can reach this one, if its own host name does not lead there:
+    Debian's /etc/hosts maps it to 127.0.1.1, and in some containers it has no address. gloo would listen on loopback.
+
+    master: host name or address of rank 0's machine.  None: the host name will do, or the interface is ambiguous.
+    """
+    with suppress(OSError):
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return None
+    names = _interfaces()
+    for address in (master, "192.0.2.1"):  # a documentation address: takes the default route, and nothing is sent
+        if name := names.get(_address_towards(address)):
+            return name
+    return next(iter(names.values())) if len(names) == 1 else None
+
+
+def _interfaces() -> dict[str, str]:
+    """IPv4 address -> name, for every interface but loopback. On Linux only; elsewhere empty."""
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex() if sys.platform == "linux" else ():
+            with suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                addresses[socket.inet_ntoa(answer[20:24])] = name
+    return {address: name for address, name in addresses.items() if not address.startswith("127.")}
+
+
+def _address_towards(peer: str) -> str:
+    """The address from which this machine would send packets to a peer; empty if it has no route."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((peer, 9))
+        return probe.getsockname()[0]
+    return ""

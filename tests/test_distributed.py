@@ -102,13 +102,19 @@ def test_ranks_ask_whether_the_writer_is_done_before_they_meet_which_would_time_
     assert len(set(asked)) == 1
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize(
+    ("nodes", "networks", "gloo"), [(1, "", None), (2, "", None), (2, "several", "ours"), (2, "named", "theirs")]
+)
 @pytest.mark.parametrize("has_cuda", [False, True])
 def test_a_rank_joins_as_torchrun_says_over_a_store_of_this_attempt_and_waits_as_long_as_is_asked(
-    has_cuda, nodes, monkeypatch
+    has_cuda, nodes, networks, gloo, monkeypatch
 ):
     told = {"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": 1, "GROUP_WORLD_SIZE": nodes, "TORCHELASTIC_RESTART_COUNT": 5}
-    for name, value in (told | {"OMP_NUM_THREADS": 1}).items():
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "theirs")
+    if networks != "named":
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(distributed, "network_for_peers", {"host of rank 0": networks and "ours"}.get)
+    for name, value in (told | {"OMP_NUM_THREADS": 1, "MASTER_ADDR": "host of rank 0"}).items():
         monkeypatch.setenv(name, str(value))
     calls, dist = [], torch.distributed
     note = lambda name, result=None: lambda *given, **named: calls.append((name, *given, named)) or result
@@ -123,12 +129,26 @@ def test_a_rank_joins_as_torchrun_says_over_a_store_of_this_attempt_and_waits_as
     monkeypatch.setattr(dist, "new_group", note("group", "gloo group"))
     device, timeout = torch.device("cuda:1" if has_cuda else "cpu"), timedelta(seconds=9)
     assert distributed.start(9.0) == World(3, 4, device, "gloo group", 9.0)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == gloo
     store = ("attempt_5", "store") if nodes == 1 else "store"
     assert calls == [
         ("device", device, {}) if has_cuda else ("threads", 7, {}),
         ("join", "nccl" if has_cuda else "gloo", {"store": store, "rank": 3, "world_size": 4, "timeout": timeout}),
         ("group", {"backend": "gloo", "timeout": timeout}),
     ]
+
+
+def test_ranks_that_cannot_connect_are_told_how_to_name_a_network(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
+    def refuse(*given, **named):
+        raise RuntimeError("Connection refused\nframe #0: ...")
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", refuse)
+    with pytest.raises(ConnectionError, match=r"rank 1 on .* to the others: Connection refused; .* GLOO_SOCKET_IFNAME"):
+        distributed.start(9.0)
 
 
 def test_a_deterministic_run_asks_torch_and_cublas_and_fills_no_memory_for_it(monkeypatch):

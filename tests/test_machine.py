@@ -1,6 +1,8 @@
-"""What a process may use of the machine: fewer CPUs and less memory than are there, where a container says so."""
+"""What a process may use of the machine: the CPUs and memory that a container leaves it; and the network it is on."""
 
 import os
+import socket
+import sys
 
 import pytest
 import torch
@@ -113,3 +115,43 @@ def test_torch_and_the_reward_workers_keep_to_the_quota(monkeypatch, files, has_
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(200)), raising=False)
     files("0::/\n", **{"cpu.max": "max 100000"})
     assert Pool(workers=0, timeout_s=1, step_timeout_s=1).size == MAX_DEFAULT_WORKERS
+
+
+DOCKER, CARD, SECOND = {"172.17.0.1": "docker0"}, {"10.9.0.2": "eth0"}, {"10.8.0.2": "eth1"}
+
+
+@pytest.mark.parametrize(
+    ("own", "interfaces", "routes", "chosen"),
+    [
+        ("10.9.0.2", CARD | SECOND, {"h1": "10.8.0.2"}, None),  # the host name will do
+        ("127.0.1.1", CARD | SECOND, {"h1": "10.8.0.2", "192.0.2.1": "10.9.0.2"}, "eth1"),
+        ("127.0.1.1", DOCKER | CARD, {"h1": "127.0.0.1", "192.0.2.1": "10.9.0.2"}, "eth0"),  # on h1 itself
+        (None, DOCKER | CARD, {"192.0.2.1": "10.9.0.2"}, "eth0"),  # a container whose name has no address
+        ("127.0.1.1", CARD, {}, "eth0"),
+        ("127.0.1.1", DOCKER | CARD, {}, None),
+        ("127.0.1.1", {}, {}, None),
+    ],
+)
+def test_gloo_is_given_a_network_where_the_host_name_leads_to_none(own, interfaces, routes, chosen, monkeypatch):
+    def address(name):
+        if own is None:
+            raise socket.gaierror("Name or service not known")
+        return own
+
+    monkeypatch.setattr(socket, "gethostbyname", address)
+    monkeypatch.setattr(machine, "_interfaces", lambda: interfaces)
+    monkeypatch.setattr(machine, "_address_towards", lambda peer: routes.get(peer, ""))
+    assert machine.network_for_peers("h1") == chosen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its interfaces")
+def test_interfaces_are_those_of_this_machine_without_loopback():
+    names = {name for _, name in socket.if_nameindex()}
+    found = machine._interfaces()
+    assert set(found.values()) <= names - {"lo"}
+    assert (
+        machine._address_towards("127.0.0.1") == "127.0.0.1" and machine._address_towards("no.such.host.invalid") == ""
+    )
+    for address in found:  # one that this machine has can be bound to
+        with socket.socket() as own:
+            own.bind((address, 0))
