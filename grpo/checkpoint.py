@@ -43,7 +43,7 @@ def default_run_dir(config_name: str) -> Path:
 
 
 def restarted_by_launcher() -> bool:
-    """Whether torchrun restarted this process after a failure: the run is then resumed."""
+    """Whether torchrun restarted this process after a failure of one on this machine; elsewhere it may not know."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
@@ -60,11 +60,11 @@ def _launch_id() -> str | None:
     return f"torchrun-{parent}-{started}"
 
 
-def open_run_dir(path: Path | str, *, resume: bool) -> Path:
+def open_run_dir(path: Path | str, *, resume: bool, is_restart: bool = False) -> Path:
     """Make the run folder if it does not exist. ValueError if it has files and is not resumed; rank 0 only.
 
     An empty metrics.jsonl does not count: a run that failed while it was being built leaves one.
-    A run that the launcher restarts before its first checkpoint may start again in its folder.
+    is_restart: the launcher restarted the run, which may start again in its folder before its first checkpoint.
     """
     path = Path(path)
     try:
@@ -72,9 +72,9 @@ def open_run_dir(path: Path | str, *, resume: bool) -> Path:
         is_used = any(entry.name != "metrics.jsonl" or entry.stat().st_size for entry in path.iterdir())
     except OSError as error:
         raise ValueError(f"cannot use run folder {path}: {error.strerror}; choose another --run-dir") from error
-    if is_used and not resume:
+    if is_used and not (resume or is_restart):
         raise ValueError(f"run folder {path} is not empty; go on with --resume {path} or choose another --run-dir")
-    if resume and latest(path) is None and not restarted_by_launcher():
+    if resume and latest(path) is None and not is_restart:
         raise ValueError(f"{path} has no checkpoint to resume; start again with another --run-dir")
     return path
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,12 +224,31 @@ def _meet(device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
     if several_launchers and (interface := network_for_peers(os.environ["MASTER_ADDR"])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    if not several_launchers:
-        # torchrun keeps its store over restarts: without a prefix a rank could read the address of its predecessor.
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = _store_of_attempt(store, rank, size, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return dist.new_group(backend="gloo", timeout=timeout)  # separate: after a timeout a group can name no rank
+
+
+def _store_of_attempt(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """A part of the store that is this attempt's alone. torchrun keeps the store over restarts: without this, a rank
+    could read the address of a predecessor. Its restart count cannot tell attempts apart, as machines count their own.
+
+    Rank 0 gives the attempt a new name. Every other rank answers with a name of its own, until rank 0 has listed it.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store.set("attempt", own)
+        answers = [store.get(f"{own}/{other}") for other in range(1, size)]
+        store.set(f"{own}/answers", b" ".join(answers))
+        return dist.PrefixStore(own, store)
+    while time.monotonic() < deadline:
+        attempt = store.get("attempt").decode()  # maybe that of the attempt before
+        store.set(f"{attempt}/{rank}", own)
+        if store.check([f"{attempt}/answers"]) and own in store.get(f"{attempt}/answers").decode().split():
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.05)
+    raise RuntimeError(f"rank 0 did not answer within {timeout.total_seconds():g} s (distributed.timeout_s)")
 
 
 def stop() -> None:

@@ -242,12 +242,14 @@ def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
     if command.config.lora.quantize != "none":
         lora.bitsandbytes()  # ValueError for a missing library, before a run folder is made
 
+    # A rank that failed was restarted by its own machine's torchrun; only that one counts the restart.
+    is_restart = bool(world.max(torch.tensor(float(checkpoint.restarted_by_launcher()))))
+
     def choose() -> tuple[Path, Path | None]:
         """On rank 0. Changes to the config of a resumed run are printed, or refused by ValueError."""
         path = Path(command.resume or command.run_dir or checkpoint.default_run_dir(command.config_path.stem))
-        is_restart = checkpoint.restarted_by_launcher()
         goes_on = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)
-        checkpoint.open_run_dir(path, resume=bool(command.resume) or is_restart)
+        checkpoint.open_run_dir(path, resume=bool(command.resume), is_restart=is_restart)
         if goes_on:
             before, _ = state_objective(load(path / "config.yaml"))  # an older version may have saved fewer keys
             harmless, others = changes(before, command.config)

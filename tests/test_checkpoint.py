@@ -146,7 +146,9 @@ def test_a_run_restarted_by_the_launcher_before_its_first_checkpoint_begins_agai
     with pytest.raises(ValueError, match="has no checkpoint to resume"):
         checkpoint.open_run_dir(tmp_path, resume=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert checkpoint.open_run_dir(tmp_path, resume=True) == tmp_path
+    assert checkpoint.restarted_by_launcher()
+    for resume in (True, False):
+        assert checkpoint.open_run_dir(tmp_path, resume=resume, is_restart=True) == tmp_path
 
 
 def test_an_impossible_run_folder_names_the_reason(tmp_path):

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -124,18 +125,41 @@ def test_a_rank_joins_as_torchrun_says_over_a_store_of_this_attempt_and_waits_as
     monkeypatch.setattr(torch, "set_num_threads", note("threads"))
     monkeypatch.setattr(distributed, "cpu_share", lambda: 7)
     monkeypatch.setattr(dist, "rendezvous", lambda *given, **named: iter([("store", 3, 4)]))
-    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store))
+    monkeypatch.setattr(distributed, "_store_of_attempt", lambda *given: given)
     monkeypatch.setattr(dist, "init_process_group", note("join"))
     monkeypatch.setattr(dist, "new_group", note("group", "gloo group"))
     device, timeout = torch.device("cuda:1" if has_cuda else "cpu"), timedelta(seconds=9)
     assert distributed.start(9.0) == World(3, 4, device, "gloo group", 9.0)
     assert os.environ.get("GLOO_SOCKET_IFNAME") == gloo
-    store = ("attempt_5", "store") if nodes == 1 else "store"
+    store = ("store", 3, 4, timeout)
     assert calls == [
         ("device", device, {}) if has_cuda else ("threads", 7, {}),
         ("join", "nccl" if has_cuda else "gloo", {"store": store, "rank": 3, "world_size": 4, "timeout": timeout}),
         ("group", {"backend": "gloo", "timeout": timeout}),
     ]
+
+
+def test_ranks_of_an_attempt_meet_in_a_part_of_the_store_that_earlier_ones_did_not_see():
+    """Those of the second attempt find what the first has left, before their rank 0 comes."""
+    store = torch.distributed.HashStore()
+
+    def meet(order: list[int]) -> list[torch.distributed.Store]:
+        join = lambda rank: distributed._store_of_attempt(store, rank, 3, timedelta(seconds=20))
+        with ThreadPoolExecutor(3) as threads:
+            joining = {}
+            for rank in order:
+                joining[rank] = threads.submit(join, rank)
+                time.sleep(0.2)
+            return [joining[rank].result() for rank in range(3)]
+
+    first, second = meet([0, 1, 2]), meet([2, 1, 0])
+    first[0].set("address", "of the dead")
+    assert [part.get("address") for part in first] == [b"of the dead"] * 3
+    assert not any(part.check(["address"]) for part in second)
+    second[1].set("address", "here")
+    assert [part.get("address") for part in second] == [b"here"] * 3
+    with pytest.raises(RuntimeError, match="rank 0 did not answer within 0.3 s"):
+        distributed._store_of_attempt(store, 1, 3, timedelta(seconds=0.3))
 
 
 def test_ranks_that_cannot_connect_are_told_how_to_name_a_network(monkeypatch):

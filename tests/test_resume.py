@@ -102,19 +102,25 @@ def torchrun(folder: Path, run_dir: str, *options: str, cores: int) -> subproces
     )
 
 
+def kill_rank(rank: int, launchers: list[subprocess.Popen], metrics: Path, rows: int) -> None:
+    """One of the launchers' ranks, once there are so many rows."""
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < rows:
+        assert not any(launcher.poll() for launcher in launchers), [launcher.communicate()[0] for launcher in launchers]
+        time.sleep(0.01)
+    for launcher in launchers:
+        for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+            if f"\0RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
+                return os.kill(int(child), signal.SIGKILL)
+    raise AssertionError(f"no rank {rank}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "victim"), [(1, 0), (3, 1)])
 def test_torchrun_restarts_a_run_whose_rank_was_killed_and_nothing_is_lost(folder, rows, victim):
     """Before the first checkpoint and after it; the other rank is ended by torchrun."""
     run_dir = f"restarted{rows}"
     launcher = torchrun(folder, run_dir, "--nproc_per_node=2", "--max-restarts=1", cores=2)
-    metrics = folder / run_dir / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < rows:
-        assert launcher.poll() is None, launcher.communicate()[0]
-        time.sleep(0.01)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    ranks = {Path(f"/proc/{child}/environ").read_bytes().split(b"\0RANK=")[1][:1]: int(child) for child in children}
-    os.kill(ranks[str(victim).encode()], signal.SIGKILL)
+    kill_rank(victim, [launcher], folder / run_dir / "metrics.jsonl", rows)
     output = launcher.communicate(timeout=200)[0]
     assert launcher.returncode == 0, output
     assert rows == 1 or "going on from" in output
@@ -122,15 +128,18 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_and_nothing_is_lost(folde
 
 
 @pytest.mark.slow
-def test_two_nodes_train_like_two_ranks_of_one(folder):
-    """Two launchers that meet over a c10d rendezvous."""
+@pytest.mark.parametrize(("rows", "victim"), [(1, 0), (3, 1), (99, None)])
+def test_two_nodes_train_like_two_ranks_of_one_also_when_a_rank_is_killed(folder, rows, victim):
+    """Two launchers that meet over a c10d rendezvous. Only the victim's counts the restart."""
+    run_dir = f"nodes{rows}"
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{probe.getsockname()[1]}", "--rdzv-id=two"]
-    nodes = [
-        torchrun(folder, "nodes", "--nnodes=2", "--nproc_per_node=1", "--local-addr=localhost", *rendezvous, cores=1)
-        for _ in range(2)
-    ]
+    options = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--local-addr=localhost", *rendezvous]
+    nodes = [torchrun(folder, run_dir, *options, cores=1) for _ in range(2)]
+    if victim is not None:
+        kill_rank(victim, nodes, folder / run_dir / "metrics.jsonl", rows)
     outputs = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
-    trainee.assert_same_run(folder / "nodes", folder / "whole2")
+    assert rows != 3 or "going on from" in "".join(outputs)
+    trainee.assert_same_run(folder / run_dir, folder / "whole2")
