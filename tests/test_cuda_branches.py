@@ -73,7 +73,7 @@ def test_the_scores_of_decoding_are_fp32_whatever_the_keys_are():
     rounded = [tensors[0].bfloat16(), *(tuple(x.bfloat16() for x in pair) for pair in tensors[1:])]
     wide = [rounded[0].double(), *(tuple(x.double() for x in pair) for pair in rounded[1:])]
     lengths = {"prefix_lengths": torch.tensor([9, 9, 3, 3]), "suffix_lengths": torch.tensor([5, 1, 2, 5])}
-    options = {"seats": 2, "place": torch.arange(4), "scale": 0.5, **lengths}
+    options = {"seats": 2, "seat_index": torch.arange(4), "scale": 0.5, **lengths}
     with AsOnCuda() as cuda:
         found = attend(*rounded, **options)
     assert cuda.calls == 2 and found.dtype == torch.bfloat16

@@ -30,7 +30,7 @@ def attend(name: str, own_types: dict, own_constants: dict, dtype: str, **shape)
 
 def attend_prefix(dtype: str, **shape) -> Kernel:
     seats, repeats = tile_shape(8, shape["REPEATS"], SIZE[dtype])
-    grid = {"place": "*i64:16", "num_rows": "i32:16", "seats": "i32", "tiles": "i32", "stride_group": "i32:16"}
+    grid = {"seat_index": "*i64:16", "num_rows": "i32:16", "seats": "i32", "tiles": "i32", "stride_group": "i32:16"}
     tile = dict(CHUNK=192, SEARCH_STEPS=9, TILE_SEATS=seats, PADDED_REPEATS=repeats)
     return attend("prefix", grid, tile, dtype, **shape)
 

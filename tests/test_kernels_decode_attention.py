@@ -32,29 +32,31 @@ class Case:
     prefix: tuple[Tensor, Tensor]
     suffix: tuple[Tensor, Tensor]
     seats: int
-    place: list[int]
+    seat_index: list[int]
     prefix_lengths: list[int]  # of the groups
     suffix_lengths: list[int]  # with the newest token
 
     def rows(self) -> list[tuple[int, int, int, int]]:
         """row, its group, and how much of prefix and suffix it has."""
-        groups = [place // self.seats for place in self.place]
+        groups = [index // self.seats for index in self.seat_index]
         return [(b, g, self.prefix_lengths[g], self.suffix_lengths[b]) for b, g in enumerate(groups)]
 
 
-def make(heads, kv_heads, width, prefix_lengths, suffix_lengths, *, seats=3, place=None, dtype=torch.float32, seed=0):
+def make(
+    heads, kv_heads, width, prefix_lengths, suffix_lengths, *, seats=3, seat_index=None, dtype=torch.float32, seed=0
+):
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE, dtype)
-    place = list(range(len(suffix_lengths))) if place is None else place
+    seat_index = list(range(len(suffix_lengths))) if seat_index is None else seat_index
     prefix = (len(prefix_lengths), kv_heads, max(prefix_lengths), width)
-    suffix = (len(place), kv_heads, max(suffix_lengths) + 1, width)
-    query = normal(len(place), heads, width) * 2
+    suffix = (len(seat_index), kv_heads, max(suffix_lengths) + 1, width)
+    query = normal(len(seat_index), heads, width) * 2
     slabs = (normal(*prefix), normal(*prefix)), (normal(*suffix), normal(*suffix))
-    return Case(query, *slabs, seats, place, prefix_lengths, suffix_lengths)
+    return Case(query, *slabs, seats, seat_index, prefix_lengths, suffix_lengths)
 
 
 # Three groups with 3, 1 and 2 of their 3 seats taken; the second has no prefix.
-SMALL = dict(width=16, prefix_lengths=[9, 0, 5], suffix_lengths=[1, 6, 3, 2, 4, 1], place=[0, 1, 2, 3, 6, 7])
+SMALL = dict(width=16, prefix_lengths=[9, 0, 5], suffix_lengths=[1, 6, 3, 2, 4, 1], seat_index=[0, 1, 2, 3, 6, 7])
 
 
 def attend(case, impl, *, stale=None, **terms):
@@ -77,7 +79,7 @@ def attend(case, impl, *, stale=None, **terms):
         tuple(prefix),
         tuple(suffix),
         seats=case.seats,
-        place=torch.tensor(case.place, device=DEVICE),
+        seat_index=torch.tensor(case.seat_index, device=DEVICE),
         # A row without an owner, in a seat of anybody's, knows no prefix.
         prefix_lengths=torch.tensor([length if own else 0 for _, _, length, own in case.rows()], device=DEVICE),
         suffix_lengths=torch.tensor(case.suffix_lengths, device=DEVICE) - 1,
@@ -127,7 +129,7 @@ def test_it_is_one_softmax_over_prefix_and_suffix(impl, heads, kv_heads, terms):
     ],
 )
 def test_the_kernel_is_as_exact_as_the_reference(heads, kv_heads, width, prefix_lengths, suffix_lengths, terms, dtype):
-    case = make(heads, kv_heads, width, prefix_lengths, suffix_lengths, place=[0, 2, 3, 4, 5], dtype=dtype)
+    case = make(heads, kv_heads, width, prefix_lengths, suffix_lengths, seat_index=[0, 2, 3, 4, 5], dtype=dtype)
     case.query *= 0.2  # scores up to 10, so that rounding one, the same in all implementations, shifts little
     expected = truth(case, **terms)
     error = {impl: (attend(case, impl, **terms)[0] - expected).abs().max() for impl in STALE}
@@ -137,8 +139,8 @@ def test_the_kernel_is_as_exact_as_the_reference(heads, kv_heads, width, prefix_
 @IMPLS
 @pytest.mark.parametrize("seats", [1, 20])  # one query row to a tile of 16; several tiles to a group
 def test_rows_may_sit_anywhere(impl, seats):
-    place = [0, 2] if seats == 1 else [3, 4, 19, 40, 50, 51, 59]  # a whole group of the three is empty
-    case = make(6, 2, 16, [20, 31, 17], [1 + i for i in range(len(place))], seats=seats, place=place)
+    seat_index = [0, 2] if seats == 1 else [3, 4, 19, 40, 50, 51, 59]  # a whole group of the three is empty
+    case = make(6, 2, 16, [20, 31, 17], [1 + i for i in range(len(seat_index))], seats=seats, seat_index=seat_index)
     assert (attend(case, impl)[0] - truth(case)).abs().max() < EXACT
 
 
@@ -177,7 +179,7 @@ def test_a_neighbours_length_does_not_change_a_bit_of_a_rows_output():
 @pytest.mark.parametrize("terms", [{}, {"window": 1}, {"window": 40}, {"window": 170}, {"softcap": 3.0, "window": 65}])
 def test_long_suffixes_of_a_few_rows_are_read_in_chunks_to_the_same_result(terms, monkeypatch):
     """Rows that end on a chunk's edge, one before and one behind it; a window's edge in each of the chunks."""
-    case = make(7, 1, 16, [40, 9], [1, 64, 65, 66, 129, 0, 200], seats=4, place=[0, 1, 2, 3, 4, 6, 7])
+    case = make(7, 1, 16, [40, 9], [1, 64, 65, 66, 129, 0, 200], seats=4, seat_index=[0, 1, 2, 3, 4, 6, 7])
     whole, _ = attend(case, "triton", **terms)
     launched = []
     monkeypatch.setattr(kernel, "STORED_CHUNK", 64)
@@ -273,7 +275,8 @@ def test_the_kernel_refuses_what_it_cannot_do_and_names_the_remedy(width, dtype,
 def test_the_reference_stores_and_then_attends():
     case = make(4, 2, **SMALL)
     rows = torch.tensor([length for _, _, length, _ in case.rows()], device=DEVICE)
-    layout = dict(seats=case.seats, place=torch.tensor(case.place, device=DEVICE), prefix_lengths=rows, scale=0.5)
+    seat_index = torch.tensor(case.seat_index, device=DEVICE)
+    layout = dict(seats=case.seats, seat_index=seat_index, prefix_lengths=rows, scale=0.5)
     lengths = torch.tensor(case.suffix_lengths, device=DEVICE)
     attended = reference.attend(case.query, case.prefix, case.suffix, suffix_lengths=lengths, **layout)
     assert torch.allclose(attended, attend(case, "definition")[0], atol=1e-6)

@@ -122,12 +122,12 @@ def test_a_size_runs_twice_before_it_is_recorded_and_all_share_a_pool_until_a_we
     monkeypatch.setattr(graphs, "capture", capture)
     steps = graphs.Graphs(Step())
     for rows in (8, 8, 8, 8, 4, 4, 4):
-        steps(SimpleNamespace(place=range(rows)))
+        steps(SimpleNamespace(seat_index=range(rows)))
     twice = ["aside", "run"] * 2
     assert seen == [*twice, None, "replay", "replay", *twice, "pool", "replay"]
     Step.model.weight = torch.nn.Parameter(torch.ones(1, 1))
     steps.check()
-    steps(SimpleNamespace(place=range(8)))
+    steps(SimpleNamespace(seat_index=range(8)))
     assert seen[-2:] == [None, "replay"]
 
 
@@ -248,9 +248,9 @@ def test_buckets_are_8_16_and_multiples_of_32():
     assert [bucket(rows) for rows in (1, 8, 9, 16, 17, 32, 33, 64, 65, 97)] == [8, 8, 16, 16, 32, 32, 64, 64, 96, 128]
 
 
-def test_rows_without_an_owner_take_empty_seats_and_places_go_on_increasing():
+def test_rows_without_an_owner_take_empty_seats_and_seat_indices_go_on_increasing():
     group = torch.tensor([0, 0, 2, 2, 2])  # of three groups with three seats: 0 1 _  _ _ _  6 7 8
-    place, row = seat(group, 3, 7)
-    assert place.tolist() == [0, 1, 2, 3, 6, 7, 8] and row.tolist() == [0, 1, 4, 5, 6]
+    seat_index, row = seat(group, 3, 7)
+    assert seat_index.tolist() == [0, 1, 2, 3, 6, 7, 8] and row.tolist() == [0, 1, 4, 5, 6]
     assert [x.tolist() for x in seat(group, 3, 5)] == [[0, 1, 6, 7, 8], [0, 1, 2, 3, 4]]
     assert seat(group, 3, 9)[0].tolist() == list(range(9))

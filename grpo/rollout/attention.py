@@ -57,7 +57,7 @@ def slab_attention(
             tuple(stored[groups, :, longest_prefix] for stored in layer[:2]),
             tuple(stored[rows, :, longest_suffix] for stored in layer[2:]),
             seats=layout.seats,
-            place=layout.place,
+            seat_index=layout.seat_index,
             prefix_lengths=layout.prefix_lengths,
             suffix_lengths=layout.suffix_lengths,
             scale=scale,

@@ -108,8 +108,8 @@ class Draw:
             return Rows.none()
         size = self.sampler.bucket(len(group))
         seats = self.group_size if self.sampler.is_static else int(torch.bincount(group).max())
-        place, row = seat(group, seats, size)
-        self.step.place[:size] = place.to(self.device)
+        seat_index, row = seat(group, seats, size)
+        self.step.seat_index[:size] = seat_index.to(self.device)
         return Rows(size, seats, row, sequence, group)
 
     def _move(self, groups: Tensor, rows: Tensor, to: Tensor) -> None:
@@ -159,7 +159,7 @@ class Draw:
             bounds = (min(plan.num_groups, rows.size), plan.prefix_size, plan.suffix_size)
         else:
             bounds = (int(rows.group[-1]) + 1, int(step.prefix[here].max()), int(step.length[here].max()) + 1)
-        return Decode(rows.seats, step.place[here], step.prefix[here], step.stored[here], *bounds)
+        return Decode(rows.seats, step.seat_index[here], step.prefix[here], step.stored[here], *bounds)
 
     def _look(self, steps: int) -> Look:
         """The rows after this many steps; with ids only if a search for stop strings is due."""

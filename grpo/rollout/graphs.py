@@ -76,7 +76,7 @@ class Graphs:
 
     def __call__(self, layout: Decode) -> None:
         """One step. Every layout of one size must have the same bounds and addresses."""
-        size = len(layout.place)
+        size = len(layout.seat_index)
         if self.can_capture and size not in self.replays and self.steps_run[size] >= WARM_UP_STEPS:
             self._capture(size, layout)
         self.steps_run[size] += 1

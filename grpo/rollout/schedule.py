@@ -31,20 +31,20 @@ def ladder(most: int) -> list[int]:
 
 
 def seat(group: Tensor, seats: int, size: int) -> tuple[Tensor, Tensor]:
-    """Give each of `size` rows a place in the grid of groups x seats; only n = len(group) of the rows have an owner.
+    """Give each of `size` rows a seat in the grid of groups x seats; only n = len(group) of the rows have an owner.
 
-    group: [n] int64, ascending, of each owner.  Returns place [size] int64, strictly increasing (group * seats + seat),
-    and row [n], that of each owner. Rows without an owner take empty seats, of which there must be enough.
+    group: [n] int64, ascending, of each owner.  Returns seat_index [size] int64 (group * seats + seat), strictly
+    increasing, and row [n], that of each owner. Rows without an owner take empty seats, of which there must be enough.
     """
     count = torch.bincount(group)
-    place = group * seats + torch.arange(len(group)) - (count.cumsum(0) - count)[group]
+    seat_index = group * seats + torch.arange(len(group)) - (count.cumsum(0) - count)[group]
     if size == len(group):
-        return place, torch.arange(size)
+        return seat_index, torch.arange(size)
     is_empty = torch.ones(size, dtype=torch.bool)  # enough: at most len(group) of the first `size` seats are taken
-    is_empty[place[place < size]] = False
+    is_empty[seat_index[seat_index < size]] = False
     idle = is_empty.nonzero()[: size - len(group), 0]
-    places = torch.cat([place, idle]).sort().values
-    return places, torch.searchsorted(places, place)
+    all_seats = torch.cat([seat_index, idle]).sort().values
+    return all_seats, torch.searchsorted(all_seats, seat_index)
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Rows:
     size: int  # rows, including those without an owner
     seats: int  # of each group
     row: Tensor  # [n] int64, ascending: the rows that have an owner
-    sequence: Tensor  # [n] int64: the owner's place among the results
+    sequence: Tensor  # [n] int64: the owner's index among the results
     group: Tensor  # [n] int64: the owner's group in the slab, ascending from 0 without a gap
 
     @classmethod

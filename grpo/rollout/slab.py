@@ -145,7 +145,7 @@ class Decode:
     """Layout of a forward pass that reads one token per row. kernels/decode_attention/reference.py defines the rest."""
 
     seats: int
-    place: Tensor  # [B] int64
+    seat_index: Tensor  # [B] int64
     prefix_lengths: Tensor  # [B] int64
     suffix_lengths: Tensor  # [B] int64, without the token read now; -1 for a row that has ended
     num_groups: int

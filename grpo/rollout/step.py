@@ -48,13 +48,13 @@ class DecodeStep:
         self.logprobs = make(torch.float32, width)
         self.owned = (self.token, self.prefix, self.length, self.alive, self.uniforms, self.ids, self.logprobs)
         self.stored = make(torch.int64)  # tokens in its suffix; -1 once it has ended, so that attention skips it
-        self.place = make(torch.int64)  # its seat, see kernels/decode_attention/reference.py
+        self.seat_index = make(torch.int64)  # group * seats + seat, see kernels/decode_attention/reference.py
         self.row = torch.arange(num_rows, device=device)
         self.eos = torch.tensor(eos, device=device)
 
     def __call__(self, layout: Decode) -> None:
         """Run the step for the rows of `layout`, which are the first ones."""
-        rollout, size = self.rollout, len(layout.place)
+        rollout, size = self.rollout, len(layout.seat_index)
         token, length, alive = self.token[:size], self.length[:size], self.alive[:size]
         self.stored[:size] = torch.where(alive, length, -1)
         self.slab.layout = layout

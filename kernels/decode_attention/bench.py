@@ -51,12 +51,12 @@ def make_inputs(shape: Shape, device: torch.device) -> tuple[tuple, dict[str, ob
     query, key, value = normal(rows, shape.heads, shape.width), normal(rows, *kv), normal(rows, *kv)
     prefix = [normal(shape.groups, kv[0], shape.prefix, kv[1]) for _ in range(2)]
     suffix = [normal(rows, kv[0], shape.suffix, kv[1]) for _ in range(2)]
-    place = torch.arange(rows, device=device)
+    seat_index = torch.arange(rows, device=device)
     layout = dict(
         seats=shape.seats,
-        place=place,
-        prefix_lengths=torch.full_like(place, shape.prefix),
-        suffix_lengths=torch.full_like(place, shape.suffix - 1),
+        seat_index=seat_index,
+        prefix_lengths=torch.full_like(seat_index, shape.prefix),
+        suffix_lengths=torch.full_like(seat_index, shape.suffix - 1),
         scale=shape.width**-0.5,
     )
     return (query, key, value, prefix, suffix), layout

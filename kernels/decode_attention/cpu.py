@@ -26,7 +26,7 @@ def attend(
     suffix: tuple[Tensor, Tensor],
     *,
     seats: int,
-    place: Tensor,
+    seat_index: Tensor,
     prefix_lengths: Tensor,
     suffix_lengths: Tensor,
     scale: float,
@@ -40,9 +40,9 @@ def attend(
     output, lse = _flash(query, suffix, suffix_lengths, scale)
     if longest:
         lengths = prefix_lengths.new_zeros(num_groups)
-        lengths.scatter_reduce_(0, place // seats, prefix_lengths, "amax")  # amax: an idle row may say 0
-        shared, shared_lse = _flash(take_seats(query, num_groups, seats, place), prefix, lengths, scale)
-        shared, shared_lse = (leave_seats(part, seats, place) for part in (shared, shared_lse[..., None]))
+        lengths.scatter_reduce_(0, seat_index // seats, prefix_lengths, "amax")  # amax: an idle row may say 0
+        shared, shared_lse = _flash(take_seats(query, num_groups, seats, seat_index), prefix, lengths, scale)
+        shared, shared_lse = (leave_seats(part, seats, seat_index) for part in (shared, shared_lse[..., None]))
         share = torch.sigmoid(shared_lse - lse[..., None])  # the prefix's share of the softmax's sum
         output = torch.lerp(output, shared, share)
     return output.reshape(num_rows, num_heads, width)

@@ -55,7 +55,7 @@ def decode_attention(
     suffix: tuple[Tensor, Tensor],
     *,
     seats: int,
-    place: Tensor,
+    seat_index: Tensor,
     prefix_lengths: Tensor,
     suffix_lengths: Tensor,
     scale: float,
@@ -82,7 +82,7 @@ def decode_attention(
     of_row = dict(PADDED_REPEATS=max(16, triton.next_power_of_2(repeats)), num_warps=4)
     if chunks:
         attend_prefix[(num_groups * tiles, kv_heads, chunks)](
-            query, *query.stride()[:2], *prefix, *prefix[0].stride()[:3], place, prefix_lengths, suffix_lengths,
+            query, *query.stride()[:2], *prefix, *prefix[0].stride()[:3], seat_index, prefix_lengths, suffix_lengths,
             partial, lse, num_rows, seats, tiles, parts,
             TILE_SEATS=tile_seats, PADDED_REPEATS=padded_repeats, SEARCH_STEPS=num_rows.bit_length(), CHUNK=chunk,
             num_warps=prefix_warps(width, query.element_size()), **common,
@@ -167,7 +167,7 @@ def _attend(
 @triton.jit
 def attend_prefix(
     query, stride_query_row, stride_query_head, keys, values, stride_group, stride_head, stride_key,
-    place, prefix_lengths, suffix_lengths, partial, lse, num_rows, seats, tiles, parts, scale, softcap, window,
+    seat_index, prefix_lengths, suffix_lengths, partial, lse, num_rows, seats, tiles, parts, scale, softcap, window,
     REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     TILE_SEATS: tl.constexpr, PADDED_REPEATS: tl.constexpr, SEARCH_STEPS: tl.constexpr,
@@ -178,17 +178,17 @@ def attend_prefix(
     kv_head = tl.program_id(1)
     start = tl.program_id(2) * CHUNK
 
-    # Which row sits in each seat: places increase, so a binary search finds how many rows come before it.
+    # Which row sits in each seat: seat_index increases, so a binary search finds how many rows come before it.
     m = tl.arange(0, ROWS)
     repeat = m % PADDED_REPEATS
     seat = (tl.program_id(0) % tiles) * TILE_SEATS + m // PADDED_REPEATS
-    mine = group * seats + seat
+    wanted = group * seats + seat
     row = tl.zeros([ROWS], tl.int32)
     for step in tl.static_range(SEARCH_STEPS):
         ahead = row + (1 << (SEARCH_STEPS - 1 - step))
-        comes_before = tl.load(place + ahead - 1, mask=ahead <= num_rows, other=mine) < mine
+        comes_before = tl.load(seat_index + ahead - 1, mask=ahead <= num_rows, other=wanted) < wanted
         row = tl.where(comes_before, ahead, row)
-    is_taken = (seat < seats) & (tl.load(place + row, mask=row < num_rows, other=-1) == mine)
+    is_taken = (seat < seats) & (tl.load(seat_index + row, mask=row < num_rows, other=-1) == wanted)
     stored = tl.load(suffix_lengths + row, mask=is_taken, other=-1).to(tl.int32)
     is_live = (stored >= 0) & (repeat < REPEATS)
     last = tl.load(prefix_lengths + row, mask=is_live, other=0).to(tl.int32)

@@ -25,7 +25,7 @@ def decode_attention(
     how: Callable[..., Tensor] | None = None,
     **layout,
 ) -> Tensor:
-    """Store the key and value of each row's newest token at place suffix_lengths[b] of its suffix, then `attend`.
+    """Store the key and value of each row's newest token at position suffix_lengths[b] of its suffix, then `attend`.
 
     key, value: [B, Hkv, D].  suffix_lengths: [B] int64, without the newest token; -1 marks an idle row: its output is
     0, and its suffix may be anything afterwards.  how: called in place of `attend`.  The rest as in `attend`. Never
@@ -44,7 +44,7 @@ def attend(
     suffix: tuple[Tensor, Tensor],
     *,
     seats: int,
-    place: Tensor,
+    seat_index: Tensor,
     prefix_lengths: Tensor,
     suffix_lengths: Tensor,
     scale: float,
@@ -55,8 +55,9 @@ def attend(
 
     cap(x) = softcap * tanh(x / softcap) where one is given (Gemma 2). Of all these keys only the last `window` count.
     query: [B, H, D].  prefix: key and value, [C, Hkv, P, D] for C groups.  suffix: key and value, [B, Hkv, S, D], the
-    newest token stored already, so suffix_lengths >= 1.  place: [B] int64, strictly increasing: group * seats + seat.
-    prefix_lengths, suffix_lengths: [B] int64. What is stored beyond a length must be finite; it has no effect.
+    newest token stored already, so suffix_lengths >= 1.  seat_index: [B] int64, group * seats + seat, strictly
+    increasing.  prefix_lengths, suffix_lengths: [B] int64. What is stored beyond a length must be finite; it has no
+    effect.
     Returns [B, H, D] in the dtype of the values.
     """
     (prefix_key, prefix_value), (suffix_key, suffix_value) = prefix, suffix
@@ -64,29 +65,29 @@ def attend(
     num_groups, kv_heads, prefix_size, _ = prefix_key.shape
     query = query.reshape(num_rows, kv_heads, num_heads // kv_heads, -1)
 
-    shared = _matmul_fp32(take_seats(query, num_groups, seats, place), prefix_key)
-    scores = torch.cat([leave_seats(shared, seats, place), _matmul_fp32(query, suffix_key)], -1) * scale
+    shared = _matmul_fp32(take_seats(query, num_groups, seats, seat_index), prefix_key)
+    scores = torch.cat([leave_seats(shared, seats, seat_index), _matmul_fp32(query, suffix_key)], -1) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = _visible(prefix_lengths, suffix_lengths, prefix_size, suffix_key.shape[2], window)
     probs = scores.masked_fill_(~visible[:, None, None], -math.inf).softmax(-1).to(suffix_value.dtype)
 
-    shared = take_seats(probs[..., :prefix_size], num_groups, seats, place) @ prefix_value
-    output = leave_seats(shared, seats, place) + probs[..., prefix_size:] @ suffix_value
+    shared = take_seats(probs[..., :prefix_size], num_groups, seats, seat_index) @ prefix_value
+    output = leave_seats(shared, seats, seat_index) + probs[..., prefix_size:] @ suffix_value
     return output.reshape(num_rows, num_heads, -1)
 
 
-def take_seats(rows: Tensor, num_groups: int, seats: int, place: Tensor) -> Tensor:
+def take_seats(rows: Tensor, num_groups: int, seats: int, seat_index: Tensor) -> Tensor:
     """[B, Hkv, R, N] -> [C, Hkv, seats * R, N]: the rows of a group stacked, empty seats 0."""
     if len(rows) < num_groups * seats:
-        rows = rows.new_zeros(num_groups * seats, *rows.shape[1:]).index_copy_(0, place, rows)
+        rows = rows.new_zeros(num_groups * seats, *rows.shape[1:]).index_copy_(0, seat_index, rows)
     return rows.unflatten(0, (num_groups, seats)).transpose(1, 2).flatten(2, 3)
 
 
-def leave_seats(grid: Tensor, seats: int, place: Tensor) -> Tensor:
+def leave_seats(grid: Tensor, seats: int, seat_index: Tensor) -> Tensor:
     """[C, Hkv, seats * R, N] -> [B, Hkv, R, N], the inverse."""
     rows = grid.unflatten(2, (seats, -1)).transpose(1, 2).flatten(0, 1)
-    return rows if len(place) == len(rows) else rows[place]
+    return rows if len(seat_index) == len(rows) else rows[seat_index]
 
 
 def _visible(prefix_lengths: Tensor, suffix_lengths: Tensor, prefix: int, suffix: int, window: int | None) -> Tensor:
