@@ -25,8 +25,8 @@ from grpo.config import RolloutConfig
 from grpo.metrics import read_metrics
 from grpo.records import Problem
 from grpo.rollout import Sampler, engine
-from grpo.rollout.draw import Draw
 from grpo.rollout.graphs import Graphs
+from grpo.rollout.loop import RolloutLoop
 from tests.ghost_cuda import CUDA, Ghost, ghost_cuda
 from tests.rollout_helpers import problems, sampler, syllable_tokenizer, tiny_model
 from tests.tiny import save_tiny_model, tiny_qwen2, word_tokenizer, write_gsm8k_files
@@ -229,37 +229,37 @@ def test_the_sampler_captures_triton_kernels_and_draws_the_same(device):
 
 
 def test_rows_stop_while_the_device_is_kept_busy(device, monkeypatch):
-    """Beside an exchange of rows the host waits for copies only that were asked for eight steps ago."""
+    """Except where rows are rescheduled, the host waits only for copies that were asked for eight steps ago."""
     model, made = tiny_model("qwen2"), problems(9, 20, 4)
     options = dict(tokenizer=syllable_tokenizer(), max_new_tokens=40, group_size=1)
     free = sampler(model, **options).generate(made, step=0)
     options["stop"] = tuple(group.completions[0].text[4:7] for group in free)  # three letters: never one token
     expected = [group.completions for group in sampler(model, **options).generate(made, step=0)]
-    steps, begun, heeded, waits = [], [], [], Counter()
+    steps, begun, applied, waits = [], [], [], Counter()
 
-    class Watched(Draw):
+    class Watched(RolloutLoop):
         def _look(self, steps_before):
             begun.append(len(steps))
             return super()._look(steps_before)
 
-        def _heed(self, look):
-            heeded.append(len(steps))
+        def _apply_look(self, look):
+            applied.append(len(steps))
             before = Counter(device.waits)
-            live = super()._heed(look)
+            live = super()._apply_look(look)
             waits.update(device.waits - before)
             return live
 
-    monkeypatch.setattr(engine, "Draw", Watched)
+    monkeypatch.setattr(engine, "RolloutLoop", Watched)
     on_device = sampler(tiny_model("qwen2").to(CUDA), **options)
     on_device.generate(made[:1], step=0)  # its graph is there from here on
     run = Graphs.__call__
     monkeypatch.setattr(Graphs, "__call__", lambda graphs, layout: (steps.append(1), run(graphs, layout))[1])
-    begun.clear(), heeded.clear(), waits.clear()
+    begun.clear(), applied.clear(), waits.clear()
     found = [group.completions for group in on_device.generate(made, step=0)]
     assert [[c.ids for c in group] for group in found] == [[c.ids for c in group] for group in expected]
     assert {c.finish for group in found for c in group} == {"stop"}
-    assert waits == {"synchronize": len(heeded)} and heeded[0] == begun[0] + 8
-    assert len(steps) == 16  # three letters that begin at the fifth are there at the first look, heeded at the second
+    assert waits == {"synchronize": len(applied)} and applied[0] == begun[0] + 8
+    assert len(steps) == 16  # three letters that begin at the fifth are there at the first look, applied at the second
 
 
 @pytest.mark.slow

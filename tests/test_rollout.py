@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.layers import checkpoint_layers
-from grpo.rollout import draw, engine
+from grpo.rollout import engine, loop
 from grpo.rollout.schedule import prefill_chunks
 from tests.rollout_helpers import (
     EOS,
@@ -53,7 +53,7 @@ def test_tokens_depend_neither_on_company_nor_order_nor_on_how_many_run_at_a_tim
 def test_looking_at_finished_rows_only_now_and_then_as_on_cuda_changes_nothing(model, monkeypatch):
     made = problems(*LENGTHS)
     expected = sampler(model, max_sequences=6).generate(made, step=1)
-    monkeypatch.setattr(draw, "STEPS_BETWEEN_LOOKS", {"cpu": 8})
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_LOOKS", {"cpu": 8})
     found = sampler(model, max_sequences=6).generate(made, step=1)
     assert [[(c.ids, c.text, c.finish) for c in group.completions] for group in found] == [
         [(c.ids, c.text, c.finish) for c in group.completions] for group in expected
@@ -135,13 +135,14 @@ def test_modes_attention_and_random_state_come_back_also_after_an_exception(mode
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs on CPU; see test_rollout_gpu")
-@pytest.mark.parametrize("is_static", [False, True])
-def test_the_kernels_draw_what_their_definitions_draw(is_static, monkeypatch):
+@pytest.mark.parametrize("has_fixed_shapes", [False, True])
+def test_the_kernels_draw_what_their_definitions_draw(has_fixed_shapes, monkeypatch):
     model, made = tiny_model("qwen2", head_dim=16, num_hidden_layers=1), problems(17, 1)
     model.generation_config.eos_token_id = [EOS, *range(0, 230, 3)]  # some rows end at once
     expected = ids_of(sampler(model, max_new_tokens=5).generate(made, step=1))
     interpreted = sampler(model, max_new_tokens=5, impl="triton")
-    monkeypatch.setattr(interpreted, "is_static", is_static)  # rows without an owner, and bounds of the slab
+    # Rows without an owner, and bounds of the slab.
+    monkeypatch.setattr(interpreted, "has_fixed_shapes", has_fixed_shapes)
     assert ids_of(interpreted.generate(made, step=1)) == expected
 
 

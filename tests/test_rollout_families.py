@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.first_batch import check_sampler, make_yardstick
 from grpo.logprobs import PolicyModule
 from grpo.policy import Policy
-from grpo.rollout import attention, draw
+from grpo.rollout import attention, loop
 from tests.rollout_helpers import FAMILIES, PAD, problems, sampler, tiny_model
 from tests.tiny import adapted
 
@@ -48,13 +48,13 @@ def test_greedy_equals_generate_on_ragged_prompts(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate_on_prompts_whose_beginning_is_read_once(family, monkeypatch):
-    lengths, read = [], draw.Draw._read_prompts
+    lengths, read = [], loop.RolloutLoop._read_prompts
 
     def noted(self, texts, groups, *, start):
         lengths.append((start, *map(len, texts)))
         read(self, texts, groups, start=start)
 
-    monkeypatch.setattr(draw.Draw, "_read_prompts", noted)
+    monkeypatch.setattr(loop.RolloutLoop, "_read_prompts", noted)
     assert_greedy_equals_generate(tiny_model(family), common=40)
     assert lengths == [(0, 40), (40, 0, 4, 16), (40, 29)]  # all prompts but their last tokens
 

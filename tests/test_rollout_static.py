@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo import layers
-from grpo.rollout import draw, engine, graphs
+from grpo.rollout import engine, graphs, loop
 from grpo.rollout.schedule import bucket, ladder, seat
 from grpo.rollout.slab import KVSlab
 from tests import recorded_graph
@@ -44,7 +44,7 @@ def captured(monkeypatch):
     monkeypatch.setattr(graphs, "capture", recorded_graph.capture)
     monkeypatch.setattr(engine, "Graphs", Counted)
     monkeypatch.setattr(engine, "is_kept", lambda num_bytes, device: True)
-    monkeypatch.setattr(draw, "STEPS_BETWEEN_LOOKS", {"cpu": 4})
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_LOOKS", {"cpu": 4})
     return sizes
 
 

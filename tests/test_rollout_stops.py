@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo.rollout import draw
+from grpo.rollout import loop
 from grpo.rollout.stops import Ending, eos_ids
 from tests.rollout_helpers import EOS, PAD, byte_tokenizer, problems, sampler, syllable_tokenizer, tiny_model
 
@@ -105,7 +105,7 @@ def test_the_token_by_which_the_chat_template_closes_an_answer_ends_a_sequence(t
 
 @pytest.mark.parametrize("look_every", [1, 3, 8])
 def test_stopping_early_gives_the_unstopped_completion_cut_however_rarely_one_looks(look_every, monkeypatch):
-    monkeypatch.setattr(draw, "STEPS_BETWEEN_STOPS", look_every)
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_STOPS", look_every)
     model, tokenizer, made = tiny_model("qwen2"), syllable_tokenizer(), problems(9, 20, 4)
     free = sampler(model, tokenizer=tokenizer, max_new_tokens=40).generate(made, step=0)
     stop = tuple(group.completions[0].text[9:12] for group in free)  # three letters: never one token
@@ -130,7 +130,7 @@ def test_stopped_rows_are_not_decoded_to_the_length_limit():
     sampler(model, tokenizer=tokenizer, group_size=1, max_new_tokens=100, temperature=0.0, stop=(text[9:12],)).generate(
         made, step=0
     )
-    assert len(steps) <= 2 + 12 + draw.STEPS_BETWEEN_STOPS  # probe and prefill; 12 letters take at most 12 tokens
+    assert len(steps) <= 2 + 12 + loop.STEPS_BETWEEN_STOPS  # probe and prefill; 12 letters take at most 12 tokens
 
 
 def test_lm_head_sees_one_position_per_row():

@@ -19,8 +19,8 @@ from grpo.layers import compiled_layers
 from grpo.records import Group, Problem
 from grpo.rollout import graphs
 from grpo.rollout.attention import refuse_unservable, sampling_mode
-from grpo.rollout.draw import Draw
 from grpo.rollout.graphs import Graphs
+from grpo.rollout.loop import RolloutLoop
 from grpo.rollout.philox import TRAINING, refuse_large_words
 from grpo.rollout.schedule import bucket, ladder
 from grpo.rollout.slab import KVSlab, LayerShape, Plan, Probe, is_kept, kv_budget, make_plan
@@ -56,7 +56,7 @@ class Sampler:
         refuse_unservable(model)
         self.model, self.rollout, self.impl, self.seed, self.stream = model, rollout, impl, seed, stream
         self.has_graphs = rollout.cuda_graph and graphs.are_usable(model.device)
-        self.is_static = self.has_graphs  # a graph has one shape: rows are padded to a bucket, bounds are the slab's
+        self.has_fixed_shapes = self.has_graphs  # as a graph's: rows are padded to a bucket, bounds are the slab's
         self.forwards = compiled_layers(model) if compile else {}  # used for decoding only
         self.ending = Ending(tokenizer, eos_ids(model, tokenizer), stop)
         self.progress = progress or (lambda done, total: None)
@@ -78,7 +78,7 @@ class Sampler:
         with sampling_mode(self.model):
             self._plan(problems)
             try:
-                completions = Draw(self, *self._prepare(), problems, step).run()
+                completions = RolloutLoop(self, *self._prepare(), problems, step).run()
             finally:
                 if not is_kept(self.planned_bytes(), self.model.device):
                     self.release()
@@ -132,7 +132,7 @@ class Sampler:
             self._shapes = self._probe()
         longest_prefix = max(len(problem.prompt_ids) for problem in problems) - 1
         num_problems, suffix_size, old = len(problems), self.rollout.max_new_tokens + 1, self.plan
-        round_up = bucket if self.is_static else lambda rows: rows
+        round_up = bucket if self.has_fixed_shapes else lambda rows: rows
         has_rows_for_steps = old and round_up(old.num_rows) == old.num_rows  # not if made without buckets
         if has_rows_for_steps and old.serves(num_problems, longest_prefix, suffix_size):
             return
@@ -151,7 +151,7 @@ class Sampler:
 
     def bucket(self, rows: int) -> int:
         """Size of the step that decodes this many: the next rung of the `ladder`, or `rows` itself without graphs."""
-        return min(size for size in ladder(self.plan.num_rows) if size >= rows) if self.is_static else rows
+        return min(size for size in ladder(self.plan.num_rows) if size >= rows) if self.has_fixed_shapes else rows
 
     def _token_bytes(self) -> int:
         return sum(shape.token_bytes for shape in self._shapes.values())

@@ -1,7 +1,8 @@
 """The loop of one `Sampler.generate` call: admit groups, decode their rows, collect those that have ended.
 
 It is Python on the host around a decode step (grpo.rollout.step) that the Sampler has prepared. Every few steps a
-`Look` tells which rows are alive; once enough have ended, an exchange replaces them or makes the step smaller.
+`Look` tells which rows are alive; once enough have ended, rows are rescheduled: others replace them, or the step
+becomes smaller.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ if TYPE_CHECKING:
     from grpo.rollout.engine import Sampler
 
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # decode steps from one look to the next
-LOOKS_UNDER_WAY = {"cpu": 0, "cuda": 1}  # a look is acted on one look later: meanwhile the GPU works on
+LOOKS_IN_FLIGHT = {"cpu": 0, "cuda": 1}  # a look is applied one look later: meanwhile the GPU works on
 STEPS_BETWEEN_STOPS = 8  # decode steps between searches for stop strings, which have to decode text
 
 
 class Look(NamedTuple):
-    """The rows after some step, on the host. From a CUDA device they are copies, complete once `is_there` has fired."""
+    """The rows after some step, on the host. From a CUDA device they are copies, complete once `ready` has fired."""
 
     alive: Tensor  # [rows] bool
     length: Tensor  # [rows] int64
     ids: Tensor  # [rows, longest] int64
-    is_there: torch.cuda.Event | None
+    ready: torch.cuda.Event | None
 
 
-class Draw:
+class RolloutLoop:
     """The state of one call. Sample i of problem p is sequence p * G + i."""
 
     def __init__(
@@ -48,7 +49,7 @@ class Draw:
         self.device, self.plan = sampler.model.device, step.slab.plan
         self.completions: dict[int, Completion] = {}
         # Ended rows that are not yet completions: sequences [n], lengths [n], ids [n, width], log-probs [n, width].
-        self.unread: list[tuple[Tensor, ...]] = []
+        self.fetched: list[tuple[Tensor, ...]] = []
         self.waiting = deque(range(len(problems)))
         self.rows = Rows.none()
 
@@ -56,7 +57,7 @@ class Draw:
         """The completions of all sequences, in order."""
         steps, total = 0, len(self.problems) * self.group_size
         looks: deque[Look] = deque()
-        self._exchange()
+        self._reschedule()
         while self.rows.size:
             self.run_step(self.layout)
             self.layout.longest_suffix = min(self.layout.longest_suffix + 1, self.plan.suffix_size)
@@ -64,30 +65,30 @@ class Draw:
             if steps % STEPS_BETWEEN_LOOKS[self.device.type]:
                 continue
             looks.append(self._look(steps))
-            self._read()
-            if len(looks) > LOOKS_UNDER_WAY[self.device.type]:
-                live = self._heed(looks.popleft())
+            self._complete()
+            if len(looks) > LOOKS_IN_FLIGHT[self.device.type]:
+                live = self._apply_look(looks.popleft())
                 self.sampler.progress(total - live - len(self.waiting) * self.group_size, total)
-                if self._pays_to_exchange(live):
+                if self._should_reschedule(live):
                     while looks:
-                        self._heed(looks.popleft())
-                    self._exchange()
-        self._read()
+                        self._apply_look(looks.popleft())
+                    self._reschedule()
+        self._complete()
         return [self.completions[sequence] for sequence in range(total)]
 
-    def _pays_to_exchange(self, live: int) -> bool:
-        """Whether enough rows have ended, and an exchange can admit waiting groups or make the step smaller."""
+    def _should_reschedule(self, live: int) -> bool:
+        """Whether enough rows have ended, and there are groups to admit or the step would become smaller."""
         would_shrink = not live or self.sampler.bucket(live) < self.rows.size
         return live < SHRINK_BELOW * self.rows.size and (would_shrink or bool(self.waiting))
 
-    def _exchange(self) -> None:
-        """Collect finished rows, compact those that stay, admit waiting groups."""
+    def _reschedule(self) -> None:
+        """Fetch finished rows, compact those that stay, admit waiting groups."""
         old, group_size = self.rows, self.group_size
         alive = self.step.alive.cpu()[old.row]
-        self._collect(old.row[~alive], old.sequence[~alive])
+        self._fetch(old.row[~alive], old.sequence[~alive])
         kept = old.row[alive]
         groups, group = torch.unique_consecutive(old.group[alive], return_inverse=True)
-        new = self._next(len(kept), len(groups))
+        new = self._take_waiting(len(kept), len(groups))
         sequence = torch.tensor(new, dtype=torch.int64)[:, None] * group_size + torch.arange(group_size)
         number = torch.arange(len(groups), len(groups) + len(new)).repeat_interleave(group_size)
         self.rows = self._arrange(torch.cat([old.sequence[alive], sequence.flatten()]), torch.cat([group, number]))
@@ -96,18 +97,18 @@ class Draw:
             self._admit([self.problems[index] for index in new], len(groups), self.rows.row[len(kept) :])
             self.layout = self._layout()
 
-    def _next(self, num_rows: int, num_groups: int) -> list[int]:
-        """Take from the waiting problems those that fit beside the rows and groups that stay."""
-        room = (min(self.sampler.rollout.max_sequences, self.plan.num_rows) - num_rows) // self.group_size
-        room = min(room, self.plan.num_groups - num_groups, len(self.waiting))
-        return [self.waiting.popleft() for _ in range(room)]
+    def _take_waiting(self, num_rows: int, num_groups: int) -> list[int]:
+        """Take as many waiting problems as fit in addition to the rows and groups that stay."""
+        count = (min(self.sampler.rollout.max_sequences, self.plan.num_rows) - num_rows) // self.group_size
+        count = min(count, self.plan.num_groups - num_groups, len(self.waiting))
+        return [self.waiting.popleft() for _ in range(count)]
 
     def _arrange(self, sequence: Tensor, group: Tensor) -> Rows:
         """Assign rows and seats to these sequences of these groups, and tell the step the seats."""
         if not len(group):
             return Rows.none()
         size = self.sampler.bucket(len(group))
-        seats = self.group_size if self.sampler.is_static else int(torch.bincount(group).max())
+        seats = self.group_size if self.sampler.has_fixed_shapes else int(torch.bincount(group).max())
         seat_index, row = seat(group, seats, size)
         self.step.seat_index[:size] = seat_index.to(self.device)
         return Rows(size, seats, row, sequence, group)
@@ -155,7 +156,7 @@ class Draw:
     def _layout(self) -> Decode:
         """For the next decode steps. Bounds are those of the current rows, or with CUDA graphs the slab's own."""
         rows, step, plan, here = self.rows, self.step, self.plan, slice(self.rows.size)
-        if self.sampler.is_static:
+        if self.sampler.has_fixed_shapes:
             bounds = (min(plan.num_groups, rows.size), plan.prefix_size, plan.suffix_size)
         else:
             bounds = (int(rows.group[-1]) + 1, int(step.prefix[here].max()), int(step.length[here].max()) + 1)
@@ -168,21 +169,21 @@ class Draw:
         columns = (self.step.alive[:size], self.step.length[:size], self.step.ids[:size, :longest])
         copies = [column.to("cpu", non_blocking=True) for column in columns]
         look = Look(*copies, torch.cuda.Event() if is_cuda else None)
-        if look.is_there:
-            look.is_there.record()
+        if look.ready:
+            look.ready.record()
         return look
 
-    def _heed(self, look: Look) -> int:
+    def _apply_look(self, look: Look) -> int:
         """End the rows that this look shows at a stop string; returns how many others it shows alive.
 
         Ending them only saves time: `Ending.finish` finds the stop string anyway.
         """
-        if look.is_there:
-            look.is_there.synchronize()
+        if look.ready:
+            look.ready.synchronize()
         stopped = self._stopped(look) if look.ids.numel() else look.length[:0]
         if len(stopped):
             look.alive[stopped] = False
-            stopped = stopped.pin_memory() if look.is_there else stopped
+            stopped = stopped.pin_memory() if look.ready else stopped
             self.step.alive.index_fill_(0, stopped.to(self.device, non_blocking=True), False)
         return int(look.alive.sum())
 
@@ -200,15 +201,15 @@ class Draw:
         sequences = zip(look.ids[rows].tolist(), look.length[rows].tolist(), strict=True)
         return rows[list(map(ending.stops, ending.texts([ids[:length] for ids, length in sequences])))]
 
-    def _collect(self, rows: Tensor, sequences: Tensor) -> None:
-        """Fetch the results of finished rows from the device; `_read` makes completions of them."""
+    def _fetch(self, rows: Tensor, sequences: Tensor) -> None:
+        """Fetch the results of finished rows from the device; `_complete` makes completions of them."""
         rows, step = rows.to(self.device), self.step
-        self.unread.append((sequences, *(column[rows].cpu() for column in (step.length, step.ids, step.logprobs))))
+        self.fetched.append((sequences, *(column[rows].cpu() for column in (step.length, step.ids, step.logprobs))))
 
-    def _read(self) -> None:
-        """Make completions of what has been collected: decode the text and cut it at a stop string."""
-        unread, self.unread = self.unread, []
-        for sequences, lengths, ids, logprobs in unread:
+    def _complete(self) -> None:
+        """Make completions of what has been fetched: decode the text and cut it at a stop string."""
+        fetched, self.fetched = self.fetched, []
+        for sequences, lengths, ids, logprobs in fetched:
             self._refuse_broken(sequences, lengths, logprobs)
             sampled = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
             rows = zip(sequences.tolist(), sampled, self.sampler.ending.texts(sampled), logprobs, strict=True)
