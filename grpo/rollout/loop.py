@@ -33,7 +33,7 @@ class Look(NamedTuple):
     """The rows after some step, on the host. From a CUDA device they are copies, complete once `ready` has fired."""
 
     alive: Tensor  # [rows] bool
-    length: Tensor  # [rows] int64
+    num_sampled: Tensor  # [rows] int64
     ids: Tensor  # [rows, longest] int64
     ready: torch.cuda.Event | None
 
@@ -116,7 +116,7 @@ class RolloutLoop:
     def _move(self, groups: Tensor, rows: Tensor, to: Tensor) -> None:
         rows, to = rows.to(self.device), to.to(self.device)
         if len(rows):
-            self.step.slab.move(groups, rows, to, int(self.step.length[rows].max()))
+            self.step.slab.move(groups, rows, to, int(self.step.num_sampled[rows].max()))
         self.step.move(rows, to)
 
     def _admit(self, problems: list[Problem], first_group: int, rows: Tensor) -> None:
@@ -132,8 +132,8 @@ class RolloutLoop:
         rows_between = slice(int(rows[0]), int(rows[-1]) + 1)
         self.step.slab.clear(slice(first_group, first_group + len(problems)), rows_between)
         self._prefill(prompts, first_group)
-        token, prefix = by_row([prompt[-1] for prompt in prompts]), by_row([len(prompt) - 1 for prompt in prompts])
-        self.step.admit(rows.to(device), token=token, prefix=prefix, uniforms=numbers)
+        token, lengths = by_row([prompt[-1] for prompt in prompts]), by_row([len(prompt) - 1 for prompt in prompts])
+        self.step.admit(rows.to(device), token=token, prefix_lengths=lengths, uniforms=numbers)
 
     def _prefill(self, prompts: list[tuple[int, ...]], first_group: int) -> None:
         """Fill the prefixes of new groups; a beginning that all their prompts share is read only once."""
@@ -159,14 +159,15 @@ class RolloutLoop:
         if self.sampler.has_fixed_shapes:
             bounds = (min(plan.num_groups, rows.size), plan.prefix_size, plan.suffix_size)
         else:
-            bounds = (int(rows.group[-1]) + 1, int(step.prefix[here].max()), int(step.length[here].max()) + 1)
-        return Decode(rows.seats, step.seat_index[here], step.prefix[here], step.stored[here], *bounds)
+            longest_prefix, longest_suffix = int(step.prefix_lengths[here].max()), int(step.num_sampled[here].max()) + 1
+            bounds = (int(rows.group[-1]) + 1, longest_prefix, longest_suffix)
+        return Decode(rows.seats, step.seat_index[here], step.prefix_lengths[here], step.suffix_lengths[here], *bounds)
 
     def _look(self, steps: int) -> Look:
         """The rows after this many steps; with ids only if a search for stop strings is due."""
         size, is_cuda = self.rows.size, self.device.type == "cuda"
         longest = steps if self.sampler.ending.stop and steps % STEPS_BETWEEN_STOPS == 0 else 0
-        columns = (self.step.alive[:size], self.step.length[:size], self.step.ids[:size, :longest])
+        columns = (self.step.alive[:size], self.step.num_sampled[:size], self.step.ids[:size, :longest])
         copies = [column.to("cpu", non_blocking=True) for column in columns]
         look = Look(*copies, torch.cuda.Event() if is_cuda else None)
         if look.ready:
@@ -180,7 +181,7 @@ class RolloutLoop:
         """
         if look.ready:
             look.ready.synchronize()
-        stopped = self._stopped(look) if look.ids.numel() else look.length[:0]
+        stopped = self._stopped(look) if look.ids.numel() else look.num_sampled[:0]
         if len(stopped):
             look.alive[stopped] = False
             stopped = stopped.pin_memory() if look.ready else stopped
@@ -192,19 +193,19 @@ class RolloutLoop:
         ending = self.sampler.ending
         # The new tokens, and enough older ones for a stop string that began earlier, even at one token per byte.
         window = STEPS_BETWEEN_STOPS + 4 * max(map(len, ending.stop))
-        places = look.length[:, None] + torch.arange(-window, 0)
-        recent = look.ids.gather(1, places.clamp_min(0))  # short rows repeat their first token
+        positions = look.num_sampled[:, None] + torch.arange(-window, 0)
+        recent = look.ids.gather(1, positions.clamp_min(0))  # short rows repeat their first token
         newest = recent[:, -STEPS_BETWEEN_STOPS:]
         ends = torch.tensor([x for x in newest.unique().tolist() if ending.may_complete(x)], dtype=torch.int64)
         rows = (torch.isin(newest, ends).any(1) & look.alive).nonzero()[:, 0]
         rows = rows[list(map(ending.stops, ending.texts(recent[rows].tolist())))]
-        sequences = zip(look.ids[rows].tolist(), look.length[rows].tolist(), strict=True)
+        sequences = zip(look.ids[rows].tolist(), look.num_sampled[rows].tolist(), strict=True)
         return rows[list(map(ending.stops, ending.texts([ids[:length] for ids, length in sequences])))]
 
     def _fetch(self, rows: Tensor, sequences: Tensor) -> None:
         """Fetch the results of finished rows from the device; `_complete` makes completions of them."""
-        rows, step = rows.to(self.device), self.step
-        self.fetched.append((sequences, *(column[rows].cpu() for column in (step.length, step.ids, step.logprobs))))
+        rows, columns = rows.to(self.device), (self.step.num_sampled, self.step.ids, self.step.logprobs)
+        self.fetched.append((sequences, *(column[rows].cpu() for column in columns)))
 
     def _complete(self) -> None:
         """Make completions of what has been fetched: decode the text and cut it at a stop string."""

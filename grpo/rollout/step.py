@@ -39,15 +39,16 @@ class DecodeStep:
         num_rows, width, device = slab.plan.num_rows, slab.plan.suffix_size, model.device
         make = lambda dtype, *shape: torch.zeros(num_rows, *shape, dtype=dtype, device=device)
         self.token = make(torch.int64)  # what the row reads next
-        self.prefix = make(torch.int64)  # tokens of its prompt, without the last
-        self.length = make(torch.int64)  # tokens sampled so far, so the column of the next one; fixed once it has ended
+        self.prefix_lengths = make(torch.int64)  # tokens of its prompt, without the last
+        self.num_sampled = make(torch.int64)  # tokens so far, so the column of the next one; fixed once it has ended
         self.alive = make(torch.bool)
         # [rows, position]. The last column is scratch: a row of full length goes on writing there.
         self.uniforms = make(torch.float64, width)
         self.ids = make(torch.int64, width)
         self.logprobs = make(torch.float32, width)
-        self.owned = (self.token, self.prefix, self.length, self.alive, self.uniforms, self.ids, self.logprobs)
-        self.stored = make(torch.int64)  # tokens in its suffix; -1 once it has ended, so that attention skips it
+        state = (self.token, self.prefix_lengths, self.num_sampled, self.alive, self.uniforms, self.ids, self.logprobs)
+        self.owned = state  # what moves with a row's owner; the others are set anew
+        self.suffix_lengths = make(torch.int64)  # stored tokens; -1 once it has ended, so that attention skips it
         self.seat_index = make(torch.int64)  # group * seats + seat, see kernels/decode_attention/reference.py
         self.row = torch.arange(num_rows, device=device)
         self.eos = torch.tensor(eos, device=device)
@@ -55,12 +56,13 @@ class DecodeStep:
     def __call__(self, layout: Decode) -> None:
         """Run the step for the rows of `layout`, which are the first ones."""
         rollout, size = self.rollout, len(layout.seat_index)
-        token, length, alive = self.token[:size], self.length[:size], self.alive[:size]
-        self.stored[:size] = torch.where(alive, length, -1)
+        token, num_sampled, alive = self.token[:size], self.num_sampled[:size], self.alive[:size]
+        self.suffix_lengths[:size] = torch.where(alive, num_sampled, -1)
         self.slab.layout = layout
         with using_forwards(self.forwards):
-            logits = forward(self.model, token[:, None], (self.prefix[:size] + length)[:, None], self.slab)
-        here = (self.row[:size], length)
+            positions = self.prefix_lengths[:size] + num_sampled
+            logits = forward(self.model, token[:, None], positions[:, None], self.slab)
+        here = (self.row[:size], num_sampled)
         drawn, logprob = kernels.sample_token(
             logits,
             self.uniforms[here],
@@ -72,17 +74,17 @@ class DecodeStep:
         )
         self.ids[here], self.logprobs[here] = drawn, logprob
         token.copy_(drawn)
-        length += alive
-        alive &= (drawn[:, None] != self.eos).all(1) & (length < rollout.max_new_tokens)
+        num_sampled += alive
+        alive &= (drawn[:, None] != self.eos).all(1) & (num_sampled < rollout.max_new_tokens)
 
     def move(self, rows: Tensor, to: Tensor) -> None:
-        """Move rows to `to`; every other row is left without an owner: not alive, and of length 0."""
+        """Move rows to `to`; every other row is left without an owner: not alive, and with nothing sampled."""
         for buffer in self.owned:
             kept = buffer[rows]
             buffer.zero_()
             buffer[to] = kept
 
-    def admit(self, rows: Tensor, *, token: Tensor, prefix: Tensor, uniforms: Tensor) -> None:
+    def admit(self, rows: Tensor, *, token: Tensor, prefix_lengths: Tensor, uniforms: Tensor) -> None:
         """New owners of `rows`, with nothing sampled yet."""
-        self.token[rows], self.prefix[rows], self.uniforms[rows] = token, prefix, uniforms
+        self.token[rows], self.prefix_lengths[rows], self.uniforms[rows] = token, prefix_lengths, uniforms
         self.alive[rows] = True
