@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.common import default_device, make_parser, measured_on
 from kernels.linear_logprob import bench as head_bench
 from kernels.linear_logprob import modes
-from kernels.linear_logprob.rows import Temper
+from kernels.linear_logprob.rows import LogitTransform
 from kernels.measure import stopwatch
 
 REPEATS = 7
@@ -92,16 +92,16 @@ def of_the_head(device: torch.device, shape: tuple[int, int, int]) -> Iterator[I
         from kernels.linear_logprob import kernel
 
         inputs = head_bench.make_inputs(*shape, "values", device)
-        forward = lambda: kernel.fused(inputs.hidden, inputs.weight, None, inputs.target, Temper(1.0), None)[:2]
+        forward = lambda: kernel.fused(inputs.hidden, inputs.weight, None, inputs.target, LogitTransform(1.0), None)[:2]
         yield sweep(f"mode A, {width}", forward, kernel, "TILE", tiles(), device)
         yield sweep(f"mode A, {width}", forward, kernel, "SPAN", [1024, 2048, 4096, 8192, 16384], device)
         rows = min(shape[0], modes.rows_per_chunk(shape[2], "cuda"))
-        chunk, room = inputs.hidden[:rows], torch.empty(rows, shape[2], dtype=torch.float16, device=device)
-        keep = lambda: kernel.fused(chunk, inputs.weight, None, inputs.target[:rows], Temper(1.0), room)[:2]
+        chunk, buffer = inputs.hidden[:rows], torch.empty(rows, shape[2], dtype=torch.float16, device=device)
+        keep = lambda: kernel.fused(chunk, inputs.weight, None, inputs.target[:rows], LogitTransform(1.0), buffer)[:2]
         yield sweep(f"a chunk of mode C, {width}", keep, kernel, "TILE", tiles(), device)
         logits, target = torch.randn(rows, shape[2], device=device), inputs.target[:rows]
         blocks = [{"BLOCK": block, "num_warps": warps} for block in (2048, 4096, 8192) for warps in (4, 8, 16)]
-        measure_rows = lambda: kernel.statistics(logits, target, Temper(1.0))[:2]
+        measure_rows = lambda: kernel.statistics(logits, target, LogitTransform(1.0))[:2]
         yield sweep("statistics of rows", measure_rows, kernel, "ROW_BLOCK", blocks, device)
     inputs = head_bench.make_inputs(*shape, "training", device)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.decode_attention import cpu as decode_attention_cpu
 from kernels.decode_attention import reference as decode_attention_reference
 from kernels.linear_logprob import modes
-from kernels.linear_logprob.rows import TORCH, Temper
+from kernels.linear_logprob.rows import TORCH, LogitTransform
 from kernels.sample_token import reference as sample_token_reference
 
 IMPLS = ("auto", "torch", "triton")
@@ -137,7 +137,7 @@ def linear_logprob(
     do not fit together. On a GPU targets are not checked, as that would wait for it: one out of range gives NaN in
     Triton, a device-side assert in torch.
     """
-    head = _log_prob_head(hidden, weight, target, bias, Temper(temperature, softcap), impl)
+    head = _log_prob_head(hidden, weight, target, bias, LogitTransform(temperature, softcap), impl)
     return modes.logprobs_and_entropy(head, hidden, target, entropy_gradient=entropy_gradient)
 
 
@@ -160,21 +160,21 @@ def linear_logprob_loss(
     slice of its rows. It returns a loss per row, [R], which depends on no other row and passes gradients to these two
     arguments only. A loss over whole sequences needs `linear_logprob`.
     """
-    head = _log_prob_head(hidden, weight, target, bias, Temper(temperature, softcap), impl)
+    head = _log_prob_head(hidden, weight, target, bias, LogitTransform(temperature, softcap), impl)
     return modes.folded_loss(head, hidden, target, token_loss, entropy_gradient=entropy_gradient)
 
 
 def _log_prob_head(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temper: Temper, impl: str
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, transform: LogitTransform, impl: str
 ) -> modes.Head:
     modes.check(hidden, weight, target, bias)
-    rows = TORCH
+    ops = TORCH
     if resolve("linear_logprob", impl, hidden.device).impl == "triton":
         from kernels.linear_logprob import kernel
 
         if _serves("linear_logprob", impl, kernel.obstacle(hidden)):
-            rows = kernel.rows_for(weight)
-    return modes.Head(weight, bias, temper, rows, modes.rows_per_chunk(len(weight), hidden.device.type))
+            ops = kernel.ops_for(weight)
+    return modes.Head(weight, bias, transform, ops, modes.rows_per_chunk(len(weight), hidden.device.type))
 
 
 def decode_attention(

@@ -9,7 +9,7 @@ from tests.compile_only import Kernel, build, faults  # noqa: E402
 
 V, D = 151_936, 896
 TILE = {name: value for name, value in kernel.TILE.items() if name.startswith("BLOCK")}
-SCALARS = {"by_temperature": "fp32", "softcap": "fp32"}
+SCALARS = {"inverse_temperature": "fp32", "softcap": "fp32"}
 KEPT = {"kept": "*fp16:16", "offsets": "*fp32:16"}
 ROWS = {name: "*fp32:16" for name in ("tops", "totals", "entropy", "logprobs")} | {"target": "*i64:16"}
 
@@ -51,7 +51,7 @@ def statistics(has_cap: bool) -> Kernel:
 
 
 def gradients(logits: str, **options: bool | int) -> Kernel:
-    pointers = {name: "*fp32:16" for name in ("offsets", "by_logprob", "by_entropy")}
+    pointers = {name: "*fp32:16" for name in ("offsets", "logprob_gradients", "entropy_gradients")}
     pointers |= {"logits": f"*{logits}:16", "gradients": "*bf16:16"}
     constants = {"V": V, "TILES": 0, "COLUMNS": kernel.TILE["BLOCK_COLUMNS"], "BLOCK": kernel.ROW_BLOCK["BLOCK"]}
     return Kernel(

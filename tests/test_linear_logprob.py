@@ -189,7 +189,7 @@ def test_large_and_very_negative_logits_keep_their_precision(offset):
     """Every logit moved by the same amount changes nothing: what is left is the rounding of the moved logits."""
     logits = torch.tensor([[0.5, 1.0, -2.0], [0.0, 0.0, 0.0]]) + offset
     target = torch.tensor([1, 2])
-    found = rows.statistics(logits.clone(), target, rows.Temper(1.0))
+    found = rows.statistics(logits.clone(), target, rows.LogitTransform(1.0))
     exact = torch.log_softmax(logits.double(), -1)
     assert (found.logprobs - exact[torch.arange(2), target]).abs().max() < 2e-7
     assert (found.entropy + (exact.exp() * exact).sum(-1)).abs().max() < 3e-7

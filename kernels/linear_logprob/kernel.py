@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.linear_logprob.rows import Rows, RowStatistics, Temper
+from kernels.linear_logprob.rows import LogitTransform, RowOps, RowStatistics
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 # Below every logit, and finite: -inf - -inf would be NaN where a tile has no column of the vocabulary.
 LOWEST = tl.constexpr(-1.0e30)
-LEAST = tl.constexpr(-6.0e4)  # to be kept: fp16 ends at -65,504
+LOWEST_KEPT = tl.constexpr(-6.0e4)  # fp16 ends at -65,504
 
 # Compiles without a spill for sm_80, 90 and 100 (tests/test_kernels_compile_logprob.py). No GPU has timed it yet.
 TILE = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_WIDTH": 64, "num_warps": 8, "num_stages": 3}
@@ -34,12 +34,12 @@ MAX_FUSED_WIDTH = 2048
 
 
 @triton.jit
-def _tempered(logits, by_temperature, softcap, HAS_CAP: tl.constexpr):
+def _transform(logits, inverse_temperature, softcap, HAS_CAP: tl.constexpr):
     """log2(e) cap(logits) / temperature."""
     if HAS_CAP:
         tanh = 1 - 2 / (tl.exp(logits * (2 / softcap)) + 1)  # right at both ends: e^x may be 0 or inf
         logits = softcap * tanh
-    return logits * (by_temperature * LOG2E)
+    return logits * (inverse_temperature * LOG2E)
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _logprob_and_entropy(top, total, moment, chosen, target, V: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def forward_spans(
-    hidden, weight, bias, target, partial, kept, offsets, num_rows, by_temperature, softcap,
+    hidden, weight, bias, target, partial, kept, offsets, num_rows, inverse_temperature, softcap,
     V: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, KEEPS: tl.constexpr,
     UPCAST: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -84,37 +84,37 @@ def forward_spans(
         logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for first in range(0, D, BLOCK_WIDTH):
             width = first + tl.arange(0, BLOCK_WIDTH)
-            left_place = hidden + row[:, None].to(tl.int64) * D + width[None, :]
-            right_place = weight + column[None, :].to(tl.int64) * D + width[:, None]
+            left_pointers = hidden + row[:, None].to(tl.int64) * D + width[None, :]
+            right_pointers = weight + column[None, :].to(tl.int64) * D + width[:, None]
             if D % BLOCK_WIDTH:
-                left = tl.load(left_place, mask=(width < D)[None, :], other=0.0)
-                right = tl.load(right_place, mask=is_column[None, :] & (width < D)[:, None], other=0.0)
+                left = tl.load(left_pointers, mask=(width < D)[None, :], other=0.0)
+                right = tl.load(right_pointers, mask=is_column[None, :] & (width < D)[:, None], other=0.0)
             else:
-                left = tl.load(left_place)
-                right = tl.load(right_place, mask=is_column[None, :], other=0.0)
+                left = tl.load(left_pointers)
+                right = tl.load(right_pointers, mask=is_column[None, :], other=0.0)
             if UPCAST:
                 left, right = left.to(tl.float32), right.to(tl.float32)
             logits = tl.dot(left, right, logits)
         if HAS_BIAS:
             logits += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        z = tl.where(is_column[None, :], _tempered(logits, by_temperature, softcap, HAS_CAP), LOWEST)
+        z = tl.where(is_column[None, :], _transform(logits, inverse_temperature, softcap, HAS_CAP), LOWEST)
         chosen += tl.sum(tl.where(column[None, :] == wanted[:, None], z, 0.0), 1)
         highest = tl.maximum(tl.max(z, 1), LOWEST)  # finite even where a bias of -inf bars a whole tile
         z -= highest[:, None]
         if KEEPS:
             block = kept + first_row.to(tl.int64) * V  # so that offsets within it fit into 32 bits
-            place = block + (row - first_row)[:, None] * V + column[None, :]
-            tl.store(place, tl.maximum(z, LEAST).to(kept.dtype.element_ty), mask=is_column[None, :])
+            pointers = block + (row - first_row)[:, None] * V + column[None, :]
+            tl.store(pointers, tl.maximum(z, LOWEST_KEPT).to(kept.dtype.element_ty), mask=is_column[None, :])
             tiles = tl.num_programs(1) * (COLUMNS // BLOCK_COLUMNS)
             tl.store(offsets + row * tiles + (span * COLUMNS + start) // BLOCK_COLUMNS, highest)
         exp = tl.exp2(z)
         top, total, moment = _fold(top, total, moment, highest, tl.sum(exp, 1), tl.sum(exp * z, 1))
-    place = partial + span.to(tl.int64) * num_rows + row
+    pointers = partial + span.to(tl.int64) * num_rows + row
     step = tl.num_programs(1).to(tl.int64) * num_rows
-    tl.store(place, top)
-    tl.store(place + step, total)
-    tl.store(place + 2 * step, moment)
-    tl.store(place + 3 * step, chosen)
+    tl.store(pointers, top)
+    tl.store(pointers + step, total)
+    tl.store(pointers + 2 * step, moment)
+    tl.store(pointers + 3 * step, chosen)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -129,11 +129,11 @@ def merge_spans(
     total, moment, chosen = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
     step = tl.full((), SPANS, tl.int64) * num_rows
     for span in range(0, SPANS):
-        place = partial + tl.full((), span, tl.int64) * num_rows + row
-        other_top = tl.load(place, mask=is_row, other=0.0)
-        other_total = tl.load(place + step, mask=is_row, other=1.0)
-        other_moment = tl.load(place + 2 * step, mask=is_row, other=0.0)
-        chosen += tl.load(place + 3 * step, mask=is_row, other=0.0)
+        pointers = partial + tl.full((), span, tl.int64) * num_rows + row
+        other_top = tl.load(pointers, mask=is_row, other=0.0)
+        other_total = tl.load(pointers + step, mask=is_row, other=1.0)
+        other_moment = tl.load(pointers + 2 * step, mask=is_row, other=0.0)
+        chosen += tl.load(pointers + 3 * step, mask=is_row, other=0.0)
         top, total, moment = _fold(top, total, moment, other_top, other_total, other_moment)
     wanted = tl.load(target + row, mask=is_row, other=0)
     logprob, spread = _logprob_and_entropy(top, total, moment, chosen, wanted, V)
@@ -145,7 +145,7 @@ def merge_spans(
 
 @triton.jit
 def row_statistics(
-    logits, target, logprobs, entropy, tops, totals, by_temperature, softcap,
+    logits, target, logprobs, entropy, tops, totals, inverse_temperature, softcap,
     V: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (row), which reads its logits once. Every lane keeps its own running sums; they are merged at the end."""
@@ -156,7 +156,7 @@ def row_statistics(
     for start in range(0, V, BLOCK):
         is_column = start + lane < V
         raw = tl.load(logits + row * V + start + lane, mask=is_column, other=0.0)
-        z = tl.where(is_column, _tempered(raw, by_temperature, softcap, HAS_CAP), LOWEST)
+        z = tl.where(is_column, _transform(raw, inverse_temperature, softcap, HAS_CAP), LOWEST)
         top, total, moment = _fold(top, total, moment, z, is_column.to(tl.float32), 0.0)
     row_top = tl.max(top, 0)
     scale = tl.exp2(top - row_top)
@@ -165,7 +165,7 @@ def row_statistics(
     wanted = tl.load(target + row)
     is_known = (wanted >= 0) & (wanted < V)
     raw = tl.load(logits + row * V + wanted, mask=is_known, other=0.0)
-    chosen = _tempered(raw, by_temperature, softcap, HAS_CAP)
+    chosen = _transform(raw, inverse_temperature, softcap, HAS_CAP)
     logprob, spread = _logprob_and_entropy(row_top, row_total, row_moment, chosen, wanted, V)
     tl.store(logprobs + row, logprob)
     tl.store(entropy + row, spread)
@@ -175,8 +175,8 @@ def row_statistics(
 
 @triton.jit
 def row_gradients(
-    logits, offsets, gradients, target, logprobs, entropy, tops, totals, by_logprob, by_entropy, stride,
-    by_temperature, softcap, V: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
+    logits, offsets, gradients, target, logprobs, entropy, tops, totals, logprob_gradients, entropy_gradients, stride,
+    inverse_temperature, softcap, V: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (row): its logits are replaced by their gradients in place, by the equation in rows.py.
@@ -186,87 +186,92 @@ def row_gradients(
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    wanted, g = tl.load(target + row), tl.load(by_logprob + row)
+    wanted, g = tl.load(target + row), tl.load(logprob_gradients + row)
     top, total = tl.load(tops + row), tl.load(totals + row)
-    of_wanted = tl.exp(tl.load(logprobs + row))  # the exact p of the target: near 1, 1 - p cancels
+    target_probability = tl.exp(tl.load(logprobs + row))  # the exact p of the target: near 1, 1 - p cancels
     for start in range(0, V, BLOCK):
         column = start + lane
-        raw = tl.load(logits + row * V + column, mask=column < V, other=LEAST).to(tl.float32)
+        raw = tl.load(logits + row * V + column, mask=column < V, other=LOWEST_KEPT).to(tl.float32)
         if TILES:
             z = raw + tl.load(offsets + row * TILES + column // COLUMNS, mask=column < V, other=0.0)
         else:
-            z = _tempered(raw, by_temperature, softcap, HAS_CAP)
-        p = tl.where(column == wanted, of_wanted, tl.exp2(z - top) / total)
+            z = _transform(raw, inverse_temperature, softcap, HAS_CAP)
+        p = tl.where(column == wanted, target_probability, tl.exp2(z - top) / total)
         gradient = g * (tl.where(column == wanted, 1.0, 0.0) - p)
         if HAS_ENTROPY:
             logprob = (z - top - tl.log2(total)) * LN2
-            gradient -= tl.load(by_entropy + row) * p * (logprob + tl.load(entropy + row))
+            gradient -= tl.load(entropy_gradients + row) * p * (logprob + tl.load(entropy + row))
         if HAS_CAP:
-            tanh = z / (softcap * by_temperature * LOG2E)
+            tanh = z / (softcap * inverse_temperature * LOG2E)
             gradient *= 1 - tanh * tanh
         # A narrower gradient may overwrite logits of this block that other threads still have to read; never those of
         # a later block.
         tl.debug_barrier()
-        place = gradients + row * stride + column
-        tl.store(place, (gradient * by_temperature).to(gradients.dtype.element_ty), mask=column < V)
+        pointers = gradients + row * stride + column
+        tl.store(pointers, (gradient * inverse_temperature).to(gradients.dtype.element_ty), mask=column < V)
 
 
 def fused(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temper: Temper, room: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    transform: LogitTransform,
+    buffer: Tensor | None,
 ) -> RowStatistics:
     """Log-prob and entropy of each row. hidden: [T, D]; weight: [V, D]; both bf16 or fp16.
 
-    room: [T, V] fp16, contiguous: memory to keep the logits in for `gradients`; None if those will not be needed.
+    buffer: [T, V] fp16, contiguous: memory to keep the logits in for `gradients`; None if those will not be needed.
     """
     (num_rows, width), vocabulary = hidden.shape, len(weight)
     spans = triton.cdiv(vocabulary, SPAN)
     new = lambda *shape: hidden.new_empty(shape, dtype=torch.float32)
     logprobs, entropy, tops, totals = (new(num_rows) for _ in range(4))
     partial = new(4, spans, num_rows)
-    offsets = None if room is None else new(num_rows, spans * (SPAN // TILE["BLOCK_COLUMNS"]))
-    kept = (partial, partial) if room is None else (room, offsets)
+    offsets = None if buffer is None else new(num_rows, spans * (SPAN // TILE["BLOCK_COLUMNS"]))
+    kept = (partial, partial) if buffer is None else (buffer, offsets)
     if num_rows:
         forward_spans[(triton.cdiv(num_rows, TILE["BLOCK_ROWS"]), spans)](
             hidden.contiguous(), weight.contiguous(), weight if bias is None else bias, target,
-            partial, *kept, num_rows, *_scalars(temper),
-            V=vocabulary, D=width, HAS_BIAS=bias is not None, HAS_CAP=temper.softcap is not None,
-            KEEPS=room is not None, COLUMNS=SPAN, **TILE,
+            partial, *kept, num_rows, *_scalars(transform),
+            V=vocabulary, D=width, HAS_BIAS=bias is not None, HAS_CAP=transform.softcap is not None,
+            KEEPS=buffer is not None, COLUMNS=SPAN, **TILE,
             UPCAST=triton.knobs.runtime.interpret,  # else it multiplies the bit patterns of bf16
         )  # fmt: skip
         columns = (logprobs, entropy, tops, totals)
         merge_spans[(triton.cdiv(num_rows, 128),)](
             partial, target, *columns, num_rows, V=vocabulary, SPANS=spans, BLOCK=128
         )
-    return RowStatistics(logprobs, entropy, () if room is None else (room, tops, totals, offsets))
+    return RowStatistics(logprobs, entropy, () if buffer is None else (buffer, tops, totals, offsets))
 
 
-def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
+def statistics(logits: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:
     """Log-prob and entropy of each row, in one read. logits: [R, V] fp32, contiguous."""
     logprobs, entropy, tops, totals = (logits.new_empty(len(logits)) for _ in range(4))
     row_statistics[(len(logits),)](
-        logits, target, logprobs, entropy, tops, totals, *_scalars(temper),
-        V=logits.shape[1], HAS_CAP=temper.softcap is not None, **ROW_BLOCK,
+        logits, target, logprobs, entropy, tops, totals, *_scalars(transform),
+        V=logits.shape[1], HAS_CAP=transform.softcap is not None, **ROW_BLOCK,
     )  # fmt: skip
     return RowStatistics(logprobs, entropy, (logits, tops, totals))
 
 
 def gradients(
-    found: RowStatistics, target: Tensor, temper: Temper, g: Tensor, h: Tensor | None, dtype: torch.dtype
+    found: RowStatistics, target: Tensor, transform: LogitTransform, g: Tensor, h: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """d loss / d logits as [R, V] of `dtype` (as wide as the logits or narrower), in the memory of the logits."""
     logits, tops, totals, *offsets = found.saved
-    placed = logits.view(dtype)
+    in_place = logits.view(dtype)
     row_gradients[(len(logits),)](
-        logits, offsets[0] if offsets else logits, placed, target, found.logprobs, found.entropy, tops, totals,
-        g.contiguous(), found.entropy if h is None else h.contiguous(), placed.stride(0), *_scalars(temper),
+        logits, offsets[0] if offsets else logits, in_place, target, found.logprobs, found.entropy, tops, totals,
+        g.contiguous(), found.entropy if h is None else h.contiguous(), in_place.stride(0), *_scalars(transform),
         V=logits.shape[1], TILES=offsets[0].shape[1] if offsets else 0, COLUMNS=TILE["BLOCK_COLUMNS"],
-        HAS_CAP=temper.softcap is not None, HAS_ENTROPY=h is not None, **ROW_BLOCK,
+        HAS_CAP=transform.softcap is not None, HAS_ENTROPY=h is not None, **ROW_BLOCK,
     )  # fmt: skip
-    return placed[:, : logits.shape[1]]
+    return in_place[:, : logits.shape[1]]
 
 
-def _scalars(temper: Temper) -> tuple[float, float]:
-    return 1 / temper.temperature, temper.softcap or 1.0
+def _scalars(transform: LogitTransform) -> tuple[float, float]:
+    return 1 / transform.temperature, transform.softcap or 1.0
 
 
 def obstacle(hidden: Tensor) -> str | None:
@@ -274,7 +279,7 @@ def obstacle(hidden: Tensor) -> str | None:
     return None if hidden.dtype in (torch.bfloat16, torch.float16, torch.float32) else f"no kernel for {hidden.dtype}"
 
 
-def rows_for(weight: Tensor) -> Rows:
+def ops_for(weight: Tensor) -> RowOps:
     """The implementation for this head. fp32 is not fused: Triton's matmul would round it to TF32."""
     is_fused = weight.dtype != torch.float32 and weight.shape[1] <= MAX_FUSED_WIDTH
-    return Rows(statistics, gradients, fused if is_fused else None)
+    return RowOps(statistics, gradients, fused if is_fused else None)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.linear_logprob.rows import Rows, RowStatistics, Temper
+from kernels.linear_logprob.rows import LogitTransform, RowOps, RowStatistics
 
 # Logits of one chunk. A GPU wants 1,500 rows or more (1,664 at V = 151,936: 1 GB in fp32): with fewer, the memory
 # traffic of the weight's gradient outweighs its arithmetic. For a CPU 220 (128 MiB) are enough.
@@ -34,12 +34,12 @@ Coefficients = Callable[[RowStatistics, slice], tuple[Tensor, Tensor | None]]
 
 
 class Head(NamedTuple):
-    """logits = hidden weight^T + bias, then `temper`; and the implementation (`rows`) that computes it."""
+    """logits = hidden weight^T + bias, then `transform`; and the implementation (`ops`) that computes it."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
-    temper: Temper
-    rows: Rows
+    transform: LogitTransform
+    ops: RowOps
     rows_per_chunk: int
 
     @property
@@ -163,19 +163,19 @@ class _AnyLoss(torch.autograd.Function):
 
 def _measure(head: Head, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Mode A: log-probs and entropy, [T] each."""
-    if head.rows.fused:
-        return head.rows.fused(hidden, head.weight, head.bias, target, head.temper, None)[:2]
-    logprobs, entropy, room = _outputs(head, hidden)
+    if head.ops.fused:
+        return head.ops.fused(hidden, head.weight, head.bias, target, head.transform, None)[:2]
+    logprobs, entropy, buffer = _outputs(head, hidden)
     for rows in _chunks(head, hidden):
-        logprobs[rows], entropy[rows], _ = _statistics(head, hidden[rows], target[rows], room)
+        logprobs[rows], entropy[rows], _ = _statistics(head, hidden[rows], target[rows], buffer)
     return logprobs, entropy
 
 
-def _statistics(head: Head, hidden: Tensor, target: Tensor, room: Tensor) -> RowStatistics:
-    """The statistics of a chunk; its logits stay in `room`, for the gradients."""
-    if head.rows.fused:
-        return head.rows.fused(hidden, head.weight, head.bias, target, head.temper, room[: len(hidden)])
-    return head.rows.statistics(_logits(head, hidden, room), target, head.temper)
+def _statistics(head: Head, hidden: Tensor, target: Tensor, buffer: Tensor) -> RowStatistics:
+    """The statistics of a chunk; its logits stay in `buffer`, for the gradients."""
+    if head.ops.fused:
+        return head.ops.fused(hidden, head.weight, head.bias, target, head.transform, buffer[: len(hidden)])
+    return head.ops.statistics(_logits(head, hidden, buffer), target, head.transform)
 
 
 def _fold(
@@ -185,7 +185,7 @@ def _fold(
 
     coefficients(statistics, rows): derivatives of the loss by each row's log-prob and entropy.
     """
-    logprobs, entropy, room = _outputs(head, hidden)
+    logprobs, entropy, buffer = _outputs(head, hidden)
     of_hidden, of_weight, of_bias = (
         tensor.new_zeros(tensor.shape, dtype=dtype) if needed else None
         for tensor, dtype, needed in zip(
@@ -193,10 +193,10 @@ def _fold(
         )
     )
     for rows in _chunks(head, hidden):
-        found = _statistics(head, hidden[rows], target[rows], room)
+        found = _statistics(head, hidden[rows], target[rows], buffer)
         logprobs[rows], entropy[rows] = found.logprobs, found.entropy
         g, h = coefficients(found, rows)
-        of_logits = head.rows.gradients(found, target[rows], head.temper, g, h, head.weight.dtype)
+        of_logits = head.ops.gradients(found, target[rows], head.transform, g, h, head.weight.dtype)
         if of_hidden is not None:
             _multiply(of_logits, head.weight, of_hidden[rows])
         if of_weight is not None:
@@ -229,7 +229,7 @@ def _outputs(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = _accumulator(hidden.dtype)
     logprobs, entropy = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(2))
     shape = (min(head.rows_per_chunk, len(hidden)), len(head.weight))
-    return logprobs, entropy, hidden.new_empty(shape, dtype=torch.float16 if head.rows.fused else wide)
+    return logprobs, entropy, hidden.new_empty(shape, dtype=torch.float16 if head.ops.fused else wide)
 
 
 def _chunks(head: Head, hidden: Tensor) -> list[slice]:
@@ -239,8 +239,8 @@ def _chunks(head: Head, hidden: Tensor) -> list[slice]:
     ]
 
 
-def _logits(head: Head, hidden: Tensor, room: Tensor) -> Tensor:
-    logits = _multiply(hidden, head.weight.t(), room[: len(hidden)])
+def _logits(head: Head, hidden: Tensor, buffer: Tensor) -> Tensor:
+    logits = _multiply(hidden, head.weight.t(), buffer[: len(hidden)])
     return logits if head.bias is None else logits.add_(head.bias)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
-class Temper(NamedTuple):
+class LogitTransform(NamedTuple):
     """What is done to logits before the softmax: z = softcap * tanh(logits / softcap) / temperature."""
 
     temperature: float
@@ -35,23 +35,23 @@ class RowStatistics(NamedTuple):
     saved: tuple[Tensor, ...]
 
 
-class Rows(NamedTuple):
+class RowOps(NamedTuple):
     """One implementation of the work on rows.
 
-    fused: the matmul and `statistics` in one, (hidden, weight, bias, target, temper, room) -> RowStatistics; None if
-    there is no such kernel. room: [R, V] fp16, to keep the logits for `gradients`, or None if those are not needed.
+    fused: the matmul and `statistics` in one, (hidden, weight, bias, target, transform, buffer) -> RowStatistics; None
+    if there is no such kernel. buffer: [R, V] fp16, keeps the logits for `gradients`; None if those are not needed.
     """
 
-    statistics: Callable[[Tensor, Tensor, Temper], RowStatistics]
+    statistics: Callable[[Tensor, Tensor, LogitTransform], RowStatistics]
     gradients: Callable[..., Tensor]
     fused: Callable[..., RowStatistics] | None = None
 
 
-def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
+def statistics(logits: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:
     """Log-prob and entropy of each row. logits: [R, V] fp32 or fp64, overwritten by e^(z - max z)."""
     logprobs, entropy, top, total = (torch.empty_like(logits[:, 0]) for _ in range(4))
     for rows in _blocks(logits):
-        z = _temper_(logits[rows], temper)
+        z = _transform_(logits[rows], transform)
         top[rows] = z.amax(-1)
         z = z - top[rows, None]  # logits of 1e4 keep their precision
         exp = torch.exp(z, out=logits[rows])
@@ -63,28 +63,28 @@ def statistics(logits: Tensor, target: Tensor, temper: Temper) -> RowStatistics:
 
 
 def gradients(
-    found: RowStatistics, target: Tensor, temper: Temper, g: Tensor, h: Tensor | None, dtype: torch.dtype
+    found: RowStatistics, target: Tensor, transform: LogitTransform, g: Tensor, h: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """d loss / d logits as [R, V] of `dtype`, in the memory of the logits if that is their dtype.
 
     g, h: [R], derivatives of the loss by log-prob and by entropy; h None where the entropy has no part in the loss.
     """
     exps, top, total = (column if column.dim() == 2 else column[:, None] for column in found.saved)
-    by_target, by_logprob = target[:, None], (g / temper.temperature)[:, None]
+    by_target, by_logprob = target[:, None], (g / transform.temperature)[:, None]
     for rows in _blocks(exps):
         exp, factor = exps[rows], by_logprob[rows] / -total[rows]
-        if h is None and temper.softcap is None:
+        if h is None and transform.softcap is None:
             exp.mul_(factor).scatter_add_(1, by_target[rows], by_logprob[rows])
             continue
         # Where e^(z - max z) underflows to 0, log p matters only at the target, and there it is known.
         logprobs = (exp / total[rows]).clamp_min_(torch.finfo(exp.dtype).tiny).log_()
         logprobs.scatter_(1, by_target[rows], found.logprobs[rows, None])
         if h is not None:
-            by_entropy = h[rows, None] / temper.temperature
+            by_entropy = h[rows, None] / transform.temperature
             factor = (logprobs + found.entropy[rows, None]).mul_(by_entropy).add_(by_logprob[rows]).div_(-total[rows])
         exp.mul_(factor).scatter_add_(1, by_target[rows], by_logprob[rows])
-        if temper.softcap is not None:
-            exp.mul_(_cap_slope(logprobs + (top[rows] + total[rows].log()), temper))
+        if transform.softcap is not None:
+            exp.mul_(_cap_slope(logprobs + (top[rows] + total[rows].log()), transform))
     return exps.to(dtype)
 
 
@@ -93,15 +93,15 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(start, start + height) for start in range(0, len(logits), height)]
 
 
-def _temper_(logits: Tensor, temper: Temper) -> Tensor:
-    if temper.softcap is not None:
-        return logits.div_(temper.softcap).tanh_().mul_(temper.softcap / temper.temperature)
-    return logits if temper.temperature == 1 else logits.div_(temper.temperature)
+def _transform_(logits: Tensor, transform: LogitTransform) -> Tensor:
+    if transform.softcap is not None:
+        return logits.div_(transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
+    return logits if transform.temperature == 1 else logits.div_(transform.temperature)
 
 
-def _cap_slope(z: Tensor, temper: Temper) -> Tensor:
+def _cap_slope(z: Tensor, transform: LogitTransform) -> Tensor:
     """cap'(logits) = 1 - tanh^2(logits / softcap), from z = cap(logits) / temperature."""
-    return 1 - (z * (temper.temperature / temper.softcap)).square_()
+    return 1 - (z * (transform.temperature / transform.softcap)).square_()
 
 
-TORCH = Rows(statistics, gradients)
+TORCH = RowOps(statistics, gradients)

@@ -45,7 +45,7 @@ def sample_token(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tup
 
 @triton.jit
 def _load_tile(logits, stride_row, row, tile, vocabulary, temperature, TILE: tl.constexpr):
-    """Tempered logits of a tile, -inf beyond the vocabulary, and what to subtract before exp: 0 if all are -inf."""
+    """Logits / temperature of a tile, -inf beyond the vocabulary; what to subtract before exp (0 if all are -inf)."""
     at = tile * TILE + tl.arange(0, TILE)
     scores = tl.load(logits + row.to(tl.int64) * stride_row + at, mask=at < vocabulary, other=-float("inf"))
     scores = tl.div_rn(scores.to(tl.float32), temperature)

@@ -34,7 +34,7 @@ def truncate(logits: Tensor, *, top_p: float, top_k: int, min_p: float = 0.0) ->
 
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p (arXiv:1904.09751), taken
     from the distribution that top_k left. Equal logits rank by token id. Last, tokens less likely than min_p times
-    the most likely one are dropped (arXiv:2407.01082). logits: [B, V], tempered.
+    the most likely one are dropped (arXiv:2407.01082). logits: [B, V], divided by the temperature.
     """
     if top_p < 1 or 0 < top_k < logits.shape[-1]:
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
