@@ -125,7 +125,7 @@ def of_decoding(device: torch.device) -> Iterator[Iterator[Trial]]:
     values = {
         "TILE_ROWS": [{2: rows, 4: 16} for rows in (16, 32, 64, 128)],
         "BLOCK_BYTES": [4096, 8192, 16384],
-        "CHUNK": [64, 128, 256, 512],
+        "MIN_PREFIX_CHUNK": [64, 128, 256, 512],
         "PROGRAMS": [132, 264, 528, 1056],
     }
     for constant, candidates in values.items():

@@ -31,19 +31,19 @@ def attend(name: str, own_types: dict, own_constants: dict, dtype: str, **shape)
 def attend_prefix(dtype: str, **shape) -> Kernel:
     seats, repeats = tile_shape(8, shape["REPEATS"], SIZE[dtype])
     grid = {"seat_index": "*i64:16", "num_rows": "i32:16", "seats": "i32", "tiles": "i32", "stride_group": "i32:16"}
-    tile = dict(CHUNK=192, SEARCH_STEPS=9, TILE_SEATS=seats, PADDED_REPEATS=repeats)
+    tile = dict(PREFIX_CHUNK=192, SEARCH_STEPS=9, TILE_SEATS=seats, PADDED_REPEATS=repeats)
     return attend("prefix", grid, tile, dtype, **shape)
 
 
 def attend_suffix(dtype: str, **shape) -> Kernel:
     new = {"key": "*{0}:16", "value": "*{0}:16", "stride_new_row": "i32:16", "stride_new_head": "i32:16"}
-    own = {"stride_row": "i32:16", "output": "*{0}:16", "chunks": "i32", "stored_chunk": "i32:16"}
-    return attend("suffix", new | own, dict(CHUNK=192, PADDED_REPEATS=16, IS_SPLIT=False), dtype, **shape)
+    own = {"stride_row": "i32:16", "output": "*{0}:16", "prefix_chunks": "i32", "suffix_chunk": "i32:16"}
+    return attend("suffix", new | own, dict(PREFIX_CHUNK=192, PADDED_REPEATS=16, IS_SPLIT=False), dtype, **shape)
 
 
-def attend_stored(dtype: str, **shape) -> Kernel:
-    own = {"stride_row": "i32:16", "chunks": "i32", "stored_chunk": "i32:16"}
-    kernel = attend("stored", own, dict(PADDED_REPEATS=16), dtype, **shape)
+def attend_suffix_chunk(dtype: str, **shape) -> Kernel:
+    own = {"stride_row": "i32:16", "prefix_chunks": "i32", "suffix_chunk": "i32:16"}
+    kernel = attend("suffix_chunk", own, dict(PADDED_REPEATS=16), dtype, **shape)
     return replace(kernel, types={name: type for name, type in kernel.types.items() if name != "prefix_lengths"})
 
 
@@ -58,7 +58,7 @@ CAPPED = dict(HAS_SOFTCAP=True, HAS_WINDOW=True)
 USUAL = {
     "prefix, Qwen2.5-7B": attend_prefix("bf16", REPEATS=7, WIDTH=128),
     "suffix, Qwen2.5-7B": attend_suffix("bf16", REPEATS=7, WIDTH=128),
-    "stored, Qwen2.5-7B": attend_stored("bf16", REPEATS=7, WIDTH=128),
+    "suffix chunk, Qwen2.5-7B": attend_suffix_chunk("bf16", REPEATS=7, WIDTH=128),
     "split suffix, Qwen2.5-7B": attend_suffix("bf16", REPEATS=7, WIDTH=128, IS_SPLIT=True),
     "weigh tiles": sampling("weigh_tiles", {}),
     "pick": sampling("pick", DRAWN, GREEDY=False, PADDED_TILES=64),
@@ -71,10 +71,10 @@ HARD = {
     "prefix, 8 heads of 256": attend_prefix("bf16", REPEATS=8, WIDTH=256, **CAPPED),
     "prefix, fp32": attend_prefix("fp32", REPEATS=7, WIDTH=128, **CAPPED),
     "suffix, Gemma 2": attend_suffix("bf16", REPEATS=2, WIDTH=256, **CAPPED),
-    "stored, Gemma 2": attend_stored("bf16", REPEATS=2, WIDTH=256, **CAPPED),
+    "suffix chunk, Gemma 2": attend_suffix_chunk("bf16", REPEATS=2, WIDTH=256, **CAPPED),
     "split suffix, Gemma 2": attend_suffix("bf16", REPEATS=2, WIDTH=256, IS_SPLIT=True, **CAPPED),
     "suffix, fp32": attend_suffix("fp32", REPEATS=7, WIDTH=128, **CAPPED),
-    "stored, fp32": attend_stored("fp32", REPEATS=7, WIDTH=128, **CAPPED),
+    "suffix chunk, fp32": attend_suffix_chunk("fp32", REPEATS=7, WIDTH=128, **CAPPED),
     "split suffix, fp32": attend_suffix("fp32", REPEATS=7, WIDTH=128, IS_SPLIT=True, **CAPPED),
     "pick, greedy": sampling("pick", DRAWN, GREEDY=True, PADDED_TILES=64),
 }
@@ -91,8 +91,8 @@ def test_no_kernel_spills_or_wants_more_shared_memory_than_there_is_and_attentio
     assert reports.keys() == SHARED_MEMORY.keys()
     # 16 query rows, as in a suffix, are too few for wgmma and tcgen05.
     for gpu, widest in {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}.items():
-        prefix, suffix, stored, *_ = reports[gpu]
-        assert widest in prefix.tensor and "HMMA" in suffix.tensor and "HMMA" in stored.tensor
+        prefix, suffix, chunk, *_ = reports[gpu]
+        assert widest in prefix.tensor and "HMMA" in suffix.tensor and "HMMA" in chunk.tensor
     found = all_faults(USUAL, reports)
     if triton.__version__.startswith("3.6.") and found == SPILLS_OF_3_6:
         pytest.xfail("triton 3.6 spills 8 bytes of the 7B's prefix on Blackwell, and nothing elsewhere; 3.9 does not")

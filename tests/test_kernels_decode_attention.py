@@ -182,9 +182,9 @@ def test_long_suffixes_of_a_few_rows_are_read_in_chunks_to_the_same_result(terms
     case = make(7, 1, 16, [40, 9], [1, 64, 65, 66, 129, 0, 200], seats=4, seat_index=[0, 1, 2, 3, 4, 6, 7])
     whole, _ = attend(case, "triton", **terms)
     launched = []
-    monkeypatch.setattr(kernel, "STORED_CHUNK", 64)
-    size_of = kernel.stored_chunk_size
-    monkeypatch.setattr(kernel, "stored_chunk_size", lambda *shape: launched.append(size_of(*shape)) or launched[-1])
+    monkeypatch.setattr(kernel, "MIN_SUFFIX_CHUNK", 64)
+    size_of = kernel.suffix_chunk_size
+    monkeypatch.setattr(kernel, "suffix_chunk_size", lambda *shape: launched.append(size_of(*shape)) or launched[-1])
     output, suffix = attend(case, "triton", **terms)
     assert launched == [128]  # of 201 keys, in blocks of 64: 3 chunks would be of 67, and so of 128
     assert (output - truth(case, **terms)).abs().max() < EXACT and (output - whole).abs().max() < EXACT
@@ -204,7 +204,7 @@ def test_long_suffixes_of_a_few_rows_are_read_in_chunks_to_the_same_result(terms
     ],
 )
 def test_a_suffix_comes_in_chunks_where_programs_are_few_and_it_is_long(suffix_size, programs, expected):
-    assert kernel.stored_chunk_size(suffix_size, programs, 64) == expected
+    assert kernel.suffix_chunk_size(suffix_size, programs, 64) == expected
 
 
 @pytest.mark.parametrize("impl", ["definition", "torch"] + ["triton"] * (DEVICE == "cuda"))
@@ -243,11 +243,11 @@ def test_the_cpu_path_leaves_to_the_definition_what_it_cannot_do(terms):
 
 def test_prefix_chunks_cover_every_key_once_and_fill_the_device():
     for size in (1, 17, 127, 129, 700, 4096):
-        chunk = kernel.chunk_size(size, programs=64, block=64)
-        assert chunk % 64 == 0 and (chunk >= kernel.CHUNK or chunk >= size)
+        chunk = kernel.prefix_chunk_size(size, programs=64, block=64)
+        assert chunk % 64 == 0 and (chunk >= kernel.MIN_PREFIX_CHUNK or chunk >= size)
         assert -(-size // chunk) * chunk >= size > (-(-size // chunk) - 1) * chunk
-    assert kernel.chunk_size(700, programs=64, block=64) == 192  # 4 x 64 programs, close to PROGRAMS
-    assert kernel.chunk_size(700, programs=10_000, block=64) >= 700
+    assert kernel.prefix_chunk_size(700, programs=64, block=64) == 192  # 4 x 64 programs, close to PROGRAMS
+    assert kernel.prefix_chunk_size(700, programs=10_000, block=64) >= 700
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 `attend_prefix` takes a tile of a group's seats and one chunk of the prefix: one load of the prefix serves seats x
 heads-per-kv-head query rows (at least 16, the tensor cores' minimum). It leaves an output and its log-sum-exp.
 `attend_suffix` takes one row: it stores the newest key and value, attends to the row's own suffix and folds in the
-prefix's chunks, as one softmax in fp32. `attend_stored` splits the suffixes into chunks, too, if a few rows have room
-for thousands of tokens, as at the end of a rollout: with one program per row most of the device would idle.
+prefix's chunks, as one softmax in fp32. `attend_suffix_chunk` splits the suffixes into chunks, too, if a few rows have
+room for thousands of tokens, as at the end of a rollout: with one program per row most of the device would idle.
 
 Shapes alone decide the launch: nothing waits for the device, and a CUDA graph may capture it. What lies beyond a
 length is never loaded, whatever it holds; and blocks begin at fixed keys, so that a row's output does not depend on its
@@ -22,12 +22,12 @@ WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE_ROWS = {2: 64, 4: 16}  # query rows of a prefix tile, by bytes of an element; 64 are one warp group's wgmma
 BLOCK_BYTES = 8192  # of keys read at a time; with more, wide heads spill registers (tests/test_kernels_compile.py)
-CHUNK = 128  # fewest keys of a prefix chunk; with fewer, writing and merging its result costs as much as reading it
+MIN_PREFIX_CHUNK = 128  # keys; with fewer, writing and merging a chunk's result costs as much as reading it
 PROGRAMS = 264  # to aim for: two per multiprocessor of an H100
-STORED_CHUNK = 512  # fewest keys of a suffix chunk
-STORED_CHUNKS = 8  # times PROGRAMS is how many chunks to aim for: suffixes an eighth full still keep PROGRAMS busy
+MIN_SUFFIX_CHUNK = 512  # keys
+SUFFIX_CHUNKS = 8  # times PROGRAMS is how many chunks to aim for: suffixes an eighth full still keep PROGRAMS busy
 LOG2E = tl.constexpr(1.4426950408889634)
-NOTHING = tl.constexpr(-1.0e30)  # score of a hidden key, finite because -inf - -inf would be NaN
+LOWEST = tl.constexpr(-1.0e30)  # score of a hidden key, finite because -inf - -inf would be NaN
 
 
 def obstacle(query: Tensor, key: Tensor, value: Tensor, prefix: tuple, suffix: tuple) -> str | None:
@@ -70,32 +70,32 @@ def decode_attention(
     tile_seats, padded_repeats = tile_shape(seats, repeats, query.element_size())
     tiles = triton.cdiv(seats, tile_seats)
     block = block_size(width, query.element_size())
-    chunk = chunk_size(prefix_size, num_groups * tiles * kv_heads, block)
-    chunks = triton.cdiv(prefix_size, chunk)
-    stored_chunk = stored_chunk_size(suffix[0].shape[2], num_rows * kv_heads, block)
-    parts = chunks + (triton.cdiv(suffix[0].shape[2], stored_chunk) if stored_chunk else 0)
+    prefix_chunk = prefix_chunk_size(prefix_size, num_groups * tiles * kv_heads, block)
+    prefix_chunks = triton.cdiv(prefix_size, prefix_chunk)
+    suffix_chunk = suffix_chunk_size(suffix[0].shape[2], num_rows * kv_heads, block)
+    parts = prefix_chunks + (triton.cdiv(suffix[0].shape[2], suffix_chunk) if suffix_chunk else 0)
     partial = query.new_empty(num_rows, num_heads, parts, width, dtype=torch.float32)
     lse = query.new_empty(num_rows, num_heads, parts, dtype=torch.float32)
     output = query.new_empty(num_rows, num_heads, width)
     common = dict(scale=scale, softcap=softcap or 0.0, window=window or 0, REPEATS=repeats, WIDTH=width, BLOCK=block)
     common.update(HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None)
     of_row = dict(PADDED_REPEATS=max(16, triton.next_power_of_2(repeats)), num_warps=4)
-    if chunks:
-        attend_prefix[(num_groups * tiles, kv_heads, chunks)](
+    if prefix_chunks:
+        attend_prefix[(num_groups * tiles, kv_heads, prefix_chunks)](
             query, *query.stride()[:2], *prefix, *prefix[0].stride()[:3], seat_index, prefix_lengths, suffix_lengths,
             partial, lse, num_rows, seats, tiles, parts,
-            TILE_SEATS=tile_seats, PADDED_REPEATS=padded_repeats, SEARCH_STEPS=num_rows.bit_length(), CHUNK=chunk,
-            num_warps=prefix_warps(width, query.element_size()), **common,
+            TILE_SEATS=tile_seats, PADDED_REPEATS=padded_repeats, SEARCH_STEPS=num_rows.bit_length(),
+            PREFIX_CHUNK=prefix_chunk, num_warps=prefix_warps(width, query.element_size()), **common,
         )  # fmt: skip
-    if stored_chunk:
-        attend_stored[(num_rows, kv_heads, parts - chunks)](
-            query, *query.stride()[:2], *suffix, *suffix[0].stride()[:3], suffix_lengths, partial, lse, parts, chunks,
-            stored_chunk, **of_row, **common,
+    if suffix_chunk:
+        attend_suffix_chunk[(num_rows, kv_heads, parts - prefix_chunks)](
+            query, *query.stride()[:2], *suffix, *suffix[0].stride()[:3], suffix_lengths, partial, lse, parts,
+            prefix_chunks, suffix_chunk, **of_row, **common,
         )  # fmt: skip
     attend_suffix[(num_rows, kv_heads)](
         query, *query.stride()[:2], key, value, *key.stride()[:2], *suffix, *suffix[0].stride()[:3],
-        prefix_lengths, suffix_lengths, partial, lse, output, parts, chunks, stored_chunk,
-        CHUNK=chunk, IS_SPLIT=stored_chunk > 0, **of_row, **common,
+        prefix_lengths, suffix_lengths, partial, lse, output, parts, prefix_chunks, suffix_chunk,
+        PREFIX_CHUNK=prefix_chunk, IS_SPLIT=suffix_chunk > 0, **of_row, **common,
     )  # fmt: skip
     return output
 
@@ -117,15 +117,15 @@ def prefix_warps(width: int, element_size: int) -> int:
     return 8 if width * element_size >= 512 else 4
 
 
-def chunk_size(prefix_size: int, programs: int, block: int) -> int:
+def prefix_chunk_size(prefix_size: int, programs: int, block: int) -> int:
     """Keys of a prefix chunk, a multiple of `block`: as many as leave enough programs to fill the device."""
-    chunks = max(1, min(triton.cdiv(PROGRAMS, programs), prefix_size // CHUNK))
+    chunks = max(1, min(triton.cdiv(PROGRAMS, programs), prefix_size // MIN_PREFIX_CHUNK))
     return triton.cdiv(max(1, triton.cdiv(prefix_size, chunks)), block) * block
 
 
-def stored_chunk_size(suffix_size: int, programs: int, block: int) -> int:
+def suffix_chunk_size(suffix_size: int, programs: int, block: int) -> int:
     """Keys of a suffix chunk, a multiple of `block`; 0 if suffixes are not split."""
-    chunks = min(triton.cdiv(STORED_CHUNKS * PROGRAMS, programs), suffix_size // STORED_CHUNK)
+    chunks = min(triton.cdiv(SUFFIX_CHUNKS * PROGRAMS, programs), suffix_size // MIN_SUFFIX_CHUNK)
     is_worth_it = programs < PROGRAMS and chunks > 1
     return triton.cdiv(triton.cdiv(suffix_size, chunks), block) * block if is_worth_it else 0
 
@@ -154,7 +154,7 @@ def _attend(
         value = tl.load(values + stored, mask=is_read, other=0.0)
         scores = _score(tl.dot(query, tl.trans(key), input_precision="tf32x3"), scale, softcap, HAS_SOFTCAP)
         visible = (at[None, :] >= first[:, None]) & (at[None, :] < last[:, None])
-        scores = tl.where(visible, scores, NOTHING)
+        scores = tl.where(visible, scores, LOWEST)
         new_best = tl.maximum(best, tl.max(scores, 1))
         weights = tl.where(visible, tl.exp2(scores - new_best[:, None]), 0.0)
         shrink = tl.exp2(best - new_best)
@@ -168,15 +168,15 @@ def _attend(
 def attend_prefix(
     query, stride_query_row, stride_query_head, keys, values, stride_group, stride_head, stride_key,
     seat_index, prefix_lengths, suffix_lengths, partial, lse, num_rows, seats, tiles, parts, scale, softcap, window,
-    REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PREFIX_CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     TILE_SEATS: tl.constexpr, PADDED_REPEATS: tl.constexpr, SEARCH_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Program (group and tile of its seats, kv head, chunk) -> partial[row, head, chunk] and its lse, log base 2."""
+    """Program (group and tile of its seats, kv head, chunk) -> partial[row, head, chunk] and its lse (base 2)."""
     ROWS: tl.constexpr = TILE_SEATS * PADDED_REPEATS
     group = tl.program_id(0) // tiles
     kv_head = tl.program_id(1)
-    start = tl.program_id(2) * CHUNK
+    start = tl.program_id(2) * PREFIX_CHUNK
 
     # Which row sits in each seat: seat_index increases, so a binary search finds how many rows come before it.
     m = tl.arange(0, ROWS)
@@ -196,7 +196,7 @@ def attend_prefix(
     if HAS_WINDOW:
         first = tl.maximum(first, tl.where(is_live, last + stored + 1 - window, 2147483647))
     low = tl.maximum(start, tl.min(first, 0) // BLOCK * BLOCK)
-    high = tl.minimum(start + CHUNK, tl.max(last, 0))
+    high = tl.minimum(start + PREFIX_CHUNK, tl.max(last, 0))
     if low < high:
         head = kv_head * REPEATS + repeat
         column = tl.arange(0, WIDTH)
@@ -207,10 +207,10 @@ def attend_prefix(
             keys + group.to(tl.int64) * stride_group + kv_head * stride_head,
             values + group.to(tl.int64) * stride_group + kv_head * stride_head,
             stride_key, low, high, first, last,
-            tl.full([ROWS], NOTHING, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32),
+            tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32),
             scale, softcap, HAS_SOFTCAP, WIDTH, BLOCK,
         )  # fmt: skip
-        # A row that sees nothing here, while another row of its tile does, leaves zeros and a weight of 2^NOTHING = 0.
+        # A row that sees nothing here, while another row of its tile does, leaves zeros and a weight of 2^LOWEST = 0.
         target = (row * tl.num_programs(1) * REPEATS + head).to(tl.int64) * parts + tl.program_id(2)
         total = tl.where(total > 0, total, 1.0)
         mean = sums / total[:, None]
@@ -219,38 +219,38 @@ def attend_prefix(
 
 
 @triton.jit
-def attend_stored(
+def attend_suffix_chunk(
     query, stride_query_row, stride_query_head, keys, values, stride_row, stride_head, stride_key,
-    suffix_lengths, partial, lse, parts, chunks, stored_chunk, scale, softcap, window,
+    suffix_lengths, partial, lse, parts, prefix_chunks, suffix_chunk, scale, softcap, window,
     REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, PADDED_REPEATS: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, kv head, chunk of the suffix) -> partial[row, head, chunks + chunk] and its lse, log base 2."""
+    """Program (row, kv head, chunk of the suffix) -> partial[row, head, prefix_chunks + chunk] and its lse (base 2)."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    start = tl.program_id(2) * stored_chunk
+    start = tl.program_id(2) * suffix_chunk
     stored = tl.load(suffix_lengths + row).to(tl.int32)
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(0, stored + 1 - window)
     low = tl.maximum(start, first // BLOCK * BLOCK)
-    high = tl.minimum(start + stored_chunk, stored)
+    high = tl.minimum(start + suffix_chunk, stored)
     if low < high:
         repeat = tl.arange(0, PADDED_REPEATS)
         column = tl.arange(0, WIDTH)
-        mine = row * stride_query_row + (kv_head * REPEATS + repeat) * stride_query_head
-        stacked = tl.load(query + mine[:, None] + column[None, :], mask=(repeat < REPEATS)[:, None], other=0.0)
-        none = tl.zeros([PADDED_REPEATS], tl.int32)
+        offset = row * stride_query_row + (kv_head * REPEATS + repeat) * stride_query_head
+        stacked = tl.load(query + offset[:, None] + column[None, :], mask=(repeat < REPEATS)[:, None], other=0.0)
+        zeros = tl.zeros([PADDED_REPEATS], tl.int32)
         best, total, sums = _attend(
             stacked,
             keys + row * stride_row + kv_head * stride_head,
             values + row * stride_row + kv_head * stride_head,
-            stride_key, low, high, none + first, none + stored,
-            tl.full([PADDED_REPEATS], NOTHING, tl.float32), tl.zeros([PADDED_REPEATS], tl.float32),
+            stride_key, low, high, zeros + first, zeros + stored,
+            tl.full([PADDED_REPEATS], LOWEST, tl.float32), tl.zeros([PADDED_REPEATS], tl.float32),
             tl.zeros([PADDED_REPEATS, WIDTH], tl.float32), scale, softcap, HAS_SOFTCAP, WIDTH, BLOCK,
         )  # fmt: skip
         head = row * tl.num_programs(1) * REPEATS + kv_head * REPEATS + repeat
-        target = head * parts + chunks + tl.program_id(2)
+        target = head * parts + prefix_chunks + tl.program_id(2)
         total = tl.where(total > 0, total, 1.0)
         tl.store(
             partial + target[:, None] * WIDTH + column[None, :], sums / total[:, None], mask=(repeat < REPEATS)[:, None]
@@ -261,7 +261,7 @@ def attend_stored(
 @triton.jit
 def _fold_in(partial, lse, part, best, total, sums, is_head, WIDTH: tl.constexpr):
     """Fold a chunk's result into the softmax. part: [M], its index in partial and lse for each row of the query."""
-    theirs = tl.load(lse + part, mask=is_head, other=NOTHING)
+    theirs = tl.load(lse + part, mask=is_head, other=LOWEST)
     mean = tl.load(partial + part[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=is_head[:, None], other=0.0)
     new_best = tl.maximum(best, theirs)
     shrink, weight = tl.exp2(best - new_best), tl.exp2(theirs - new_best)
@@ -272,8 +272,8 @@ def _fold_in(partial, lse, part, best, total, sums, is_head, WIDTH: tl.constexpr
 def attend_suffix(
     query, stride_query_row, stride_query_head, key, value, stride_new_row, stride_new_head,
     keys, values, stride_row, stride_head, stride_key, prefix_lengths, suffix_lengths, partial, lse, output,
-    parts, chunks, stored_chunk, scale, softcap, window,
-    REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    parts, prefix_chunks, suffix_chunk, scale, softcap, window,
+    REPEATS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PREFIX_CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, PADDED_REPEATS: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Program (row, kv head): store the newest key and value, attend to the suffix (if IS_SPLIT, fold in its chunks),
@@ -294,8 +294,8 @@ def attend_suffix(
         tl.store(keys + stored * stride_key + column, key_new)
         tl.store(values + stored * stride_key + column, value_new)
 
-        mine = row * stride_query_row + (kv_head * REPEATS + repeat) * stride_query_head
-        stacked = tl.load(query + mine[:, None] + column[None, :], mask=is_head, other=0.0)
+        offset = row * stride_query_row + (kv_head * REPEATS + repeat) * stride_query_head
+        stacked = tl.load(query + offset[:, None] + column[None, :], mask=is_head, other=0.0)
         # The newest token is taken from registers: other threads' stores to the slab are not visible yet.
         product = tl.sum(stacked.to(tl.float32) * key_new.to(tl.float32)[None, :], 1)
         best = _score(product, scale, softcap, HAS_SOFTCAP)
@@ -306,18 +306,18 @@ def attend_suffix(
         if HAS_WINDOW:
             seen = tl.maximum(0, length + stored + 1 - window)
         first = tl.maximum(0, seen - length)
-        none = tl.zeros([PADDED_REPEATS], tl.int32)
+        zeros = tl.zeros([PADDED_REPEATS], tl.int32)
         if IS_SPLIT:
-            for chunk in range(first // stored_chunk, tl.where(first < stored, tl.cdiv(stored, stored_chunk), 0)):
-                part = head * parts + chunks + chunk
+            for chunk in range(first // suffix_chunk, tl.where(first < stored, tl.cdiv(stored, suffix_chunk), 0)):
+                part = head * parts + prefix_chunks + chunk
                 best, total, sums = _fold_in(partial, lse, part, best, total, sums, repeat < REPEATS, WIDTH)
         else:
             best, total, sums = _attend(
-                stacked, keys, values, stride_key, first // BLOCK * BLOCK, stored, none + first, none + stored,
+                stacked, keys, values, stride_key, first // BLOCK * BLOCK, stored, zeros + first, zeros + stored,
                 best, total, sums, scale, softcap, HAS_SOFTCAP, WIDTH, BLOCK,
             )  # fmt: skip
 
-        for chunk in range(seen // CHUNK, tl.where(seen < length, tl.cdiv(length, CHUNK), 0)):
+        for chunk in range(seen // PREFIX_CHUNK, tl.where(seen < length, tl.cdiv(length, PREFIX_CHUNK), 0)):
             part = head * parts + chunk
             best, total, sums = _fold_in(partial, lse, part, best, total, sums, repeat < REPEATS, WIDTH)
         result = sums / total[:, None]
