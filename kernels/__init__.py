@@ -55,7 +55,7 @@ def resolve(op: str, impl: str, device: torch.device | str) -> Choice:
     if impl == "triton":
         raise ValueError(f"impl=triton: {obstacle}; use impl=auto or impl=torch")
     if torch.device(device).type == "cuda":
-        _say_once(f"kernels run in torch, which is slower: {obstacle}")
+        _log_once(f"kernels run in torch, which is slower: {obstacle}")
     return Choice("torch", obstacle)
 
 
@@ -104,12 +104,12 @@ def _serves(op: str, impl: str, obstacle: str | None) -> bool:
         return True
     if impl == "triton":
         raise ValueError(f"impl=triton: {op}: {obstacle}; use impl=auto or impl=torch")
-    _say_once(f"{op} runs in torch: {obstacle}")
+    _log_once(f"{op} runs in torch: {obstacle}")
     return False
 
 
 @cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     logger.warning(message)
 
 

@@ -241,7 +241,7 @@ def test_where_no_launcher_can_be_built_a_device_gets_torch_and_a_word(found, me
     monkeypatch.setattr(kernels.torch.cuda, "get_device_capability", lambda device: (9, 0))
     for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
         monkeypatch.setitem(os.environ, name, found.get(name, ""))
-    for function in (kernels.missing_to_launch, kernels._say_once):
+    for function in (kernels.missing_to_launch, kernels._log_once):
         function.cache_clear()
     choices = [kernels.resolve(op, "auto", "cuda") for op in kernels.OPS]
     kernels.missing_to_launch.cache_clear()

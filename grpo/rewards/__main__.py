@@ -26,8 +26,8 @@ from grpo.rewards.runner import (
     Scorer,
     held_log,
     refuse_failed,
+    score_finished,
     score_groups,
-    score_paid,
     score_texts,
     weighted_total,
 )
@@ -114,11 +114,11 @@ def score_file(
     rows = [_checked(row, where) for where, row in read_jsonl(Path(completions_path))]
     if not rows:
         raise ValueError(f"{completions_path} holds no completions; write one JSON object a line")
-    is_paid = [not (require_finish and (row.get("finish_reason") or "").lower() == "length") for row in rows]
+    is_finished = [not (require_finish and (row.get("finish_reason") or "").lower() == "length") for row in rows]
     texts, columns = [row["completion"] for row in rows], [_columns(row) for row in rows]
     with held_log():
-        table = score_paid(texts, columns, is_paid, rewards, score)
-        refuse_failed([[outcome.status for outcome in row] for row in compress(table, is_paid)], rewards)
+        table = score_finished(texts, columns, is_finished, rewards, score)
+        refuse_failed([[outcome.status for outcome in row] for row in compress(table, is_finished)], rewards)
     scored = [row | _verdict(outcomes, rewards) for row, outcomes in zip(rows, table, strict=True)]
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     with open(output_path, "w", encoding="utf-8") as file:

@@ -53,7 +53,7 @@ def _score(text: str, groups: list[list[str]], headings: list[str | None], order
     found = [match for match in matches if match]
     credit = sum(credit for _, credit in found)
     if ordered and found:
-        credit *= _longest_rise([place for place, _ in found]) / len(found)
+        credit *= _longest_rise([position for position, _ in found]) / len(found)
     return credit / len(groups)
 
 
@@ -64,14 +64,14 @@ def stems(text: str) -> list[str]:
 
 def _sections(text: str) -> dict[str, Pieces]:
     """Heading -> the text under it: what follows a `Heading:` that opens a line, up to the next; before any, ""."""
-    found, heading, place = defaultdict(list), "", 0
+    found, heading, position = defaultdict(list), "", 0
     for line in text.split("\n"):
         before, colon, after = line.partition(":")
-        name, start = _heading(before), place
-        place += len(_WORD.findall(line))
+        name, start = _heading(before), position
+        position += len(_WORD.findall(line))
         if colon and 0 < len(name) <= HEADING_CHARACTERS:
             heading, line = name, after
-            start = place - len(_WORD.findall(after))
+            start = position - len(_WORD.findall(after))
         found[heading].append((start, line))
     return found
 
@@ -82,30 +82,30 @@ def _heading(text: str) -> str:
 
 
 def _find(pieces: Pieces, group: list[list[str]], every: list[list[list[str]]]) -> tuple[int, float] | None:
-    """(number of its first word, credit) of the first place where a term of the group earns most; None if nowhere."""
+    """(number of its first word, credit) where a term of the group first earns most; None if it is nowhere."""
     matches = []
     for start, text in pieces:
         for words in map(stems, _SENTENCE_END.split(text)):
-            places = [place for term in group for place in _places(words, term)]
-            if places:
-                matches.append((start + min(places), 1.0 if _is_prose(words, every) else LIST_CREDIT))
+            positions = [position for term in group for position in _positions(words, term)]
+            if positions:
+                matches.append((start + min(positions), 1.0 if _is_prose(words, every) else LIST_CREDIT))
             start += len(words)
     return max(matches, key=lambda match: match[1], default=None)
 
 
-def _places(words: list[str], term: list[str]) -> list[int]:
+def _positions(words: list[str], term: list[str]) -> list[int]:
     return [i for i in range(len(words) - len(term) + 1) if words[i : i + len(term)] == term]
 
 
 def _is_prose(words: list[str], every: list[list[list[str]]]) -> bool:
-    required = {i + k for group in every for term in group for i in _places(words, term) for k in range(len(term))}
+    required = {i + k for group in every for term in group for i in _positions(words, term) for k in range(len(term))}
     return len(words) >= SENTENCE_WORDS and 2 * len(required) <= len(words)
 
 
-def _longest_rise(places: list[int]) -> int:
+def _longest_rise(positions: list[int]) -> int:
     """Length of the longest strictly rising subsequence (patience sorting)."""
     tails: list[int] = []
-    for place in places:
-        at = bisect_left(tails, place)
-        tails[at : at + 1] = [place]
+    for position in positions:
+        at = bisect_left(tails, position)
+        tails[at : at + 1] = [position]
     return len(tails)

@@ -60,10 +60,10 @@ def numeric_match(completions: list[str], *, answer: list[str], **columns: list)
 
     Abstains where the answer itself is no number.
     """
-    return [_same_value(parse_value(final_text(c)), parse_value(a)) for c, a in zip(completions, answer, strict=True)]
+    return [_value_score(parse_value(final_text(c)), parse_value(a)) for c, a in zip(completions, answer, strict=True)]
 
 
-def _same_value(value: Fraction | None, reference: Fraction | None) -> float | None:
+def _value_score(value: Fraction | None, reference: Fraction | None) -> float | None:
     if reference is None:
         return None
     return float(value is not None and abs(value - reference) <= RELATIVE_TOLERANCE * abs(reference))

@@ -99,31 +99,31 @@ def score_groups(
     pairs = [(group.problem, completion) for group in groups for completion in group.completions]
     texts = [completion.text for _, completion in pairs]
     rows = [{**p.columns, "answer": p.answer, "question": p.question, "prompt": p.prompt} for p, _ in pairs]
-    is_paid = [not (require_finish and completion.finish == "length") for _, completion in pairs]
-    return _as_scores(score_paid(texts, rows, is_paid, rewards, score), is_paid, rewards, groups)
+    is_finished = [not (require_finish and completion.finish == "length") for _, completion in pairs]
+    return _as_scores(score_finished(texts, rows, is_finished, rewards, score), is_finished, rewards, groups)
 
 
-def score_paid(
-    texts: list[str], rows: list[dict[str, Any]], is_paid: list[bool], rewards: dict[str, Reward], score: Scorer
+def score_finished(
+    texts: list[str], rows: list[dict[str, Any]], is_finished: list[bool], rewards: dict[str, Reward], score: Scorer
 ) -> Table:
-    """[N][K] outcomes of N texts, each with a row of columns. Where is_paid is False: UNFINISHED, without a call.
+    """[N][K] outcomes of N texts, each with a row of columns. Where is_finished is False: UNFINISHED, without a call.
 
     The functions see the union of the rows' columns, None where a row lacks one.
     """
-    paid_rows = list(compress(rows, is_paid))
-    names = dict.fromkeys(name for row in paid_rows for name in row)
-    columns = {name: [row.get(name) for row in paid_rows] for name in names}
-    outcomes = iter(score(list(compress(texts, is_paid)), columns, rewards))
-    return [next(outcomes) if paid else [UNFINISHED] * len(rewards) for paid in is_paid]
+    finished_rows = list(compress(rows, is_finished))
+    names = dict.fromkeys(name for row in finished_rows for name in row)
+    columns = {name: [row.get(name) for row in finished_rows] for name in names}
+    outcomes = iter(score(list(compress(texts, is_finished)), columns, rewards))
+    return [next(outcomes) if finished else [UNFINISHED] * len(rewards) for finished in is_finished]
 
 
-def _worst_for_unpaid(group: Table, is_paid: list[bool], rewards: dict[str, Reward]) -> Table:
-    """The group's outcomes; an unpaid completion gets, in each component, the worse of 0 and the worst paid value."""
+def _worst_for_unfinished(group: Table, is_finished: list[bool], rewards: dict[str, Reward]) -> Table:
+    """The outcomes; in each component an unfinished completion gets the worse of 0 and the worst finished value."""
     worst = []
     for k, reward in enumerate(rewards.values()):
-        values = [row[k].value for row in compress(group, is_paid) if row[k].status == OK]
+        values = [row[k].value for row in compress(group, is_finished) if row[k].status == OK]
         worst.append(Outcome((max if reward.weight < 0 else min)([0.0, *values]), OK))
-    return [row if paid else worst for row, paid in zip(group, is_paid, strict=True)]
+    return [row if finished else worst for row, finished in zip(group, is_finished, strict=True)]
 
 
 def weighted_total(row: list[Outcome], rewards: dict[str, Reward]) -> float:
@@ -216,12 +216,12 @@ def refuse_failed(status: list[list[str]], rewards: Mapping[str, Reward]) -> Non
         if set(column) == {ERROR}:
             details = next(details for (component, _), details in _logged_kinds.items() if component == name)
             lines = details.strip().splitlines()
-            place = next((f" ({line.strip()})" for line in reversed(lines) if line.startswith("  File ")), "")
-            raise ValueError(f"reward {name!r} failed on every completion: {lines[-1]}{place}")
+            location = next((f" ({line.strip()})" for line in reversed(lines) if line.startswith("  File ")), "")
+            raise ValueError(f"reward {name!r} failed on every completion: {lines[-1]}{location}")
 
 
-def _as_scores(table: Table, is_paid: list[bool], rewards: dict[str, Reward], groups: list[Group]) -> Scores:
-    """[N][K] outcomes of equally large groups, and which of the N may be paid -> Scores [P, G, K]."""
+def _as_scores(table: Table, is_finished: list[bool], rewards: dict[str, Reward], groups: list[Group]) -> Scores:
+    """[N][K] outcomes of equally large groups, and which of the N count as finished -> Scores [P, G, K]."""
     import torch
 
     num_groups, completions = len(groups), [completion for group in groups for completion in group.completions]
@@ -230,7 +230,7 @@ def _as_scores(table: Table, is_paid: list[bool], rewards: dict[str, Reward], gr
     shape = (num_groups, group_size)
     for start in range(0, len(table), group_size or 1):
         group = slice(start, start + group_size)
-        table[group] = _worst_for_unpaid(table[group], is_paid[group], rewards)
+        table[group] = _worst_for_unfinished(table[group], is_finished[group], rewards)
     values = [[outcome.value for outcome in row] for row in table]
     status = [[outcome.status for outcome in row] for row in table]
     totals = [weighted_total(row, rewards) for row in table]

@@ -34,8 +34,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # no template, or one that raises; whoever prompts with it gets the error from grpo.tasks.prompts
         return set()
-    _, is_there, after = text.rpartition(answer)
-    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if is_there else []
+    _, found, after = text.rpartition(answer)
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found else []
     return special_tokens(tokenizer).keys() & {*ids[:1]}
 
 

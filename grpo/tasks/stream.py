@@ -49,7 +49,7 @@ CURRICULA: dict[str, Callable[[Tensor, float, random.Random], Tensor]] = {  # ra
 
 
 def digest(problems: Sequence[Problem]) -> str:
-    """A hash of the questions and answers in their order: saved rates and places are valid for the same ones only."""
+    """A hash of the questions and answers in their order: saved rates and indices are valid for the same ones only."""
     texts = json.dumps([(problem.question, problem.answer) for problem in problems])
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
@@ -85,25 +85,25 @@ class ProblemStream:
             self.taken = list(range(start, start + count))
         else:
             self.taken = [self._next() for _ in range(count)]
-        return [replace(self.problems[place], index=first + i) for i, place in enumerate(self.taken)]
+        return [replace(self.problems[i], index=first + n) for n, i in enumerate(self.taken)]
 
     def _next(self) -> int:
         while not len(self.queue):  # with few problems target_rate may happen to keep none
             rng = random.Random(f"{self.seed}/{self.epoch}")
             order = list(range(len(self.problems)))
             rng.shuffle(order)
-            places = torch.tensor(order[::-1])
-            self.queue = places[self.curriculum(self.rates, self.target_rate, rng)[places]]
+            indices = torch.tensor(order[::-1])
+            self.queue = indices[self.curriculum(self.rates, self.target_rate, rng)[indices]]
             self.epoch, self.skipped = self.epoch + 1, len(order) - len(self.queue)
-        place, self.queue = int(self.queue[-1]), self.queue[:-1]
-        return place
+        index, self.queue = int(self.queue[-1]), self.queue[:-1]
+        return index
 
     def remember(self, rates: Sequence[float | None]) -> None:
         """Pass rates of the problems of the last take, in their order; None where nothing could be judged."""
         if not self.is_endless:
-            for place, rate in zip(self.taken, rates, strict=True):
+            for index, rate in zip(self.taken, rates, strict=True):
                 if rate is not None:
-                    self.rates[place] = rate
+                    self.rates[index] = rate
 
     def metrics(self) -> dict[str, float]:
         """For the log, where the split is finite; docs/metrics.md defines the keys."""

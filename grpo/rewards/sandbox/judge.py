@@ -67,7 +67,7 @@ def judge_program(
         passed, crashed = 0, False
         try:
             with memory_bound(sandbox.tests_mib), deadline(sandbox.wall_s):
-                if "raised" in _exchange(process, program):
+                if "raised" in _request(process, program):
                     return Verdict(False, 0, len(tests))
                 for test in tests:
                     try:
@@ -90,7 +90,7 @@ def _stand_in(process: subprocess.Popen, name: str) -> Any:
             message = {"function": name, "arguments": encode(list(arguments)), "keywords": encode(keywords)}
         except TypeError as error:  # not passed on: a test might expect a TypeError of the program
             raise ProgramError(f"an argument of {name} cannot be sent: {error}") from None
-        answer = _exchange(process, message)
+        answer = _request(process, message)
         if "value" not in answer:
             raise _builtin_exception(answer.get("raised"))
         try:
@@ -102,7 +102,7 @@ def _stand_in(process: subprocess.Popen, name: str) -> Any:
     return call
 
 
-def _exchange(process: subprocess.Popen, message: Any) -> dict:
+def _request(process: subprocess.Popen, message: Any) -> dict:
     try:
         send(process.stdin, message)
         answer = receive(process.stdout, MAX_ANSWER_BYTES)
@@ -122,7 +122,7 @@ def _builtin_exception(name: Any) -> Exception:
 
 
 ATTACKS = """
-def is_there():
+def answer_honestly():
     return True
 
 def fork_past(limit):
@@ -158,11 +158,11 @@ def connect(port):
 
 def find(path, secret):
     import os, pathlib
-    places = [path, *pathlib.Path("/proc").glob("*/environ")]
+    candidates = [path, *pathlib.Path("/proc").glob("*/environ")]
     seen = [str(dict(os.environ))]
-    for place in places:
+    for candidate in candidates:
         try:
-            seen.append(pathlib.Path(place).read_text(errors="replace"))
+            seen.append(pathlib.Path(candidate).read_text(errors="replace"))
         except OSError:
             pass
     return any(secret in text for text in seen)
@@ -198,7 +198,7 @@ def self_test(sandbox: Sandbox) -> list[str]:
             name = call.partition("(")[0]
             return judge_program(patient, ATTACKS, "", [f"assert {call} is True"], [name]).passed == 1
 
-        if not succeeds("is_there()"):
+        if not succeeds("answer_honestly()"):
             raise SandboxError("an honest program got no answer")
         return [name for name, call in attacks.items() if succeeds(call)]
 
