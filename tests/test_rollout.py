@@ -189,7 +189,7 @@ def test_prefill_chunks_hold_similar_lengths_within_the_budget_and_lose_none():
     "lengths, change, message",
     [
         ((3, 0), {}, "problem 'p1' has an empty prompt"),
-        ((3,), {"seed": 2**32}, "seed=4294967296 does not fit the random counter"),
+        ((3,), {"seed": 2**32}, "seed=4294967296 must be from 0 to 4294967295"),
         ((3, 250), {}, r"'p1': 250 prompt tokens \+ max_new_tokens=12 exceed the model's context of 256"),
     ],
 )
@@ -203,7 +203,9 @@ def test_a_prompt_that_cannot_be_continued_is_refused_before_any_work(model, len
 def test_a_prompt_with_a_token_that_the_model_does_not_know_is_refused(model):
     """As of a tokenizer that got tokens which the model was not resized for."""
     asked = replace(problems(3)[0], prompt_ids=(5, VOCAB, 7))
-    with pytest.raises(ValueError, match=f"'p0': token {VOCAB} of its prompt has no embedding: the model has {VOCAB};"):
+    with pytest.raises(
+        ValueError, match=f"'p0': token id {VOCAB} of its prompt has no embedding: the model has {VOCAB};"
+    ):
         sampler(model).generate([asked], step=0)
 
 

@@ -112,13 +112,17 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, 
 @pytest.mark.parametrize(
     "family, settings, message",
     [
-        ("stablelm", {}, "StableLmAttention gets none of what its model is called with"),
-        ("diffllama", {}, "layer 0 attends twice in one pass|attention be replaced"),  # transformers 5.5: the second
+        ("stablelm", {}, r"StableLmAttention does not receive the model's keyword arguments \(slab\)"),
+        (
+            "diffllama",
+            {},
+            "layer 0 attends twice in one forward pass|attention be replaced",
+        ),  # transformers 5.5: the second
         ("doge", {"keep_window_size": 8}, "DogeAttention wants a mask of its own"),
         (
             "qwen2_moe",
             MOE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
-            "window of 6 to",
+            "does not pass its sliding_window=6 to",
         ),
     ],
 )

@@ -76,9 +76,11 @@ def test_rows_in_buckets_all_have_a_seat():
 
 
 def test_a_budget_too_small_for_one_group_says_how_much_one_needs():
-    with pytest.raises(ValueError, match=r"4 completions of 32 tokens and a prompt of 101 need 2.42e-06 GiB") as error:
+    with pytest.raises(ValueError, match=r"4 completions of 32 tokens plus a prompt of 101 need 2.42e-06 GiB") as error:
         plan(10 * (128 + 4 * 33) - 1)  # 2,600 bytes
-    assert "2.42e-06 GiB for keys" in str(error.value) and "raise rollout.kv_gib" in str(error.value)
+    assert "budget of 2.42e-06 GiB cannot hold one group" in str(error.value) and "raise rollout.kv_gib" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize("kib", [27, 40, 60, 100])
@@ -100,7 +102,7 @@ def test_without_a_limit_the_budget_is_a_share_of_the_memory(model, monkeypatch)
 
 
 def test_one_group_that_does_not_fit_is_refused_by_the_sampler_too(model):
-    with pytest.raises(ValueError, match="hold no group: 3 completions of 12 tokens and a prompt of 30"):
+    with pytest.raises(ValueError, match="cannot hold one group: 3 completions of 12 tokens plus a prompt of 30"):
         sampler(model, kv_gib=25 * KIB / GIB).generate(problems(*LENGTHS), step=0)  # 64 + 3 * 13 tokens: 25.75 KiB
 
 

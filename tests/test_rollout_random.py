@@ -79,7 +79,7 @@ def test_numbers_are_uniform_and_never_0_or_1():
 @pytest.mark.parametrize("word", [-1, 2**32])
 def test_a_word_that_does_not_fit_is_refused(word):
     refuse_large_words(seed=0, step=2**32 - 1)
-    with pytest.raises(ValueError, match=f"step={word} does not fit the random counter; use 0 to 4294967295"):
+    with pytest.raises(ValueError, match=f"step={word} must be from 0 to 4294967295"):
         refuse_large_words(seed=0, step=word)
 
 

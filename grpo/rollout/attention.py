@@ -41,8 +41,11 @@ def slab_attention(
     query: [N, H, length, D]; key, value: [N, Hkv, length, D], as transformers passes them.  Returns [N, length, H, D].
     """
     if slab is None:
-        raise ValueError(f"{type(module).__name__} gets none of what its model is called with; rollout cannot serve it")
-    refuse_extras(module, attention_mask, others, "rollout cannot do")
+        raise ValueError(
+            f"{type(module).__name__} does not receive the model's keyword arguments (slab), so rollout cannot replace "
+            "its attention; use another model"
+        )
+    refuse_extras(module, attention_mask, others, "rollout does not support")
     if isinstance(slab, Probe) and sliding_window is None:
         refuse_untold_window(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -104,28 +107,29 @@ def refuse_untold_window(module: torch.nn.Module) -> None:
     is_used = kinds[module.layer_idx] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
     if is_used and window and window < config.max_position_embeddings:
         raise ValueError(
-            f"{type(module).__name__} keeps its sliding window of {window} to itself, so that rollout would see every "
-            "key; use a model that passes it to its attention, or set sliding_window to null in its config.json"
+            f"{type(module).__name__} does not pass its sliding_window={window} to the attention function, so rollout "
+            "would attend to every key; use a model that passes it, or set sliding_window to null in its config.json"
         )
 
 
 def refuse_unservable(model: PreTrainedModel) -> None:
     """ValueError for a model whose attention the slab cannot serve, as far as its config tells."""
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} has an encoder; rollout serves decoder-only models")
+        raise ValueError(f"{type(model).__name__} has an encoder; rollout supports decoder-only models")
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if layer_types:
         raise ValueError(
-            f"{type(model).__name__} has layers of type {sorted(layer_types)}; rollout serves full_attention and "
-            "sliding_attention only"
+            f"{type(model).__name__} has layers of type {sorted(layer_types)}; rollout supports only "
+            "full_attention and sliding_attention"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *rope.values()):  # one set for all layers, or one for each layer type
         if isinstance(part, dict) and part.get("rope_type") in ("dynamic", "longrope"):
             raise ValueError(
-                f"{type(model).__name__} has rotary embeddings of type {part['rope_type']}: they depend on the longest "
-                "row of the batch, so a completion would depend on its neighbours; use a model with fixed frequencies"
+                f"{type(model).__name__} has rotary embeddings of type {part['rope_type']}: their frequencies depend "
+                "on the longest row of the batch, so a completion would depend on the others in it; use a model with "
+                "fixed frequencies"
             )
 
 
@@ -139,7 +143,7 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
         with attention_mode(model, SLAB), torch.no_grad(), torch.random.fork_rng(devices):
             if model.config._attn_implementation != SLAB:
                 name = type(model).__name__
-                raise ValueError(f"{name} does not let its attention be replaced; rollout cannot serve it")
+                raise ValueError(f"{name} does not let its attention be replaced, as rollout must; use another model")
             yield
     finally:
         for module in in_training:

@@ -117,8 +117,8 @@ class Sampler:
                 raise ValueError(f"problem {problem.id!r} has an empty prompt; a prompt needs at least one token")
             if max(problem.prompt_ids) >= rows:
                 raise ValueError(
-                    f"problem {problem.id!r}: token {max(problem.prompt_ids)} of its prompt has no embedding: the "
-                    f"model has {rows}; use the model's own tokenizer, or resize the model to this one"
+                    f"problem {problem.id!r}: token id {max(problem.prompt_ids)} of its prompt has no embedding: the "
+                    f"model has {rows}; use the model's own tokenizer, or resize the model's embeddings to this one"
                 )
             if limit is not None and length + new > limit:
                 raise ValueError(
@@ -164,7 +164,7 @@ class Sampler:
         if found != layers:
             raise ValueError(
                 f"only {found} of {layers} layers of {type(self.model).__name__} use attention that rollout can "
-                "replace; use a model whose layers all have attention"
+                "replace (the others have none, or bypass transformers' AttentionInterface); use another model"
             )
         return probe.shapes
 

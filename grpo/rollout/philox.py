@@ -34,7 +34,7 @@ def refuse_large_words(**words: int) -> None:
     """ValueError for the first of these that does not fit a 32-bit word of the random key or counter."""
     for name, word in words.items():
         if not 0 <= word < 2**32:
-            raise ValueError(f"{name}={word} does not fit the random counter; use 0 to {2**32 - 1}")
+            raise ValueError(f"{name}={word} must be from 0 to {2**32 - 1}")
 
 
 def uniforms(

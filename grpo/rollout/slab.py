@@ -47,7 +47,9 @@ class Probe:
     def layer(self, index: int, key: Tensor, value: Tensor) -> None:
         """Record what the layer stores. key, value: [_, Hkv, _, D], whatever it produced."""
         if index in self.shapes:
-            raise ValueError(f"layer {index} attends twice in one pass, which rollout cannot serve; use another model")
+            raise ValueError(
+                f"layer {index} attends twice in one forward pass, which rollout does not support; use another model"
+            )
         self.shapes[index] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
 
 
@@ -103,9 +105,10 @@ def make_plan(
             if is_cheap and plan.num_bytes(token_bytes) <= budget:
                 return plan
     raise ValueError(
-        f"{budget / GIB:.3g} GiB for keys and values hold no group: {group_size} completions of {suffix_size - 1} "
-        f"tokens and a prompt of {longest_prefix + 1} need {plan.num_bytes(token_bytes) / GIB:.3g} GiB; raise "
-        "rollout.kv_gib, or lower group_size, max_new_tokens or the length of the prompts"
+        f"the KV cache budget of {budget / GIB:.3g} GiB cannot hold one group: {group_size} completions of "
+        f"{suffix_size - 1} tokens plus a prompt of {longest_prefix + 1} need "
+        f"{plan.num_bytes(token_bytes) / GIB:.3g} GiB; raise rollout.kv_gib, or lower group_size, max_new_tokens or "
+        "the length of the prompts"
     )
 
 

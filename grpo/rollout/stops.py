@@ -40,7 +40,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The tokens that decoded text never shows, by id: those with a role, such as bos_token, and added special ones."""
+    """The tokens that decoded text never contains, by id: those with a role (bos_token), and added special ones."""
     found = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     with suppress(NotImplementedError):  # from mistral-common's tokenizer
         found |= {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -48,7 +48,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 class Ending:
-    """Decides where sampled ids end and what they say. Text never shows special tokens: no stop string can hold one."""
+    """Decides where sampled ids end and what they say. Text never contains special tokens: no stop string may."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos: list[int], stop: tuple[str, ...]):
         if isinstance(stop, str) or "" in stop:
@@ -57,7 +57,8 @@ class Ending:
         special = [text for text in stop if any(token in text for token in unseen)]
         if special:
             raise ValueError(
-                f"stop strings {special} contain a special token, which text never shows; use eos_token_id"
+                f"stop strings {special} contain a special token; decoded text never contains those, so it would "
+                "never match: add the token to eos_token_id in generation_config.json instead"
             )
         self.eos, self.stop = frozenset(eos), stop
         self.may_complete = cache(self._may_complete)
