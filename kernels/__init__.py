@@ -46,7 +46,7 @@ def resolve(op: str, impl: str, device: torch.device | str) -> Choice:
     """The implementation of `op` for `impl` on `device`. ValueError for an unknown impl, and if triton cannot run."""
     assert op in OPS, f"unknown op {op!r}; the ops are {OPS}"
     if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r} is none of {', '.join(IMPLS)}")
+        raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}")
     if impl == "torch":
         return Choice("torch", "asked for")
     obstacle = _obstacle(op, impl, torch.device(device))
@@ -69,7 +69,9 @@ def _obstacle(op: str, impl: str, device: torch.device) -> str | None:
         return f"Triton kernels need a CUDA device, not {device.type}"
     if missing := missing_to_launch():
         return missing
-    return (old := old_capability(device)) and f"Triton kernels need compute capability 8.0, not {old}"
+    return (
+        old := old_capability(device)
+    ) and f"Triton kernels need compute capability 8.0 or higher; this GPU has {old}"
 
 
 def old_capability(device: torch.device) -> str | None:
@@ -89,12 +91,12 @@ def _has_triton() -> bool:
 def missing_to_launch() -> str | None:
     """What Triton, and so torch.compile, lacks to build the small C extensions that launch its kernels, or None."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton kernels need a C compiler, and there is none: install gcc, or name one in CC"
+        return "Triton kernels need a C compiler, and none was found: install gcc, or set CC to one"
     scheme = sysconfig.get_default_scheme()  # Debian's default says where pip installs, not where Python's headers are
     folder = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
     elsewhere = os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")
     if not (Path(folder, "Python.h").is_file() or elsewhere):
-        return f"Triton kernels need Python.h, and it is not in {folder}: install python3-dev"
+        return f"Triton kernels need Python.h, which is not in {folder}: install python3-dev"
     return None
 
 

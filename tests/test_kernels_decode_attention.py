@@ -261,7 +261,7 @@ def test_a_prefix_tile_has_16_rows_or_more_but_no_more_than_the_registers_hold(s
 @pytest.mark.parametrize(
     "width, dtype, reason",
     [
-        (24, torch.float32, "head width 24 is none of"),
+        (24, torch.float32, "head width 24 is not one of"),
         (16, torch.float64, "float64"),
         (256, torch.float32, "exceeds 512 bytes"),
     ],

@@ -204,8 +204,8 @@ def test_the_kernel_names_what_it_cannot_read_or_cut():
     assert kernel.obstacle(logits, **off) is None and kernel.obstacle(logits, **off | {"top_k": 5}) is None
     assert kernel.obstacle(logits, **off | {"top_k": 4, "temperature": 0.0}) is None
     assert "top_k=4" in kernel.obstacle(logits, **off | {"top_k": 4})
-    assert kernel.obstacle(logits.double(), **off) == "logits are torch.float64"
-    assert "side by side" in kernel.obstacle(logits.T, **off)
+    assert kernel.obstacle(logits.double(), **off) == "the kernel does not support logits of torch.float64"
+    assert "must be contiguous" in kernel.obstacle(logits.T, **off)
 
 
 def test_auto_resolves_to_torch_on_a_cpu_and_says_why():
@@ -221,15 +221,15 @@ def test_triton_on_a_cpu_is_refused_unless_interpreted(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="impl=triton: Triton kernels need a CUDA device, not cpu; use impl=auto"):
         kernels.resolve("sample_token", "triton", "cpu")
-    with pytest.raises(ValueError, match="impl='cuda' is none of auto, torch, triton"):
+    with pytest.raises(ValueError, match="impl='cuda' is not one of auto, torch, triton"):
         kernels.resolve("sample_token", "cuda", "cpu")
 
 
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ({"gcc": None, "clang": None}, "need a C compiler, and there is none: install gcc, or name one in CC"),
-        ({"include": "/nowhere"}, "need Python.h, and it is not in /nowhere: install python3-dev"),
+        ({"gcc": None, "clang": None}, "need a C compiler, and none was found: install gcc, or set CC to one"),
+        ({"include": "/nowhere"}, "need Python.h, which is not in /nowhere: install python3-dev"),
         ({"include": "/nowhere", "CPATH": "/somewhere"}, None),
         ({"gcc": None, "clang": None, "CC": "/opt/cc"}, None),
     ],
@@ -252,12 +252,12 @@ def test_where_no_launcher_can_be_built_a_device_gets_torch_and_a_word(found, me
 
 def test_truncation_goes_to_torch_and_is_said_once_or_refused(monkeypatch, caplog):
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
-    with pytest.raises(ValueError, match="impl=triton: sample_token: top_p=1.0, top_k=2.* cut the distribution"):
+    with pytest.raises(ValueError, match="impl=triton: sample_token: top_p=1.0, top_k=2.* kernel does not support"):
         sample(logits, [0.42], top_k=2, impl="triton")
     monkeypatch.setattr(kernels, "_obstacle", lambda op, impl, device: None)  # as on a CUDA device
     with caplog.at_level(logging.WARNING):
         tokens = [sample(logits, [0.42], top_k=2, impl="auto")[0].item() for _ in range(2)]
     assert tokens == [2, 2]
     assert [record.message for record in caplog.records] == [
-        "sample_token runs in torch: top_p=1.0, top_k=2, min_p=0.0 cut the distribution"
+        "sample_token runs in torch: top_p=1.0, top_k=2, min_p=0.0: the kernel does not support top-k, top-p and min-p"
     ]

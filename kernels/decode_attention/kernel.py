@@ -34,16 +34,18 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, prefix: tuple, suffix: t
     """Why the kernels cannot compute this, or None."""
     width, dtype = query.shape[-1], query.dtype
     if width not in WIDTHS:
-        return f"head width {width} is none of {WIDTHS}"
+        return f"head width {width} is not one of {WIDTHS}"
     tensors = (query, key, value, *prefix, *suffix)
     if width * query.element_size() > 512:
         return f"head width {width} in {dtype} exceeds 512 bytes"
     if dtype not in DTYPES or any(x.dtype != dtype for x in tensors):
-        return f"dtypes {sorted({str(x.dtype) for x in tensors})}: all must be one of {[str(x) for x in DTYPES]}"
+        return (
+            f"dtypes {sorted({str(x.dtype) for x in tensors})}: all must be the same, one of {[str(x) for x in DTYPES]}"
+        )
     if any(x.shape[-1] != width or x.stride(-1) != 1 for x in tensors):
-        return "keys and values must be as wide as queries, with neighbouring elements side by side"
+        return "keys and values must have the head width of the queries, and stride 1 along it"
     if any(one.stride() != other.stride() for one, other in (prefix, suffix)):
-        return "stored keys and values must lie in memory alike"
+        return "stored keys and values must have the same strides"
     return None
 
 

@@ -134,7 +134,7 @@ class _FoldedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale: Tensor, *_) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("a folded loss can be differentiated once; compute it again for a second backward")
+            raise RuntimeError("linear_logprob_loss allows one backward pass; compute the loss again for a second one")
         gradients, ctx.gradients = ctx.gradients, None  # not needed again, so scaled in place: no second [V, D]
         return *(None if gradient is None else gradient.mul_(scale) for gradient in gradients), None, None, None, None
 
@@ -217,7 +217,8 @@ def _differentiate(
         loss = token_loss(logprobs, entropy, rows)
         if loss.shape != logprobs.shape:
             raise ValueError(
-                f"token_loss returned {tuple(loss.shape)} for {tuple(logprobs.shape)} log-probs; sum nothing"
+                f"token_loss must return one loss per row, shape {tuple(logprobs.shape)}, not {tuple(loss.shape)}; "
+                "do not reduce"
             )
         inputs = (logprobs, entropy) if entropy_gradient else (logprobs,)
         derivatives = torch.autograd.grad(loss.sum(), inputs, materialize_grads=True)

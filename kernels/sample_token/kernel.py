@@ -19,10 +19,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def obstacle(logits: Tensor, *, temperature: float, top_p: float, top_k: int, min_p: float = 0.0) -> str | None:
     """Why the kernels cannot sample from these logits, or None. Greedy sampling ignores truncation."""
     if temperature > 0 and (top_p < 1 or 0 < top_k < logits.shape[-1] or min_p > 0):
-        return f"top_p={top_p}, top_k={top_k}, min_p={min_p} cut the distribution"
+        return f"top_p={top_p}, top_k={top_k}, min_p={min_p}: the kernel does not support top-k, top-p and min-p"
     if logits.dtype not in DTYPES:
-        return f"logits are {logits.dtype}"
-    return None if logits.stride(-1) == 1 else "the logits of a row must lie side by side"
+        return f"the kernel does not support logits of {logits.dtype}"
+    return None if logits.stride(-1) == 1 else "the logits of a row must be contiguous"
 
 
 def sample_token(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
