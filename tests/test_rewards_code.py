@@ -148,26 +148,26 @@ def test_what_the_compiler_warns_of_in_a_program_is_not_said(recwarn):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "code": "c"}, "line 1: .*no tests"),
-        ({"code": "c", "test_list": ["assert f()"]}, "line 1: no column `prompt` or `text`"),
-        ({"prompt": "p", "test_list": ["assert f("]}, "line 1: SyntaxError"),
-        ({"prompt": "p", "test_list": "assert f()"}, "line 1: .*test_list='assert f.*' is no list of asserts"),
-        ({"prompt": "p", "test_list": [5]}, r"line 1: .*test_list=\[5\] is no list of asserts"),
-        ({"prompt": "p", "test_list": ["assert 1"]}, "line 1: .*no function that a program could define"),
-        ({"prompt": "p", "test_list": ["assert f()"], "test_imports": "import re"}, "line 1: .*'import re' is no list"),
-        ({"prompt": "p", "test_list": ["assert f()"], "test_imports": [5]}, r"line 1: .*\[5\] is no list of imports"),
-        ({"prompt": "p", "test_list": ["assert f()"], "test_setup_code": 5}, "line 1: TypeError"),
-        ({"prompt": "p", "entry_point": "f", "test": "def check("}, "line 1: SyntaxError"),
-        ({"prompt": "p", "entry_point": "f", "test": "x = 1"}, "line 1: .*defines no function `check`"),
-        ({"prompt": "p", "entry_point": "a b", "test": "def check(f): pass"}, "line 1: .*entry_point='a b' is no name"),
-        ({"prompt": "p", "entry_point": 5, "test": "def check(f): pass"}, "line 1: .*entry_point=5 is no name"),
-        ({"prompt": 5, "test_list": ["assert f()"]}, "line 1: prompt=5 and code='' must be texts"),
+        ({"prompt": "p", "code": "c"}, "no tests"),
+        ({"code": "c", "test_list": ["assert f()"]}, "no column `prompt` or `text`"),
+        ({"prompt": "p", "test_list": ["assert f("]}, "SyntaxError"),
+        ({"prompt": "p", "test_list": "assert f()"}, "test_list='assert f.*' is not a list of asserts"),
+        ({"prompt": "p", "test_list": [5]}, r"test_list=\[5\] is not a list of asserts"),
+        ({"prompt": "p", "test_list": ["assert 1"]}, "test_list=.* calls no function that a program could define"),
+        ({"prompt": "p", "test_list": ["f()"], "test_imports": "import re"}, ".*'import re' is not a list of imports"),
+        ({"prompt": "p", "test_list": ["f()"], "test_imports": [5]}, r"test_imports=\[5\] is not a list of imports"),
+        ({"prompt": "p", "test_list": ["assert f()"], "test_setup_code": 5}, "TypeError"),
+        ({"prompt": "p", "entry_point": "f", "test": "def check("}, "SyntaxError"),
+        ({"prompt": "p", "entry_point": "f", "test": "x = 1"}, "test=.* does not define a function `check`"),
+        ({"prompt": "p", "entry_point": "a b", "test": "check = 1"}, "entry_point='a b' is not a function name"),
+        ({"prompt": "p", "entry_point": 5, "test": "check = 1"}, "entry_point=5 is not a function name"),
+        ({"prompt": 5, "test_list": ["assert f()"]}, "prompt=5 and code='' must be strings"),
     ],
 )
 def test_a_row_that_cannot_be_judged_is_named(task, tmp_path, row, message):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"line 1: {message}"):
         Code(DataConfig(path=str(file)), RewardsConfig(timeout_s=6.0)).split("train")
 
 

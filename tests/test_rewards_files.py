@@ -104,7 +104,7 @@ def test_a_byte_order_mark_is_no_part_of_a_line(tmp_path):
 
 
 def test_an_empty_file_is_refused(check):
-    with pytest.raises(ValueError, match="holds no completions"):
+    with pytest.raises(ValueError, match="contains no completions"):
         check([""])
 
 

@@ -164,7 +164,7 @@ def test_no_call_sees_more_completions_than_its_batch_size_and_an_async_function
 def test_a_step_with_too_many_unscored_completions_is_refused_with_the_share_and_the_remedy():
     scores = score_groups([group("ab", "axb", "abc", "d")], {"x": Reward(refuse_x, 1.0)}, require_finish=True)
     refuse_unscored(scores, 0.25)
-    with pytest.raises(ValueError, match=r"25% .*1 errors, 0 timeouts.*max_unscored=0.2;.*--rewards.timeout-s"):
+    with pytest.raises(ValueError, match=r"25% .*1 errors, 0 timeouts.*max_unscored=0.2;.*raise rewards.timeout_s"):
         refuse_unscored(scores, 0.2)
     half = score_groups([group("ab", "axb"), group("x", "d")], {"x": Reward(refuse_x, 1.0)}, require_finish=True)
     refuse_unscored(half, 0.5)

@@ -269,7 +269,7 @@ def test_every_plain_value_comes_back_as_it_was():
         1 + 2j,
     ]
     assert decode(encode(value)) == value
-    with pytest.raises(TypeError, match="object is no plain data"):
+    with pytest.raises(TypeError, match="object is not plain data"):
         encode(object())
     for nonsense in ({"dict": 3}, {"object": []}, {}, {"tuple": [], "set": []}, {"set": [[1]]}):
         with pytest.raises((TypeError, ValueError)):
@@ -293,7 +293,7 @@ def test_without_walls_code_is_refused_unless_the_user_says_unsafe(monkeypatch, 
         ):
             find_sandbox("auto", 1.0)
         assert find_sandbox("unsafe_subprocess", 1.0).backend == "unsafe_subprocess"
-        assert "can reach your files" in caplog.text
+        assert "can access your files" in caplog.text
     finally:
         judge.find_sandbox.cache_clear()
 

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("--rewards.weights", dest="weights", nargs="+", default=[], help="as in train.py")
     args = parser.parse_args(argv)
     if bool(args.completions) != bool(args.output):
-        check.error("--completions and --output go together")
+        check.error("--completions and --output must be given together")
     settings = RewardsConfig(functions=tuple(args.functions), weights=tuple(args.weights))
     try:
         data = DataConfig(path=args.data_path, prompt_column=args.prompt_column, answer_column=args.answer_column)
@@ -113,7 +113,7 @@ def score_file(
     """
     rows = [_checked(row, where) for where, row in read_jsonl(Path(completions_path))]
     if not rows:
-        raise ValueError(f"{completions_path} holds no completions; write one JSON object a line")
+        raise ValueError(f"{completions_path} contains no completions; write one JSON object per line")
     is_finished = [not (require_finish and (row.get("finish_reason") or "").lower() == "length") for row in rows]
     texts, columns = [row["completion"] for row in rows], [_columns(row) for row in rows]
     with held_log():
@@ -131,11 +131,11 @@ def _checked(row: dict, where: str) -> dict:
     for name, is_read in _READ.items():
         if not is_read(row.get(name)):
             raise ValueError(
-                f"{where}: {name}={row.get(name)!r}; every line needs `completion`, a text, and `answer`, a text or "
-                'number; `finish_reason` is "stop", "eos" or "length", or left out'
+                f"{where}: {name}={row.get(name)!r}; every line needs `completion`, a string, and `answer`, a string "
+                'or number; `finish_reason` is "stop", "eos" or "length", or left out'
             )
     if "completions" in row:
-        raise ValueError(f"{where}: rewards get the texts as 'completions'; rename this column")
+        raise ValueError(f"{where}: reward functions receive the texts as 'completions'; rename this column")
     return row
 
 

@@ -37,16 +37,16 @@ def read_tests(row: dict[str, Any]) -> Tests:
     """The tests in a row's columns; ValueError, SyntaxError, KeyError or TypeError where they cannot be run."""
     if name := row.get("entry_point"):
         if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"entry_point={name!r:.80} is no name of a function")
+            raise ValueError(f"entry_point={name!r:.80} is not a function name")
         if "check" not in _names(row["test"], ast.Store):
-            raise ValueError(f"test={row['test']!r:.80} defines no function `check`")
+            raise ValueError(f"test={row['test']!r:.80} does not define a function `check`")
         return Tests(row["test"], (f"check({name})",), (name,), row.get("question") or "")
     if not row.get("test_list"):
         raise ValueError("no tests: neither `test_list` (a list of asserts) nor `test` with `entry_point`")
     for name, lines in (("test_list", "asserts"), ("test_imports", "imports")):
         value = row.get(name) or []
         if not isinstance(value, list) or not all(isinstance(line, str) for line in value):
-            raise ValueError(f"{name}={value!r:.80} is no list of {lines}")
+            raise ValueError(f"{name}={value!r:.80} is not a list of {lines}")
     setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""])
     tests = tuple(row["test_list"])
     names = lambda sources, context: frozenset().union(*(_names(source, context) for source in sources))
@@ -56,7 +56,7 @@ def read_tests(row: dict[str, Any]) -> Tests:
     if not missing:
         raise ValueError(
             f"test_list={row['test_list']!r:.80} calls no function that a program could define; give the "
-            "reference in `code`, or leave the row out"
+            "reference in `code`, or drop the row"
         )
     return Tests(setup, tests, tuple(sorted(missing)), "")
 

@@ -116,7 +116,7 @@ class Work:
             return pickle.dumps(calls)
         except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
             columns = ", ".join(self.columns)
-            message = f"a column out of {columns} cannot be sent to a worker process ({error}); keep plain data in them"
+            message = f"a column ({columns}) cannot be sent to a worker process ({error}); use columns of plain data"
             raise ValueError(message) from None
 
     def succeed(self, call: Call, outcomes: list) -> None:
@@ -197,10 +197,10 @@ class Pool:
         try:
             data = connection.recv_bytes()
         except BlockingIOError:
-            self._lose(worker, work, TIMEOUT, "timeout", "it stopped in the midst of its answer")
+            self._lose(worker, work, TIMEOUT, "timeout", "the worker process stalled while sending its answer")
             return
         except (EOFError, OSError):
-            self._lose(worker, work, ERROR, "death", "its worker process died")
+            self._lose(worker, work, ERROR, "death", "the worker process died")
             return
         if data == READY:
             worker.deadline = time.monotonic() + self.timeout_s

@@ -71,7 +71,7 @@ def refuse_uncallable(rewards: Mapping[str, Reward], columns: Iterable[str] | No
         except TypeError as error:
             raise ValueError(
                 f"reward {name!r} takes ({', '.join(signature.parameters)}), but is called as function(completions, "
-                f"**columns) with the columns {', '.join(sorted(names))}: {error}; let it take (completions, **columns)"
+                f"**columns) with the columns {', '.join(sorted(names))}: {error}; declare it (completions, **columns)"
             ) from None
 
 
@@ -141,8 +141,8 @@ def refuse_unscored(scores: Scores, limit: float) -> None:
         raise ValueError(
             f"{unscored:.0%} of the step's completions could not be scored ({failed.count(ERROR)} errors, "
             f"{failed.count(TIMEOUT)} timeouts), more than rewards.max_unscored={limit}; the first failure of each "
-            "kind is logged above: mend the reward, or give it more time (a call: --rewards.timeout-s; all of a "
-            "step: --rewards.step-timeout-s)"
+            "kind is logged above: fix the reward function, or raise rewards.timeout_s (per call) or "
+            "rewards.step_timeout_s (per step)"
         )
 
 

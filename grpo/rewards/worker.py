@@ -38,7 +38,7 @@ class _Packer(pickle.Pickler):
             is_found = getattr(module, value.__qualname__, None) is value and value.__module__ != "__main__"
             if "<" not in value.__qualname__ and not is_found:
                 if "__file__" not in value.__globals__:  # typed into a notebook or at a prompt
-                    raise pickle.PicklingError(f"{value.__qualname__} is in no file")
+                    raise pickle.PicklingError(f"{value.__qualname__} is not defined in a file")
                 return load_object, (f"{os.path.abspath(value.__globals__['__file__'])}:{value.__qualname__}",)
         return NotImplemented
 

@@ -41,10 +41,11 @@ class Code(RowTask):
         if not question:
             raise ValueError(f"{where}: no column `prompt` or `text` among {sorted(row)}")
         if not isinstance(question, str) or not isinstance(code, str):
-            raise ValueError(f"{where}: prompt={question!r:.80} and code={code!r:.80} must be texts")
+            raise ValueError(f"{where}: prompt={question!r:.80} and code={code!r:.80} must be strings")
         try:
             read_tests(row | {"answer": code})
         except (ValueError, SyntaxError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: {error!r}") from None
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{where}: {kind}{error}") from None
         rest = {name: value for name, value in row.items() if name not in ("prompt", "text", "code")}
         return Problem(id=id, question=question, answer=code, solution=f"```python\n{code}\n```", columns=rest)

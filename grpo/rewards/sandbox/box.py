@@ -148,12 +148,12 @@ def _wait_for_hello(process: subprocess.Popen) -> None:
     try:
         with deadline(START_TIMEOUT_S):
             if guest.receive(process.stdout, limit=100) != {"hello": 1}:
-                raise SandboxError("the sandbox said something else than hello")
+                raise SandboxError("unexpected first message from the sandbox process")
     except EOFError:
         said = process.stderr.read().decode(errors="replace").strip()[-500:]
-        raise SandboxError(said or "it ended at once") from None
+        raise SandboxError(said or "the sandbox process exited at start-up") from None
     except Expired:
-        raise SandboxError(f"nothing started within {START_TIMEOUT_S} s") from None
+        raise SandboxError(f"the sandbox process did not start within {START_TIMEOUT_S} s") from None
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -31,7 +31,7 @@ def encode(value):
     for name, kind in TAGGED.items():
         if isinstance(value, kind):
             return {name: [encode(item) for item in value]}
-    raise TypeError(f"{type(value).__name__} is no plain data")
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
 def decode(value):

@@ -199,7 +199,7 @@ def self_test(sandbox: Sandbox) -> list[str]:
             return judge_program(patient, ATTACKS, "", [f"assert {call} is True"], [name]).passed == 1
 
         if not succeeds("answer_honestly()"):
-            raise SandboxError("an honest program got no answer")
+            raise SandboxError("a harmless test program got no answer")
         return [name for name, call in attacks.items() if succeeds(call)]
 
 
@@ -207,10 +207,10 @@ def self_test(sandbox: Sandbox) -> list[str]:
 def find_sandbox(setting: str, wall_s: float) -> Sandbox:
     """The sandbox that config field rewards.sandbox asks for, tested once a process; ValueError where there is none."""
     if sys.platform != "linux":
-        message = f"running programs of the model needs Linux, and this is {sys.platform}; use a Linux container"
+        message = f"running the model's programs needs Linux, and this is {sys.platform}; use a Linux container"
         raise ValueError(f"{message} or virtual machine, or another task")
     if setting == "unsafe_subprocess":
-        logger.warning("rewards.sandbox=unsafe_subprocess: code of the model can reach your files and the network")
+        logger.warning("rewards.sandbox=unsafe_subprocess: the model's code can access your files and the network")
         return Sandbox(setting, wall_s)
     failures = []
     for name in ("bubblewrap", "namespaces") if setting == "auto" else (setting,):
@@ -225,6 +225,7 @@ def find_sandbox(setting: str, wall_s: float) -> Sandbox:
         except SandboxError as error:
             failures.append(f"{name}: {error}")
     raise ValueError(
-        f"code of the model would run unprotected here ({'; '.join(failures)}); install bubblewrap, allow user "
-        "namespaces or run as root; --rewards.sandbox unsafe_subprocess does without, on a machine that you can lose"
+        f"the model's code would run unprotected here ({'; '.join(failures)}); install bubblewrap, allow user "
+        "namespaces or run as root; --rewards.sandbox unsafe_subprocess runs it unprotected: use that only on a "
+        "disposable machine"
     )
