@@ -41,8 +41,8 @@ def test_a_users_function_joins_the_tasks_own_and_any_weight_can_be_set(brevity)
         ),
         ({"weights": ("format",)}, "'format' is not component=number"),
         ({"weights": ("format=nan",)}, "'format': nan.*all must be finite"),
-        ({"weights": ("format=0", "correctness=0")}, "one at least not 0"),
-        ({"format_weight": 0.0, "correctness_weight": 0.0}, "one at least not 0"),
+        ({"weights": ("format=0", "correctness=0")}, "at least one must not be 0"),
+        ({"format_weight": 0.0, "correctness_weight": 0.0}, "at least one must not be 0"),
         ({"functions": ("nowhere.py:f",)}, "no file 'nowhere.py'"),
         ({"functions": ("grpo.rewards:nothing",)}, "defines no function or class 'nothing'"),
     ],
@@ -144,5 +144,5 @@ def test_the_rewards_of_a_users_class_are_its_own_and_one_of_them_is_correctness
     assert {name: reward.weight for name, reward in own("OfTheClass").items()} == {"correctness": 2.0}
     with pytest.raises(ValueError, match=r"'correctness' of the task is <function right.*Reward\(function, weight\)"):
         own("BareFunction")
-    with pytest.raises(ValueError, match=r"rewards \['right'\]: none is 'correctness', which accuracy counts"):
+    with pytest.raises(ValueError, match=r"rewards \['right'\]: accuracy counts 'correctness', so rename one"):
         own("NoCorrectness")

@@ -168,12 +168,12 @@ def test_column_names_are_configurable(tmp_path):
         ("gsm8k", b"\xff\xfe{}", r"train.jsonl line 3 is not JSON"),
         ("gsm8k", "[1, 2]", r"train.jsonl line 3 is not a JSON object"),
         ("gsm8k", '{"question": "?"}', r"line 3: no column 'answer' among \['question'\]"),
-        ("jsonl", '{"prompt": "?", "answer": "1", "completions": []}', r"line 3: rewards get .* rename this column"),
-        ("gsm8k", '{"question": "?", "answer": null}', r"line 3: answer=None is neither text nor a number"),
-        ("jsonl", '{"prompt": NaN, "answer": "4"}', r"line 3: prompt=nan is neither"),
-        ("gsm8k", '{"question": "", "answer": "#### 1"}', r"line 3: question='' is neither"),
-        ("jsonl", '{"prompt": " ", "answer": "4"}', r"line 3: prompt=' ' is neither"),
-        ("jsonl", r'{"prompt": "a \ud800", "answer": "4"}', r"line 3: prompt holds half of a surrogate pair"),
+        ("jsonl", '{"prompt": "?", "completions": []}', r"line 3: reward functions receive .* rename this column"),
+        ("gsm8k", '{"question": "?", "answer": null}', r"line 3: answer=None is empty, or neither text nor a number"),
+        ("jsonl", '{"prompt": NaN, "answer": "4"}', r"line 3: prompt=nan is empty, or neither"),
+        ("gsm8k", '{"question": "", "answer": "#### 1"}', r"line 3: question='' is empty, or neither"),
+        ("jsonl", '{"prompt": " ", "answer": "4"}', r"line 3: prompt=' ' is empty, or neither"),
+        ("jsonl", r'{"prompt": "a \ud800", "answer": "4"}', r"line 3: prompt contains an unpaired UTF-16 surrogate"),
         ("gsm8k", '{"question": "?", "answer": "four"}', r"line 3: the answer does not end in '#### <number>': 'four'"),
         ("gsm8k", '{"question": "?", "answer": "#### 5k"}', r"line 3: the answer does not end"),
         ("jsonl", '{"question": "?", "answer": "4"}', r"line 3: no column 'prompt'.*--data.prompt_column"),
@@ -263,9 +263,9 @@ def test_of_one_split_of_a_hub_data_set_validation_and_test_are_held_out(monkeyp
 
 def test_an_unknown_task_names_the_nearest_and_the_list():
     names = "code, gsm8k, jsonl, keywords, word_problems"
-    with pytest.raises(ValueError, match=f"unknown task 'gsm8'; the nearest is gsm8k; there are {names}, or"):
+    with pytest.raises(ValueError, match=f"unknown task 'gsm8'; the nearest is gsm8k; choose one of {names}, or"):
         make_task("gsm8", DataConfig(), RewardsConfig())
-    with pytest.raises(ValueError, match=f"unknown task 'poetry'; there are {names}, or"):
+    with pytest.raises(ValueError, match=f"unknown task 'poetry'; choose one of {names}, or"):
         make_task("poetry", DataConfig(), RewardsConfig())
 
 

@@ -123,7 +123,7 @@ def test_a_state_has_no_list_of_all_problems_but_lists_of_older_checkpoints_are_
 
 def test_an_endless_split_has_no_curriculum():
     with pytest.raises(
-        ValueError, match="data.curriculum=drop_solved: .* is endless, so that no problem ever comes back"
+        ValueError, match="data.curriculum=drop_solved: .* is endless, so no problem is ever seen twice"
     ):
         ProblemStream(Endless(), seed=0, curriculum="drop_solved")
 

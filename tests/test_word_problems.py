@@ -162,5 +162,5 @@ def test_the_prompt_is_the_question_after_its_worked_exemplars(task):
 
 def test_a_path_that_would_not_be_read_is_refused():
     word_problems.WordProblems().check_path()
-    with pytest.raises(ValueError, match="data.path='mine.jsonl': task word_problems reads no file; name a --task"):
+    with pytest.raises(ValueError, match="data.path='mine.jsonl': task word_problems reads no file; use a --task"):
         word_problems.WordProblems(DataConfig(path="mine.jsonl")).check_path()

@@ -55,7 +55,7 @@ class Task:
             problems = self.load(name)
             is_endless = getattr(problems, "endless", False)
             if is_endless and name != "train":
-                raise ValueError(f"the {name} split of task {self.name!r} is endless; only a training split may be")
+                raise ValueError(f"the {name} split of task {self.name!r} is endless; only the training split may be")
             if not (hasattr(problems, "__getitem__") and (is_endless or hasattr(problems, "__len__"))):
                 raise ValueError(
                     f"load({name!r}) of task {self.name!r} returned {problems!r:.80}; return a list of Problem"
@@ -69,7 +69,7 @@ class Task:
             has_texts = lambda problem: isinstance(problem.question, str) and isinstance(problem.answer, str)
             bad = [problem for problem in known if not (isinstance(problem, Problem) and has_texts(problem))]
             if bad:
-                found = f"{bad[0]!r:.80} is no grpo.records.Problem with texts for question and answer"
+                found = f"{bad[0]!r:.80} is not a grpo.records.Problem with strings for question and answer"
                 raise ValueError(f"load({name!r}) of task {self.name!r}: {found}")
             refuse_uncallable(self.rewards, {column for problem in known for column in problem.columns})
             self._splits[name] = problems
@@ -112,8 +112,8 @@ def make_task(name: str, data: DataConfig, rewards: RewardsConfig) -> Task:
     """
     if name not in TASKS and ".py:" not in name:
         raise ValueError(
-            f"unknown task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}, or path/to/file.py:ClassName "
-            "for your own"
+            f"unknown task {name!r}{nearest(name, TASKS)}; choose one of {', '.join(TASKS)}, or "
+            "path/to/file.py:ClassName for your own"
         )
     chosen = load_object(TASKS.get(name, name))
     if not (isinstance(chosen, type) and issubclass(chosen, Task)):
@@ -148,8 +148,8 @@ def _configured(own: Mapping[str, Reward], config: RewardsConfig) -> dict[str, R
         except ValueError:
             raise ValueError(f"rewards.weights: {setting!r} is not component=number") from None
     if "correctness" not in rewards:
-        raise ValueError(f"rewards {list(rewards)}: none is 'correctness', which accuracy counts; name one of them so")
+        raise ValueError(f"rewards {list(rewards)}: accuracy counts 'correctness', so rename one of them to that")
     weights = {name: reward.weight for name, reward in rewards.items()}
     if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
-        raise ValueError(f"rewards with the weights {weights}: all must be finite, and one at least not 0")
+        raise ValueError(f"reward weights {weights}: all must be finite, and at least one must not be 0")
     return rewards

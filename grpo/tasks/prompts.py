@@ -96,7 +96,7 @@ class Prompter:
         try:
             return self.tokenizer.apply_chat_template(messages, **how, tokenize=False, **self._template_options)
         except Exception as error:  # a template may raise anything, and some do so on purpose
-            message = f"the chat template of the tokenizer cannot take problem {problem.id}: {error}"
+            message = f"the tokenizer's chat template failed on problem {problem.id}: {error}"
             raise ValueError(f"{message}; use --prompt.style plain, or another number of shots") from error
 
     def fitting(
@@ -128,7 +128,7 @@ class Prompter:
                 self(overlong[0])  # raises, and says what does not fit
             if overlong:
                 why = f"their prompts leave no room for max_new_tokens={self.max_new_tokens} in the model's context"
-                say(f"left out: {len(overlong)} of {len(pool)} problems, {overlong[0].id} the first: {why}")
+                say(f"left out {len(overlong)} of {len(pool)} problems ({overlong[0].id} is the first): {why}")
             return kept
         num_tokens = [len(ids) for _, ids in self._encoded(problem.question for problem in doubtful)]
         order = sorted(range(len(doubtful)), key=num_tokens.__getitem__, reverse=True)

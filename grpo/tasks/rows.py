@@ -62,7 +62,7 @@ class RowTask(Task):
         rows = self._unread.pop(split)
         for _, where, columns in rows:
             if "completions" in columns:
-                raise ValueError(f"{where}: rewards get the sampled texts as 'completions'; rename this column")
+                raise ValueError(f"{where}: reward functions receive the texts as 'completions'; rename this column")
         return [self._problem(*row) for row in rows]
 
     def _rows(self, split: str) -> dict[str, list[Row]]:
@@ -112,9 +112,9 @@ class RowTask(Task):
             )
         text = (as_text(row[column]) or "").strip()
         if not text:
-            raise ValueError(f"{where}: {column}={row[column]!r} is neither text nor a number")
+            raise ValueError(f"{where}: {column}={row[column]!r} is empty, or neither text nor a number")
         if text != text.encode(errors="ignore").decode():  # JSON can hold one, a tokenizer cannot take it
-            raise ValueError(f"{where}: {column} holds half of a surrogate pair, which is no character; mend the row")
+            raise ValueError(f"{where}: {column} contains an unpaired UTF-16 surrogate; fix or drop this row")
         return text
 
 
@@ -171,7 +171,7 @@ def read_file(path: Path) -> list[Row]:
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("FILE line 7", object) of each line that is not blank; ValueError names the line that is no object."""
     if not path.is_file():
-        raise ValueError(f"no file {str(path)!r}; give a JSONL file, one object a line")
+        raise ValueError(f"no file {str(path)!r}; give a JSONL file, one object per line")
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.removeprefix(BOM).strip():
             where = f"{path} line {number}"
@@ -209,8 +209,8 @@ def read_hub(repo: str, subset: str, split: str) -> list[Row]:
         rows = load_dataset(repo, subset or None, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
-            f"cannot load the {split} split of {repo!r} from the hub ({type(error).__name__}: {error}); where it has "
-            f"only one, name it, --data.path {repo}:train, and validation and test are held out of it; without a "
-            "connection, pass a folder that holds train.jsonl and test.jsonl (or .json, .parquet): --data.path DIR"
+            f"cannot load the {split} split of {repo!r} from the hub ({type(error).__name__}: {error}); if it has only "
+            f"one split, name it (--data.path {repo}:train): validation and test problems are then held out of it; "
+            "without a connection, pass a folder with train.jsonl and test.jsonl (or .json, .parquet): --data.path DIR"
         ) from error
     return [(f"{split}/{i}", f"{repo} {split} row {i}", dict(row)) for i, row in enumerate(rows)]

@@ -68,8 +68,8 @@ class ProblemStream:
         self.is_endless = getattr(problems, "endless", False)
         if self.is_endless and curriculum != "none":
             raise ValueError(
-                f"data.curriculum={curriculum}: the training split of this task is endless, so that no problem ever "
-                "comes back; use none, or a task with a finite training split"
+                f"data.curriculum={curriculum}: the training split of this task is endless, so no problem is ever "
+                "seen twice; use none, or a task with a finite training split"
             )
         self.rates = torch.full((0 if self.is_endless else len(problems),), math.nan, dtype=torch.float64)
         self.data = "" if self.is_endless else digest(problems)

@@ -139,7 +139,7 @@ class WordProblems(Task):
     def check_path(self) -> None:
         """ValueError for any data.path: whoever names one means another task."""
         if self.data.path:
-            raise ValueError(f"data.path={self.data.path!r}: task word_problems reads no file; name a --task that does")
+            raise ValueError(f"data.path={self.data.path!r}: task word_problems reads no file; use a --task that does")
 
     def load(self, split: str) -> Sequence[Problem]:
         return (distinct_problems if split in SIZES else EndlessProblems)(split, self.level)
