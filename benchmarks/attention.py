@@ -41,8 +41,8 @@ class Part:
 
     rows: Tensor | slice
     keys: Tensor | slice
-    place: Tensor | None  # [L]; None: every row, in order
-    key_place: Tensor | None
+    row_index: Tensor | None  # [L]; None: every row, in order
+    key_index: Tensor | None
     copies: int  # of the keys, one after the other
     starts: tuple[Tensor, Tensor, int, int]  # as flash attention wants them
     is_causal: bool
@@ -61,14 +61,14 @@ def parts_of(layout: SharedPrefix) -> list[Part]:
         sizes = [[span.stop - span.start for span in spans] for spans in zip(*asked, strict=True)]
         keys, rows = (_concatenated(spans) for spans in zip(*asked, strict=True))
         starts = _starts(sizes[1], sizes[0], device)
-        places = (_places(one, length).to(device) for one in (rows, keys))
-        found.append(Part(rows.to(device), keys.to(device), *places, 1, starts, False))
+        indices = (_inverse(one, length).to(device) for one in (rows, keys))
+        found.append(Part(rows.to(device), keys.to(device), *indices, 1, starts, False))
     if common:
         rows = torch.arange(common, length)
         sizes = [len(chunk) for chunk in rows.split(ROWS_TOGETHER)]
-        places = (_places(one, length).to(device) for one in (rows, torch.arange(common)))
+        indices = (_inverse(one, length).to(device) for one in (rows, torch.arange(common)))
         starts = _starts(sizes, [common] * len(sizes), device)
-        found.append(Part(slice(common, None), slice(0, common), *places, len(sizes), starts, False))
+        found.append(Part(slice(common, None), slice(0, common), *indices, len(sizes), starts, False))
     return found
 
 
@@ -76,10 +76,10 @@ def _concatenated(spans: tuple[slice, ...]) -> Tensor:
     return torch.cat([torch.arange(span.start, span.stop) for span in spans])
 
 
-def _places(rows: Tensor, length: int) -> Tensor:
-    places = torch.full((length,), -1)
-    places[rows] = torch.arange(len(rows))
-    return places
+def _inverse(rows: Tensor, length: int) -> Tensor:
+    index = torch.full((length,), -1)
+    index[rows] = torch.arange(len(rows))
+    return index
 
 
 def _starts(queries: list[int], keys: list[int], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
@@ -87,27 +87,27 @@ def _starts(queries: list[int], keys: list[int], device: torch.device) -> tuple[
     return *(one.to(device) for one in starts), max(queries), max(keys)
 
 
-def merge(outputs: list[Tensor], lses: list[Tensor], places: list[Tensor]) -> tuple[Tensor, Tensor]:
+def merge(outputs: list[Tensor], lses: list[Tensor], indices: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Softmax over all parts from that of each. outputs: [rows, H, D]; lses: [H, rows]; the first part has all rows."""
-    wide = [lses[0]] + [_spread(lse.T, place, -torch.inf).T for lse, place in zip(lses[1:], places, strict=True)]
+    wide = [lses[0]] + [_spread(lse.T, index, -torch.inf).T for lse, index in zip(lses[1:], indices, strict=True)]
     total = torch.logsumexp(torch.stack(wide), 0)
     weights = [torch.exp(lse - total).T[..., None] for lse in wide]
-    every = [outputs[0], *(_spread(output, place, 0.0) for output, place in zip(outputs[1:], places, strict=True))]
+    every = [outputs[0], *(_spread(output, index, 0.0) for output, index in zip(outputs[1:], indices, strict=True))]
     return sum(output * weight for output, weight in zip(every, weights, strict=True)).to(outputs[0].dtype), total
 
 
-def add_up(first: Tensor, others: list[Tensor], places: list[Tensor]) -> Tensor:
+def add_up(first: Tensor, others: list[Tensor], indices: list[Tensor]) -> Tensor:
     """Gradients of all rows from those of the rows of each part."""
     total = first.float()
-    for other, place in zip(others, places, strict=True):
-        total = total + _spread(other.float(), place, 0.0)
+    for other, index in zip(others, indices, strict=True):
+        total = total + _spread(other.float(), index, 0.0)
     return total.to(first.dtype)
 
 
-def _spread(values: Tensor, place: Tensor, missing: float) -> Tensor:
-    """values[place], and `missing` where it is -1."""
-    is_there = (place >= 0).view(-1, *[1] * (values.dim() - 1))
-    return torch.where(is_there, values[place.clamp_min(0)], missing)
+def _spread(values: Tensor, index: Tensor, missing: float) -> Tensor:
+    """values[index], and `missing` where it is -1."""
+    is_present = (index >= 0).view(-1, *[1] * (values.dim() - 1))
+    return torch.where(is_present, values[index.clamp_min(0)], missing)
 
 
 class Cascade(torch.autograd.Function):
@@ -127,7 +127,7 @@ class Cascade(torch.autograd.Function):
             outputs.append(output)
             lses.append(lse)
             ctx.random.append(random[:2])
-        output, lse = fast(merge, query.device)(outputs, lses, [part.place for part in parts[1:]])
+        output, lse = fast(merge, query.device)(outputs, lses, [part.row_index for part in parts[1:]])
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.parts, ctx.scale = parts, scale
         return output
@@ -147,10 +147,10 @@ class Cascade(torch.autograd.Function):
             if part.copies > 1:
                 of_both = [share.unflatten(0, (part.copies, -1)).float().sum(0).to(share.dtype) for share in of_both]
             shares.append((of_query, *of_both))
-        places = [part.place for part in ctx.parts[1:]], [part.key_place for part in ctx.parts[1:]]
+        of_rows, of_keys = [part.row_index for part in ctx.parts[1:]], [part.key_index for part in ctx.parts[1:]]
         sums = fast(add_up, query.device)
         of_query, of_key, of_value = ([share[i] for share in shares] for i in range(3))
-        found = sums(of_query[0], of_query[1:], places[0]), *(sums(x[0], x[1:], places[1]) for x in (of_key, of_value))
+        found = sums(of_query[0], of_query[1:], of_rows), *(sums(x[0], x[1:], of_keys) for x in (of_key, of_value))
         return *found, None, None
 
 

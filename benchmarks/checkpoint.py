@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: python -m benchmarks.checkpoint
+"""How long a checkpoint blocks training: python -m benchmarks.checkpoint
 
 A random Qwen2 with its Adam state is saved again and again. `waiting` is blocked until the checkpoint is on disk
 (written, hashed, flushed, renamed), `in background` only while the state is copied to memory. How much the writing
@@ -78,7 +78,7 @@ def report(found: dict[str, list[float]], num_bytes: int, facts: dict) -> None:
     for name, values in found.items():
         print(f"{name:<16}{median[name]:>10.3f}{min(values):>10.3f}{max(values):>10.3f}")
     shorter = median["waiting"] / median["in background"]
-    print(f"training stands still for a save {shorter:.1f} times shorter in the background")
+    print(f"a save in the background blocks training for a {shorter:.1f} times shorter time")
     print(json.dumps({"median_seconds": median, "bytes": num_bytes, **facts, "seconds": found}))
 
 

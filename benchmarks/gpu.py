@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, small: gpu_rehearsal.json")
     chosen = parser.parse_args(argv)
     if not chosen.rehearse and not torch.cuda.is_available():
-        print("error: no CUDA device here; --rehearse, or `make test`, runs what a CPU can show", file=sys.stderr)
+        print("error: no CUDA device here; --rehearse, or `make test`, runs what works on a CPU", file=sys.stderr)
         return 2
     facts = measured_on(torch.device("cpu" if chosen.rehearse else "cuda"))
     print(json.dumps(facts))

@@ -210,7 +210,7 @@ def table(result: dict) -> str:
     lines = [
         f"{work['name']}, {result['parameters'] / 1e6:.1f}M parameters: {work['prompts']} prompts x "
         f"{work['group_size']}, {work['prompt_tokens']} + {work['new_tokens']} tokens",
-        f"  {'':<22}{'median s':>10}{'least s':>10}{'most s':>10}{'tokens/s':>12}{'rollout is':>12}",
+        f"  {'':<22}{'median s':>10}{'min s':>10}{'max s':>10}{'tokens/s':>12}{'rollout is':>12}",
     ]
     for name, values in times.items():
         speedup = f"{result[f'speedup_vs_{name}']:.2f}x" if f"speedup_vs_{name}" in result else ""
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="decode with compiled layers")
     parser.add_argument("--no-cuda-graph", action="store_true", help="decode eagerly on CUDA too")
     parser.add_argument("--deterministic", action="store_true", help="as with `deterministic: true` in a config")
-    parser.add_argument("--alone", action="store_true", help="without transformers' own")
+    parser.add_argument("--alone", action="store_true", help="without the transformers baselines")
     parser.add_argument("--workload", choices=WORKLOADS, nargs="+", help="default: those of the device")
     chosen = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()

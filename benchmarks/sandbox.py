@@ -60,8 +60,8 @@ def main() -> None:
     expected = [TIMEOUT if text == "hang" else OK for text in texts]
     right = sum(row[0].status == status for row, status in zip(table, expected, strict=True))
     print(f"sandbox: {sandbox.backend}; {os.cpu_count()} cores")
-    print(f"verdicts a second: one worker {one:.1f}, two {two:.1f}, ratio {two / one:.2f}")
-    print(f"10,000 completions, 100 hang: {seconds:.1f} s of {limit_s:.0f} s, {right} statuses right")
+    print(f"verdicts per second: one worker {one:.1f}, two {two:.1f}, ratio {two / one:.2f}")
+    print(f"10,000 completions, 100 hang: {seconds:.1f} s of {limit_s:.0f} s, {right} statuses correct")
     result = {"sandbox": sandbox.backend, "rates": rates, "verdicts_per_second_1": one, "verdicts_per_second_2": two}
     result |= {"ratio": two / one, "hanging_seconds": seconds, "hanging_limit_s": limit_s, "statuses_right": right}
     print(json.dumps(result | measured_on()))

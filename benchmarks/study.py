@@ -49,7 +49,7 @@ def run_all(presets: list[str], seeds: list[int], settings: Row, out: Path, trai
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for row in rows:
         if row["settings"] != settings:
-            raise ValueError(f"{file} has rows with {row['settings']}, asked for is {settings}; use another --out")
+            raise ValueError(f"{file} has rows with {row['settings']}, but this call has {settings}; use another --out")
     done = {(row["preset"], row["seed"]): row for row in rows}
     for seed in seeds:
         for preset in presets:
@@ -83,16 +83,16 @@ def finish_run(out: Path, name: str, options: list[str], train: Train) -> Path:
         return run_dir
     if run_dir.exists() and checkpoint.latest(run_dir) is None:
         shutil.rmtree(run_dir)  # ended before its first checkpoint
-    place = ["--resume", str(run_dir)] if run_dir.exists() else ["--config", str(CONFIG), "--run-dir", str(run_dir)]
+    start = ["--resume", str(run_dir)] if run_dir.exists() else ["--config", str(CONFIG), "--run-dir", str(run_dir)]
     log = run_dir.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         try:
-            status = train([*place, *([] if place[0] == "--resume" else options)])
+            status = train([*start, *([] if start[0] == "--resume" else options)])
         except SystemExit as stop:  # an option that train.py does not know
             status = stop.code
     if status:
-        raise ValueError(f"the run {name} ended with status {status}; {log} says why; the study can be gone on with")
+        raise ValueError(f"the run {name} ended with status {status}; {log} says why; rerun the same command to resume")
     return run_dir
 
 
@@ -133,13 +133,13 @@ def outcome(run_dir: Path) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """A line for each preset, in Markdown: means over its seeds, and the least and the most of the test accuracy."""
+    """A line for each preset, in Markdown: means over its seeds, and the lowest and highest test accuracy."""
     heading = (
         "preset",
         "seeds",
         "before",
         "after, mean",
-        "least to most",
+        "lowest to highest",
         "entropy at the end",
         "completions",
         "seconds",
@@ -162,13 +162,13 @@ def draw_plot(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     curves, dots = figure.subplots(1, 2)
     presets = list(dict.fromkeys(row["preset"] for row in rows))
-    for place, preset in enumerate(presets):
+    for x, preset in enumerate(presets):
         runs = [row for row in rows if row["preset"] == preset]
         for i, row in enumerate(runs):
-            curves.plot(*zip(*row["validation"], strict=True), ".-", color=f"C{place}", label=None if i else preset)
+            curves.plot(*zip(*row["validation"], strict=True), ".-", color=f"C{x}", label=None if i else preset)
         after = [row["accuracy_after"] for row in runs]
-        dots.plot([place] * len(runs), after, "o", color=f"C{place}", alpha=0.5)
-        dots.plot([place - 0.3, place + 0.3], [mean(after)] * 2, color=f"C{place}")
+        dots.plot([x] * len(runs), after, "o", color=f"C{x}", alpha=0.5)
+        dots.plot([x - 0.3, x + 0.3], [mean(after)] * 2, color=f"C{x}")
     curves.set(title="validation accuracy", xlabel="completions", ylim=(0, 1))
     curves.legend()
     dots.set(title="test accuracy: runs and mean", ylim=(0, 1), xticks=range(len(presets)), xticklabels=presets)
@@ -205,7 +205,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     chosen, chosen.options = parser.parse_known_args(argv)
     taken = sorted(OWN & {option.split("=")[0].replace("_", "-") for option in chosen.options})
     if taken:
-        parser.error(f"{', '.join(taken)}: the study decides this of every run; see --help for what it takes itself")
+        parser.error(f"{', '.join(taken)}: the study sets this for every run; see --help for its own options")
     return chosen
 
 

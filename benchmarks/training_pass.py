@@ -146,7 +146,7 @@ def report(device: torch.device, taken: dict[str, list[float]], facts: dict[str,
     peak = next((value for name, value in PEAK_FLOPS.items() if name in where["device"]), None)
     counts = f"{facts['rows']:,} rows, {facts['completion_tokens']:,} completion tokens"
     print(f"{counts}, {facts['micro_batches']} micro-batches, {device.type}")
-    print(f"{'part':<22}{'median s':>10}{'least':>10}{'most':>10}{'TFLOP':>10}{'MFU':>8}")
+    print(f"{'part':<22}{'median s':>10}{'min':>10}{'max':>10}{'TFLOP':>10}{'MFU':>8}")
     summary = {}
     for name, values in taken.items():
         median = statistics.median(values)

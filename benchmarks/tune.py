@@ -138,7 +138,7 @@ def of_decoding(device: torch.device) -> Iterator[Iterator[Trial]]:
 
 
 def show(trials: list[Trial]) -> None:
-    print(f"\n{trials[0].job}: {trials[0].constant}, the first as it is")
+    print(f"\n{trials[0].job}: {trials[0].constant}, the current value first")
     for trial in trials:
         taken = "" if trial.milliseconds is None else f"{trial.milliseconds:.4f} ms"
         print(f"{taken:>14}  {trial.value}  {trial.trouble}", flush=True)

@@ -281,7 +281,7 @@ class Contender:
             return json.loads(line)
         self.errors.seek(0)
         last = [text for text in self.errors.read().splitlines() if text.strip()]
-        print(f"what {self.name} said last:", *last[-25:], sep="\n", file=sys.stderr, flush=True)
+        print(f"the last output of {self.name}:", *last[-25:], sep="\n", file=sys.stderr, flush=True)
         self.failure = last[-1][:300] if last else f"ended with status {self.process.wait()}"
         return None
 
@@ -307,15 +307,15 @@ def compare(arguments: argparse.Namespace) -> Iterator[list[Contender]]:
         names += [GENERATE] + ([BATCHING] if arguments.continuous_batching else [])
     else:
         print("without TRL: it is not installed (benchmarks/requirements.txt)")
-    with tempfile.TemporaryDirectory() as place:
-        write_model_and_prompts(work, Path(place), arguments.steps)
-        contenders = [Contender(name, arguments, Path(place)) for name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        write_model_and_prompts(work, Path(folder), arguments.steps)
+        contenders = [Contender(name, arguments, Path(folder)) for name in names]
         try:
             for contender in contenders:
                 contender.read()  # waits until it is ready: they start together
             for turn in range(arguments.steps):
                 if turn and time.perf_counter() - started > arguments.seconds:
-                    print(f"after {arguments.seconds:g} s: {turn} of {arguments.steps} steps a side")
+                    print(f"after {arguments.seconds:g} s: {turn} of {arguments.steps} steps per side")
                     break
                 for contender in contenders:
                     contender.step()
@@ -373,10 +373,10 @@ def show(summary: dict, work: Workload) -> None:
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=2, help="steps a side, by turns")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further turn after so many")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of whoever is at work")
-    parser.add_argument("--continuous-batching", action="store_true", help="TRL with it, too")
+    parser.add_argument("--steps", type=int, default=2, help="steps per side, in turns")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no further turn after this many")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the side that is running")
+    parser.add_argument("--continuous-batching", action="store_true", help="also TRL with it")
     parser.add_argument("--workload", choices=list(WORKLOADS), help="default: that of the device")
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -90,7 +90,7 @@ def _graph(call: Callable) -> Callable[[], float]:
 def show(title: str, taken: dict[str, list[float]], num_bytes: int) -> None:
     """Print a table. num_bytes: the least that any contender must read."""
     print(f"\n{title}: at least {num_bytes / 2**20:.1f} MiB to read")
-    print(f"{'':<24}{'median ms':>12}{'least':>12}{'most':>12}{'GB/s':>10}")
+    print(f"{'':<24}{'median ms':>12}{'min':>12}{'max':>12}{'GB/s':>10}")
     for name, values in taken.items():
         median = statistics.median(values)
         print(f"{name:<24}{median:>12.4f}{min(values):>12.4f}{max(values):>12.4f}{num_bytes / median / 1e6:>10.0f}")

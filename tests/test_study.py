@@ -82,10 +82,10 @@ def test_a_surrogate_without_a_ratio_makes_one_optimizer_step(tmp_path):
 def test_other_settings_and_failed_runs_are_refused(tmp_path):
     train = FakeTrain()
     run(tmp_path, train, presets=["grpo"])
-    with pytest.raises(ValueError, match="'num_steps': 4.* asked for is .*'num_steps': 5.*use another --out"):
+    with pytest.raises(ValueError, match="'num_steps': 4.* but this call has .*'num_steps': 5.*use another --out"):
         run(tmp_path, train, settings=SETTINGS | {"num_steps": 5})
     train.fails = True
-    with pytest.raises(ValueError, match="the run rloo-0 ended with status 2; .*rloo-0.log says why"):
+    with pytest.raises(ValueError, match="the run rloo-0 ended with status 2; .*rloo-0.log says why; rerun the same"):
         run(tmp_path, train, presets=["rloo"])
     with pytest.raises(ValueError, match="the run gspo-0 ended with status 2"):
         run(tmp_path / "other", parse_command, presets=["gspo"], settings=SETTINGS | {"options": ["--no-such-option"]})
@@ -96,7 +96,7 @@ def test_options_go_to_train_py_unless_the_study_decides_them(capsys):
     assert (chosen.seeds, chosen.options) == ([3], ["--rollout.group-size=4", "--optim.lr", "1e-4"])
     with pytest.raises(SystemExit):
         study.parse(["--out", "DIR", "--seed", "3", "--batch.minibatches=4"])
-    assert "--batch.minibatches, --seed: the study decides this" in capsys.readouterr().err
+    assert "--batch.minibatches, --seed: the study sets this for every run" in capsys.readouterr().err
 
 
 def a_row(preset, after, entropy):

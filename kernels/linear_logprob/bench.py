@@ -214,7 +214,7 @@ def show(results: list[dict]) -> None:
     """The table of one job at one shape."""
     first = results[0]
     print(f"\n{first['job']}: T={first['rows']:,} D={first['width']:,} V={first['vocabulary']:,}")
-    print(f"{'':<24}{'median ms':>10}{'least':>10}{'most':>10}{'peak MiB':>10}{'of limit':>10}{'gradient error':>16}")
+    print(f"{'':<24}{'median ms':>10}{'min':>10}{'max':>10}{'peak MiB':>10}{'of limit':>10}{'gradient error':>16}")
     for row in results:
         limit = "" if row["limit_fraction"] is None else f"{row['limit_fraction']:.0%}"
         error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
