@@ -7,7 +7,8 @@ Dynamic sampling draws groups that it drops: a first run counts them, and the ru
 steps as the budget allows. Test accuracy is of the checkpoint that validation chose. Unknown options go to train.py.
 
 DIR/study.jsonl has one row a run, DIR/runs/ the runs. Called again, it skips finished runs and resumes unfinished ones
-from their last checkpoint. The table and the plot are written to --page and beside it. Last line: JSON.
+from their last checkpoint. The table and the plot are written to --page and next to it; of a page that exists, only the
+part between BEGIN and END is replaced. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -34,6 +36,7 @@ from grpo.objectives import PRESETS
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo.yaml"
 OWN = {"--config", "--preset", "--seed", "--run-dir", "--resume", "--batch.minibatches", "--optim.warmup"}
+BEGIN, END = "<!-- begin: written by benchmarks.study -->", "<!-- end: written by benchmarks.study -->"
 COMPARED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
 
 Train = Callable[[list[str]], int]  # the command line of train.py -> its exit status
@@ -178,7 +181,8 @@ def draw_plot(rows: list[Row], path: Path) -> None:
 
 
 def write_page(rows: list[Row], page: Path, command: str) -> None:
-    """The table with what made it, and the plot beside it, where matplotlib is installed."""
+    """Write the table and what made it between BEGIN and END of the page, or at its end if it lacks them. The rest of
+    the page stays. The plot is written next to it, where matplotlib is installed."""
     plot = page.with_suffix(".png")
     page.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -188,9 +192,12 @@ def write_page(rows: list[Row], page: Path, command: str) -> None:
         picture = f"(no plot: {error.name} was not installed)\n"
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in rows))
     where = measured_on(default_device())
-    hardware = f"{where['device']}, {where['cpus']} cores, {where['threads']} threads a run"
-    made_by = f"`{command}`; {hardware}, torch {torch.__version__}, commit {commits}"
-    page.write_text(f"# The presets on the embedded task\n\n{table(rows)}\n\n{picture}\n{made_by}\n")
+    hardware = f"{where['device']}, {where['cpus']} cores, threads per run: {where['threads']}"
+    made_by = f"Table and plot by `{command}`; {hardware}, torch {torch.__version__}, commit {commits}"
+    part = f"{BEGIN}\n\n{table(rows)}\n\n{picture}\n{made_by}\n\n{END}"
+    text = page.read_text() if page.exists() else "# The presets on the embedded task\n"
+    replaced, count = re.subn(f"{BEGIN}.*?{END}", lambda _: part, text, flags=re.DOTALL)
+    page.write_text(replaced if count else f"{text.rstrip()}\n\n{part}\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

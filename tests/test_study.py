@@ -115,3 +115,21 @@ def test_the_table_by_hand_and_the_page(tmp_path):
     page = (tmp_path / "docs" / "study.md").read_text()
     assert study.table(rows) in page and "`python -m benchmarks.study --out DIR`" in page and "`c0ffee`" in page
     assert "![accuracy by preset](study.png)" in page and (tmp_path / "docs" / "study.png").stat().st_size > 10_000
+
+
+def test_what_a_person_wrote_around_the_table_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "draw_plot", lambda rows, path: None)
+    page, old, new = tmp_path / "study.md", [a_row("grpo", 0.5, 0.1)], [a_row("rloo", 0.25, 0.5)]
+    study.write_page(old, page, "first")
+    page.write_text(page.read_text().replace("embedded task\n", "embedded task\n\nBefore \\1.\n") + "\nAfter.\n")
+    study.write_page(new, page, "second")
+    text = page.read_text()
+    assert study.table(new) in text and study.table(old) not in text and "first" not in text
+    assert text.startswith("# The presets on the embedded task\n\nBefore \\1.\n") and text.endswith("\n\nAfter.\n")
+    page.write_text("A page of another kind.\n")
+    study.write_page(new, page, "third")
+    assert page.read_text().startswith("A page of another kind.\n\n") and study.table(new) in page.read_text()
+
+
+def test_the_page_in_docs_has_the_marks():
+    assert all((study.ROOT / "docs" / "study.md").read_text().count(mark) == 1 for mark in (study.BEGIN, study.END))
