@@ -82,7 +82,19 @@ class RolloutLoop:
         return live < SHRINK_BELOW * self.rows.size and (would_shrink or bool(self.waiting))
 
     def _reschedule(self) -> None:
-        """Fetch finished rows, compact those that stay, admit waiting groups."""
+        """Fetch finished rows, compact those that stay, admit waiting groups.
+
+        Example: 3 samples per problem, at most 6 sequences at a time. Problems 0 and 1 fill rows 0 to 5. Once sequences
+        0, 1, 2 (all of problem 0) and 4 have ended, 3 and 5 stay, in rows 3 and 5 of group 1, and problem 2 comes in:
+
+            sequence    3  5  6  7  8    problem * 3 + sample: index of the result
+            row         0  1  2  3  4    index in the buffers of the step and in the slab's suffixes
+            group       0  0  1  1  1    index in the slab's prefixes
+            seat_index  0  1  3  4  5    group * 3 seats + seat: group 0 leaves its third seat empty
+
+        `_arrange` assigns rows and seats; `_move` copies prefix 1 to 0, and rows 3 and 5 to 0 and 1; `_admit` reads the
+        prompt of problem 2 into prefix 1 and starts rows 2 to 4.
+        """
         old, group_size = self.rows, self.group_size
         alive = self.step.alive.cpu()[old.row]
         self._fetch(old.row[~alive], old.sequence[~alive])

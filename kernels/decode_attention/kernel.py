@@ -9,6 +9,15 @@ room for thousands of tokens, as at the end of a rollout: with one program per r
 Shapes alone decide the launch: nothing waits for the device, and a CUDA graph may capture it. What lies beyond a
 length is never loaded, whatever it holds; and blocks begin at fixed keys, so that a row's output does not depend on its
 neighbours.
+
+Example: 2 groups with 3 seats each, 5 rows with seat_index 0 1 3 4 5 (the third seat of group 0 is empty), 4 heads on 2
+kv heads of width 64 in bf16, prefixes of 256 keys and suffixes of 1,025. A tile has 8 seats x 2 heads = 16 query rows,
+so one tile holds a group. The programs of group 1 look for seat_index 3, 4 and 5: 2, 3 and 4 rows come before these, so
+rows 2, 3 and 4 sit there. In group 0 two rows come before seat_index 2, but row 2 has 3: that seat is empty.
+
+Prefixes are split into 2 chunks of 128 keys, suffixes into 2 of up to 576: parts = 4, and partial[row, head, part] is
+the output over prefix keys 0 to 127 (part 0) or 128 to 255 (1), or over suffix keys 0 to 575 (2) or from 576 on (3).
+lse[row, head, part] is its log-sum-exp, by which `attend_suffix` weighs the parts; it skips those beyond a length.
 """
 
 from __future__ import annotations

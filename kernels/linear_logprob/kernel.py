@@ -183,6 +183,15 @@ def row_gradients(
 
     logits: plain ones or, if TILES is not 0, as forward_spans keeps them in tiles of COLUMNS columns with offsets.
     gradients: the same memory; stride: from row to row, counted in elements of the gradients.
+
+    Example: a row of V = 8 fp32 logits z0 to z7, BLOCK = 4, bf16 gradients g0 to g7, of which two fit over one logit:
+
+        before    z0     z1     z2     z3     z4     z5     z6     z7
+        block 0   g0 g1  g2 g3  z2     z3     z4     z5     z6     z7
+        block 1   g0 g1  g2 g3  g4 g5  g6 g7  z4     z5     z6     z7
+
+    In block 0, g2 overwrites z1, which the thread of g1 may not have read yet: hence the barrier. Block 1 overwrites
+    z2 and z3, which block 0 has read. Logits in fp16 are as wide as their gradients and overwritten by their own.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -204,8 +213,7 @@ def row_gradients(
         if HAS_CAP:
             tanh = z / (softcap * inverse_temperature * LOG2E)
             gradient *= 1 - tanh * tanh
-        # A narrower gradient may overwrite logits of this block that other threads still have to read; never those of
-        # a later block.
+        # A narrower gradient may overwrite logits of this block that other threads have not read yet; never later ones.
         tl.debug_barrier()
         pointers = gradients + row * stride + column
         tl.store(pointers, (gradient * inverse_temperature).to(gradients.dtype.element_ty), mask=column < V)

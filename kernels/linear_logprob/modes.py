@@ -184,6 +184,10 @@ def _fold(
     """Log-probs, entropy and the gradients of hidden, weight and bias (None where `needs` is false), chunk by chunk.
 
     coefficients(statistics, rows): derivatives of the loss by each row's log-prob and entropy.
+
+    One buffer, [R, V], serves every chunk. It holds the chunk's logits (fp16 if fused, else fp32; rows.py turns them
+    into exponentials), then in their place the gradients, which the matmuls read (rows.py copies them if they have to
+    be narrower), then the next chunk's logits.
     """
     logprobs, entropy, buffer = _outputs(head, hidden)
     of_hidden, of_weight, of_bias = (
