@@ -100,7 +100,7 @@ def missing_to_launch() -> str | None:
     return None
 
 
-def _serves(op: str, impl: str, obstacle: str | None) -> bool:
+def _is_supported(op: str, impl: str, obstacle: str | None) -> bool:
     """Whether the kernel of `op` can serve this call. If not: ValueError for triton; for auto False, logged once."""
     if obstacle is None:
         return True
@@ -174,7 +174,7 @@ def _log_prob_head(
     if resolve("linear_logprob", impl, hidden.device).impl == "triton":
         from kernels.linear_logprob import kernel
 
-        if _serves("linear_logprob", impl, kernel.obstacle(hidden)):
+        if _is_supported("linear_logprob", impl, kernel.obstacle(hidden)):
             ops = kernel.ops_for(weight)
     return modes.Head(weight, bias, transform, ops, modes.rows_per_chunk(len(weight), hidden.device.type))
 
@@ -189,9 +189,9 @@ def decode_attention(
     if resolve("decode_attention", impl, query.device).impl == "triton":
         from kernels.decode_attention import kernel
 
-        if _serves("decode_attention", impl, kernel.obstacle(query, key, value, prefix, suffix)):
+        if _is_supported("decode_attention", impl, kernel.obstacle(query, key, value, prefix, suffix)):
             return kernel.decode_attention(query, key, value, prefix, suffix, **layout)
-    how = decode_attention_cpu.attend if decode_attention_cpu.serves(query, prefix, suffix, **layout) else None
+    how = decode_attention_cpu.attend if decode_attention_cpu.supports(query, prefix, suffix, **layout) else None
     return decode_attention_reference.decode_attention(query, key, value, prefix, suffix, how=how, **layout)
 
 
@@ -200,6 +200,6 @@ def sample_token(logits: Tensor, uniforms: Tensor, *, impl: str, **options) -> t
     if resolve("sample_token", impl, logits.device).impl == "triton":
         from kernels.sample_token import kernel
 
-        if _serves("sample_token", impl, kernel.obstacle(logits, **options)):
+        if _is_supported("sample_token", impl, kernel.obstacle(logits, **options)):
             return kernel.sample_token(logits, uniforms, temperature=options["temperature"])
     return sample_token_reference.sample_token(logits, uniforms, **options)

@@ -24,7 +24,7 @@ def forward(**options: bool) -> Kernel:
             "D": D,
             "HAS_BIAS": False,
             "HAS_CAP": False,
-            "KEEPS": False,
+            "KEEP_LOGITS": False,
             "UPCAST": False,
             "COLUMNS": kernel.SPAN,
             **TILE,
@@ -64,8 +64,8 @@ def gradients(logits: str, **options: bool | int) -> Kernel:
 
 KERNELS = {
     "forward, bias and cap": forward(HAS_BIAS=True, HAS_CAP=True),
-    "forward, keeping": forward(KEEPS=True),
-    "forward, keeping, bias and cap": forward(KEEPS=True, HAS_BIAS=True, HAS_CAP=True),
+    "forward, keeping": forward(KEEP_LOGITS=True),
+    "forward, keeping, bias and cap": forward(KEEP_LOGITS=True, HAS_BIAS=True, HAS_CAP=True),
     "merge": merge(),
     "statistics, cap": statistics(True),
     "gradients, entropy and cap": gradients("fp32", HAS_ENTROPY=True, HAS_CAP=True),

@@ -233,12 +233,12 @@ def test_the_cpu_path_is_exact_in_fp64_also_with_a_window_that_hides_nothing(mon
 @pytest.mark.parametrize("terms", [{"softcap": 1.5}, {"window": 15}])
 def test_the_cpu_path_leaves_to_the_definition_what_it_cannot_do(terms):
     case = make(4, 2, **SMALL)
-    assert not cpu.serves(case.query, case.prefix, case.suffix, **terms)
-    assert not cpu.serves(case.query.bfloat16(), case.prefix, case.suffix)
-    assert not cpu.serves(case.query.to("meta"), case.prefix, case.suffix), "of another device"
-    assert cpu.serves(case.query, case.prefix, case.suffix) == (DEVICE == "cpu")
+    assert not cpu.supports(case.query, case.prefix, case.suffix, **terms)
+    assert not cpu.supports(case.query.bfloat16(), case.prefix, case.suffix)
+    assert not cpu.supports(case.query.to("meta"), case.prefix, case.suffix), "of another device"
+    assert cpu.supports(case.query, case.prefix, case.suffix) == (DEVICE == "cpu")
     narrow = case.prefix[0], case.prefix[1][..., :8]  # values of another width
-    assert not cpu.serves(case.query, narrow, case.suffix)
+    assert not cpu.supports(case.query, narrow, case.suffix)
 
 
 def test_prefix_chunks_cover_every_key_once_and_fill_the_device():

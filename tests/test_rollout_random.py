@@ -50,7 +50,7 @@ def test_numbers_depend_on_problem_and_sample_only_not_on_company_or_length():
 @pytest.mark.parametrize("together", [1, 11, 12, 13, 24])
 def test_numbers_made_a_few_problems_at_a_time_are_the_same(together, monkeypatch):
     expected = draw(problems=range(5), positions=6)
-    monkeypatch.setattr(philox_module, "NUMBERS_TOGETHER", together)
+    monkeypatch.setattr(philox_module, "MAX_NUMBERS_AT_ONCE", together)
     assert torch.equal(draw(problems=range(5), positions=6), expected)
 
 
@@ -59,7 +59,7 @@ def test_never_more_numbers_are_at_work_than_a_bound(monkeypatch):
     spied = lambda counter, key: sizes.append(counter.numel() // 4) or philox(counter, key)
     monkeypatch.setattr(philox_module, "philox", spied)
     draw(problems=range(40), group_size=16, positions=16_385)
-    assert max(sizes) <= philox_module.NUMBERS_TOGETHER and sum(sizes) == 40 * 16 * 16_385
+    assert max(sizes) <= philox_module.MAX_NUMBERS_AT_ONCE and sum(sizes) == 40 * 16 * 16_385
 
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"step": 10}, {"stream": 1}, {"problems": (2, 3)}])

@@ -8,7 +8,7 @@ import torch
 
 from grpo import layers
 from grpo.rollout import engine, graphs, loop
-from grpo.rollout.schedule import bucket, ladder, seat
+from grpo.rollout.schedule import assign_seats, bucket, ladder
 from grpo.rollout.slab import KVSlab
 from tests import recorded_graph
 from tests.rollout_helpers import EOS, ids_of, problems, sampler, tiny_model
@@ -250,7 +250,7 @@ def test_buckets_are_8_16_and_multiples_of_32():
 
 def test_rows_without_an_owner_take_empty_seats_and_seat_indices_go_on_increasing():
     group = torch.tensor([0, 0, 2, 2, 2])  # of three groups with three seats: 0 1 _  _ _ _  6 7 8
-    seat_index, row = seat(group, 3, 7)
+    seat_index, row = assign_seats(group, 3, 7)
     assert seat_index.tolist() == [0, 1, 2, 3, 6, 7, 8] and row.tolist() == [0, 1, 4, 5, 6]
-    assert [x.tolist() for x in seat(group, 3, 5)] == [[0, 1, 6, 7, 8], [0, 1, 2, 3, 4]]
-    assert seat(group, 3, 9)[0].tolist() == list(range(9))
+    assert [x.tolist() for x in assign_seats(group, 3, 5)] == [[0, 1, 6, 7, 8], [0, 1, 2, 3, 4]]
+    assert assign_seats(group, 3, 9)[0].tolist() == list(range(9))

@@ -95,7 +95,7 @@ class Sampler:
         self.plan = Plan(**state["plan"]) if state["plan"] and is_ours else None
 
     def _limits(self) -> list[float | None]:
-        """The settings that a plan depends on, besides those that `Plan.serves` checks."""
+        """The settings that a plan depends on, besides those that `Plan.fits` checks."""
         return [self.rollout.group_size, self.rollout.max_sequences, self.rollout.kv_gib]
 
     def planned_bytes(self) -> int:
@@ -134,7 +134,7 @@ class Sampler:
         num_problems, suffix_size, old = len(problems), self.rollout.max_new_tokens + 1, self.plan
         round_up = bucket if self.has_fixed_shapes else lambda rows: rows
         has_rows_for_steps = old and round_up(old.num_rows) == old.num_rows  # not if made without buckets
-        if has_rows_for_steps and old.serves(num_problems, longest_prefix, suffix_size):
+        if has_rows_for_steps and old.fits(num_problems, longest_prefix, suffix_size):
             return
         if old:
             num_problems, longest_prefix = max(num_problems, old.num_problems), max(longest_prefix, old.prefix_size)

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grpo.records import Completion, Problem, common_length
 from grpo.rollout.philox import uniforms
-from grpo.rollout.schedule import SHRINK_BELOW, Rows, prefill_chunks, seat
+from grpo.rollout.schedule import SHRINK_BELOW, Rows, assign_seats, prefill_chunks
 from grpo.rollout.slab import Decode, Prefill
 from grpo.rollout.step import DecodeStep, forward
 
@@ -121,7 +121,7 @@ class RolloutLoop:
             return Rows.none()
         size = self.sampler.bucket(len(group))
         seats = self.group_size if self.sampler.has_fixed_shapes else int(torch.bincount(group).max())
-        seat_index, row = seat(group, seats, size)
+        seat_index, row = assign_seats(group, seats, size)
         self.step.seat_index[:size] = seat_index.to(self.device)
         return Rows(size, seats, row, sequence, group)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NUMBERS_TOGETHER = 2**20  # computed at a time: the arithmetic takes some 30 times the memory of its result
+MAX_NUMBERS_AT_ONCE = 2**20  # the arithmetic takes some 30 times the memory of its result
 TRAINING, EVALUATION = 0, 1  # streams: a word of the random counter, so that the two never share numbers
 
 
@@ -47,10 +47,10 @@ def uniforms(
     word = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
     sample, position = (torch.arange(count, device=device) for count in (group_size, positions))
     numbers = torch.empty(len(problems), group_size, positions, dtype=torch.float64, device=device)
-    together = max(1, NUMBERS_TOGETHER // (group_size * positions))
-    for start in range(0, len(problems), together):
-        some = slice(start, start + together)
-        counter = (word(problems[some])[:, None, None], sample[:, None], position, word(stream))
+    per_chunk = max(1, MAX_NUMBERS_AT_ONCE // (group_size * positions))
+    for start in range(0, len(problems), per_chunk):
+        chunk = slice(start, start + per_chunk)
+        counter = (word(problems[chunk])[:, None, None], sample[:, None], position, word(stream))
         words = philox(torch.stack(torch.broadcast_tensors(*counter), -1), (seed, step))
-        numbers[some] = ((words[..., 0] << 20 | words[..., 1] >> 12).double() + 0.5) * 2.0**-52
+        numbers[chunk] = ((words[..., 0] << 20 | words[..., 1] >> 12).double() + 0.5) * 2.0**-52
     return numbers.flatten(0, 1)

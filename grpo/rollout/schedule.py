@@ -30,7 +30,7 @@ def ladder(most: int) -> list[int]:
     return sizes
 
 
-def seat(group: Tensor, seats: int, size: int) -> tuple[Tensor, Tensor]:
+def assign_seats(group: Tensor, seats: int, size: int) -> tuple[Tensor, Tensor]:
     """Give each of `size` rows a seat in the grid of groups x seats; only n = len(group) of the rows have an owner.
 
     group: [n] int64, ascending, of each owner.  Returns seat_index [size] int64 (group * seats + seat), strictly

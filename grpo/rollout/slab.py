@@ -71,10 +71,10 @@ class Plan:
         """Bytes of the whole slab. token_bytes: of one token in all layers."""
         return token_bytes * (self.num_groups * self.prefix_size + self.num_rows * self.suffix_size)
 
-    def serves(self, num_problems: int, longest_prefix: int, suffix_size: int) -> bool:
+    def fits(self, num_problems: int, longest_prefix: int, suffix_size: int) -> bool:
         """Whether a call of this size can use this plan."""
-        fits = num_problems <= self.num_problems and longest_prefix <= self.prefix_size
-        return fits and suffix_size == self.suffix_size
+        is_large_enough = num_problems <= self.num_problems and longest_prefix <= self.prefix_size
+        return is_large_enough and suffix_size == self.suffix_size
 
 
 def make_plan(

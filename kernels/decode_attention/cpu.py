@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.decode_attention.reference import leave_seats, take_seats
+from kernels.decode_attention.reference import rows_to_seats, seats_to_rows
 
 
-def serves(query: Tensor, prefix: tuple, suffix: tuple, *, softcap=None, window=None, **layout) -> bool:
+def supports(query: Tensor, prefix: tuple, suffix: tuple, *, softcap=None, window=None, **layout) -> bool:
     """Whether `attend` can compute this call."""
     is_wide = window is None or window >= prefix[0].shape[2] + suffix[0].shape[2]  # so that it hides nothing
     is_plain = softcap is None and is_wide and prefix[0].shape[-1] == prefix[1].shape[-1]
@@ -32,8 +32,8 @@ def attend(
     scale: float,
     **others,
 ) -> Tensor:
-    """What reference.attend computes, for calls that `serves` accepts. The output of a row with an empty suffix may be
-    anything."""
+    """What reference.attend computes, for calls that `supports` accepts. The output of a row with an empty suffix may
+    be anything."""
     num_rows, num_heads, width = query.shape
     num_groups, kv_heads, longest, _ = prefix[0].shape
     query = query.reshape(num_rows, kv_heads, num_heads // kv_heads, width)
@@ -41,8 +41,8 @@ def attend(
     if longest:
         lengths = prefix_lengths.new_zeros(num_groups)
         lengths.scatter_reduce_(0, seat_index // seats, prefix_lengths, "amax")  # amax: an idle row may say 0
-        shared, shared_lse = _flash(take_seats(query, num_groups, seats, seat_index), prefix, lengths, scale)
-        shared, shared_lse = (leave_seats(part, seats, seat_index) for part in (shared, shared_lse[..., None]))
+        shared, shared_lse = _flash(rows_to_seats(query, num_groups, seats, seat_index), prefix, lengths, scale)
+        shared, shared_lse = (seats_to_rows(part, seats, seat_index) for part in (shared, shared_lse[..., None]))
         share = torch.sigmoid(shared_lse - lse[..., None])  # the prefix's share of the softmax's sum
         output = torch.lerp(output, shared, share)
     return output.reshape(num_rows, num_heads, width)

@@ -65,26 +65,26 @@ def attend(
     num_groups, kv_heads, prefix_size, _ = prefix_key.shape
     query = query.reshape(num_rows, kv_heads, num_heads // kv_heads, -1)
 
-    shared = _matmul_fp32(take_seats(query, num_groups, seats, seat_index), prefix_key)
-    scores = torch.cat([leave_seats(shared, seats, seat_index), _matmul_fp32(query, suffix_key)], -1) * scale
+    shared = _matmul_fp32(rows_to_seats(query, num_groups, seats, seat_index), prefix_key)
+    scores = torch.cat([seats_to_rows(shared, seats, seat_index), _matmul_fp32(query, suffix_key)], -1) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = _visible(prefix_lengths, suffix_lengths, prefix_size, suffix_key.shape[2], window)
     probs = scores.masked_fill_(~visible[:, None, None], -math.inf).softmax(-1).to(suffix_value.dtype)
 
-    shared = take_seats(probs[..., :prefix_size], num_groups, seats, seat_index) @ prefix_value
-    output = leave_seats(shared, seats, seat_index) + probs[..., prefix_size:] @ suffix_value
+    shared = rows_to_seats(probs[..., :prefix_size], num_groups, seats, seat_index) @ prefix_value
+    output = seats_to_rows(shared, seats, seat_index) + probs[..., prefix_size:] @ suffix_value
     return output.reshape(num_rows, num_heads, -1)
 
 
-def take_seats(rows: Tensor, num_groups: int, seats: int, seat_index: Tensor) -> Tensor:
+def rows_to_seats(rows: Tensor, num_groups: int, seats: int, seat_index: Tensor) -> Tensor:
     """[B, Hkv, R, N] -> [C, Hkv, seats * R, N]: the rows of a group stacked, empty seats 0."""
     if len(rows) < num_groups * seats:
         rows = rows.new_zeros(num_groups * seats, *rows.shape[1:]).index_copy_(0, seat_index, rows)
     return rows.unflatten(0, (num_groups, seats)).transpose(1, 2).flatten(2, 3)
 
 
-def leave_seats(grid: Tensor, seats: int, seat_index: Tensor) -> Tensor:
+def seats_to_rows(grid: Tensor, seats: int, seat_index: Tensor) -> Tensor:
     """[C, Hkv, seats * R, N] -> [B, Hkv, R, N], the inverse."""
     rows = grid.unflatten(2, (seats, -1)).transpose(1, 2).flatten(0, 1)
     return rows if len(seat_index) == len(rows) else rows[seat_index]

@@ -62,14 +62,14 @@ def _logprob_and_entropy(top, total, moment, chosen, target, V: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def forward_spans(
     hidden, weight, bias, target, partial, kept, offsets, num_rows, inverse_temperature, softcap,
-    V: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, KEEPS: tl.constexpr,
+    V: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, KEEP_LOGITS: tl.constexpr,
     UPCAST: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (row block, span): running sums over the span's tiles of logits, while they are in the registers.
 
     partial: [4, spans, T]: top, total, moment and the target's logit, 0 outside its span.  kept, offsets: [T, V] fp16
-    and [T, tiles] fp32, written if KEEPS: the logits minus their row's largest in the tile, and that largest.
+    and [T, tiles] fp32, written if KEEP_LOGITS: the logits minus their row's largest in the tile, and that largest.
     """
     # Row blocks come first in the grid: programs that run together read the same part of the weight from L2. Rows past
     # the end repeat the last one, and write the same.
@@ -101,7 +101,7 @@ def forward_spans(
         chosen += tl.sum(tl.where(column[None, :] == wanted[:, None], z, 0.0), 1)
         highest = tl.maximum(tl.max(z, 1), LOWEST)  # finite even where a bias of -inf bars a whole tile
         z -= highest[:, None]
-        if KEEPS:
+        if KEEP_LOGITS:
             block = kept + first_row.to(tl.int64) * V  # so that offsets within it fit into 32 bits
             pointers = block + (row - first_row)[:, None] * V + column[None, :]
             tl.store(pointers, tl.maximum(z, LOWEST_KEPT).to(kept.dtype.element_ty), mask=is_column[None, :])
@@ -136,9 +136,9 @@ def merge_spans(
         chosen += tl.load(pointers + 3 * step, mask=is_row, other=0.0)
         top, total, moment = _fold(top, total, moment, other_top, other_total, other_moment)
     wanted = tl.load(target + row, mask=is_row, other=0)
-    logprob, spread = _logprob_and_entropy(top, total, moment, chosen, wanted, V)
+    logprob, row_entropy = _logprob_and_entropy(top, total, moment, chosen, wanted, V)
     tl.store(logprobs + row, logprob, mask=is_row)
-    tl.store(entropy + row, spread, mask=is_row)
+    tl.store(entropy + row, row_entropy, mask=is_row)
     tl.store(tops + row, top, mask=is_row)
     tl.store(totals + row, total, mask=is_row)
 
@@ -166,9 +166,9 @@ def row_statistics(
     is_known = (wanted >= 0) & (wanted < V)
     raw = tl.load(logits + row * V + wanted, mask=is_known, other=0.0)
     chosen = _transform(raw, inverse_temperature, softcap, HAS_CAP)
-    logprob, spread = _logprob_and_entropy(row_top, row_total, row_moment, chosen, wanted, V)
+    logprob, row_entropy = _logprob_and_entropy(row_top, row_total, row_moment, chosen, wanted, V)
     tl.store(logprobs + row, logprob)
-    tl.store(entropy + row, spread)
+    tl.store(entropy + row, row_entropy)
     tl.store(tops + row, row_top)
     tl.store(totals + row, row_total)
 
@@ -243,7 +243,7 @@ def fused(
             hidden.contiguous(), weight.contiguous(), weight if bias is None else bias, target,
             partial, *kept, num_rows, *_scalars(transform),
             V=vocabulary, D=width, HAS_BIAS=bias is not None, HAS_CAP=transform.softcap is not None,
-            KEEPS=buffer is not None, COLUMNS=SPAN, **TILE,
+            KEEP_LOGITS=buffer is not None, COLUMNS=SPAN, **TILE,
             UPCAST=triton.knobs.runtime.interpret,  # else it multiplies the bit patterns of bf16
         )  # fmt: skip
         columns = (logprobs, entropy, tops, totals)

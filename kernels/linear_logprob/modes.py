@@ -190,7 +190,7 @@ def _fold(
     be narrower), then the next chunk's logits.
     """
     logprobs, entropy, buffer = _outputs(head, hidden)
-    of_hidden, of_weight, of_bias = (
+    hidden_gradient, weight_gradient, bias_gradient = (
         tensor.new_zeros(tensor.shape, dtype=dtype) if needed else None
         for tensor, dtype, needed in zip(
             (hidden, head.weight, head.bias), (hidden.dtype, logprobs.dtype, logprobs.dtype), needs, strict=True
@@ -200,15 +200,15 @@ def _fold(
         found = _statistics(head, hidden[rows], target[rows], buffer)
         logprobs[rows], entropy[rows] = found.logprobs, found.entropy
         g, h = coefficients(found, rows)
-        of_logits = head.ops.gradients(found, target[rows], head.transform, g, h, head.weight.dtype)
-        if of_hidden is not None:
-            _multiply(of_logits, head.weight, of_hidden[rows])
-        if of_weight is not None:
-            _add_product(of_logits.t(), hidden[rows], of_weight)
-        if of_bias is not None:
-            of_bias += of_logits.sum(0, dtype=of_bias.dtype)
+        logit_gradients = head.ops.gradients(found, target[rows], head.transform, g, h, head.weight.dtype)
+        if hidden_gradient is not None:
+            _multiply(logit_gradients, head.weight, hidden_gradient[rows])
+        if weight_gradient is not None:
+            _add_product(logit_gradients.t(), hidden[rows], weight_gradient)
+        if bias_gradient is not None:
+            bias_gradient += logit_gradients.sum(0, dtype=bias_gradient.dtype)
     cast = lambda gradient, like: None if gradient is None else gradient.to(like.dtype)
-    return logprobs, entropy, (of_hidden, cast(of_weight, head.weight), cast(of_bias, head.bias))
+    return logprobs, entropy, (hidden_gradient, cast(weight_gradient, head.weight), cast(bias_gradient, head.bias))
 
 
 def _differentiate(
