@@ -85,7 +85,7 @@ def tiles() -> list[dict[str, int]]:
     return [dict(zip(names, size, strict=False)) for size in sizes]
 
 
-def of_the_head(device: torch.device, shape: tuple[int, int, int]) -> Iterator[Iterator[Trial]]:
+def head_sweeps(device: torch.device, shape: tuple[int, int, int]) -> Iterator[Iterator[Trial]]:
     """Chunks of mode C; with Triton also the tiles of A and C, the rows' kernels and whether C's matmul is fused."""
     impl, width = "triton" if device.type == "cuda" else "torch", f"D={shape[1]}"
     if device.type == "cuda":
@@ -114,7 +114,7 @@ def of_the_head(device: torch.device, shape: tuple[int, int, int]) -> Iterator[I
         yield sweep(f"mode C, {width}", train, kernel, "MAX_FUSED_WIDTH", [0, 8192], device, in_graph=False)
 
 
-def of_decoding(device: torch.device) -> Iterator[Iterator[Trial]]:
+def decoding_sweeps(device: torch.device) -> Iterator[Iterator[Trial]]:
     """The kernels of a decode step, at the shapes of their benches."""
     from kernels.decode_attention import bench, kernel
     from kernels.sample_token import kernel as sampling
@@ -150,9 +150,9 @@ def main() -> int:
     arguments = parser.parse_args()
     device = default_device()
     shape = tuple(arguments.shape or head_bench.SHAPES[device.type][0])
-    sweeps, every = [of_the_head(device, shape)], []
+    sweeps, every = [head_sweeps(device, shape)], []
     if device.type == "cuda":
-        sweeps.append(of_decoding(device))
+        sweeps.append(decoding_sweeps(device))
     for sweep_of in (one for several in sweeps for one in several):
         trials = list(sweep_of)
         show(trials)

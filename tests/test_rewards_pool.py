@@ -217,13 +217,13 @@ def test_an_answer_that_is_there_counts_however_late_we_look(monkeypatch):
 
 
 def test_a_component_that_was_late_once_costs_one_deadline_for_each_hanging_completion(monkeypatch):
-    late, lose = [], Pool._lose
+    late, lose = [], Pool._fail_worker
 
     def count(pool, worker, *arguments):
         late.append(len(worker.calls[0].rows))
         lose(pool, worker, *arguments)
 
-    monkeypatch.setattr(Pool, "_lose", count)
+    monkeypatch.setattr(Pool, "_fail_worker", count)
     texts = ["hang" if i % 100 == 0 else "a" for i in range(600)]
     with Pool(workers=2, timeout_s=0.8, step_timeout_s=60) as pool:
         table = pool(texts, {}, {"words": Reward(functions.in_words, 1.0, batch_size=50)})

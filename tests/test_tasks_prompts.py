@@ -133,7 +133,7 @@ def test_a_chat_prompt_has_shots_as_earlier_turns_and_one_special_token(chat_tok
 
 @pytest.mark.parametrize("style", ["plain", "chat"])
 def test_problems_that_are_asked_together_are_asked_as_each_alone(chat_tokenizer, style, monkeypatch):
-    monkeypatch.setattr(prompts, "TOKENIZED_TOGETHER", 5)
+    monkeypatch.setattr(prompts, "TOKENIZE_BATCH", 5)
     ask, problems = prompter(Sums(), chat_tokenizer, style=style, shots=2), Sums().split("test")
     assert ask.ask(problems) == [ask(problem) for problem in problems] and ask.ask([]) == []
 

@@ -35,7 +35,7 @@ from grpo.tasks import Task, make_task
 from grpo.tasks.rows import as_text, read_jsonl
 
 PROBLEMS = 20  # of the validation split, tried if no file is given
-_READ = {  # field of a line: whether its value is valid
+_IS_VALID = {  # field of a line: whether its value is valid
     "completion": lambda value: isinstance(value, str),
     "answer": lambda value: as_text(value) is not None,
     "finish_reason": lambda value: isinstance(value, str | None),
@@ -128,8 +128,8 @@ def score_file(
 
 def _checked(row: dict, where: str) -> dict:
     """The row, or an error that says what is wrong with the line."""
-    for name, is_read in _READ.items():
-        if not is_read(row.get(name)):
+    for name, is_valid in _IS_VALID.items():
+        if not is_valid(row.get(name)):
             raise ValueError(
                 f"{where}: {name}={row.get(name)!r}; every line needs `completion`, a string, and `answer`, a string "
                 'or number; `finish_reason` is "stop", "eos" or "length", or left out'

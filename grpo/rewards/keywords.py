@@ -25,9 +25,9 @@ Pieces = list[tuple[int, str]]  # parts of a text: number of its words before th
 def stem(word: str) -> str:
     """The word without case and the commonest English endings: treats, treated, treating -> treat."""
     word = word.casefold()
-    for ending, instead in _ENDINGS:
+    for ending, replacement in _ENDINGS:
         if word.endswith(ending) and not word.endswith("ss") and len(word) - len(ending) >= 3:
-            return word[: -len(ending)] + instead
+            return word[: -len(ending)] + replacement
     return word
 
 
@@ -53,7 +53,7 @@ def _score(text: str, groups: list[list[str]], headings: list[str | None], order
     found = [match for match in matches if match]
     credit = sum(credit for _, credit in found)
     if ordered and found:
-        credit *= _longest_rise([position for position, _ in found]) / len(found)
+        credit *= _longest_increasing([position for position, _ in found]) / len(found)
     return credit / len(groups)
 
 
@@ -81,14 +81,14 @@ def _heading(text: str) -> str:
     return text[_LIST_MARK.match(text).end() :].strip(" \t#*").casefold()
 
 
-def _find(pieces: Pieces, group: list[list[str]], every: list[list[list[str]]]) -> tuple[int, float] | None:
+def _find(pieces: Pieces, group: list[list[str]], terms: list[list[list[str]]]) -> tuple[int, float] | None:
     """(number of its first word, credit) where a term of the group first earns most; None if it is nowhere."""
     matches = []
     for start, text in pieces:
         for words in map(stems, _SENTENCE_END.split(text)):
             positions = [position for term in group for position in _positions(words, term)]
             if positions:
-                matches.append((start + min(positions), 1.0 if _is_prose(words, every) else LIST_CREDIT))
+                matches.append((start + min(positions), 1.0 if _is_prose(words, terms) else LIST_CREDIT))
             start += len(words)
     return max(matches, key=lambda match: match[1], default=None)
 
@@ -97,12 +97,12 @@ def _positions(words: list[str], term: list[str]) -> list[int]:
     return [i for i in range(len(words) - len(term) + 1) if words[i : i + len(term)] == term]
 
 
-def _is_prose(words: list[str], every: list[list[list[str]]]) -> bool:
-    required = {i + k for group in every for term in group for i in _positions(words, term) for k in range(len(term))}
+def _is_prose(words: list[str], terms: list[list[list[str]]]) -> bool:
+    required = {i + k for group in terms for term in group for i in _positions(words, term) for k in range(len(term))}
     return len(words) >= SENTENCE_WORDS and 2 * len(required) <= len(words)
 
 
-def _longest_rise(positions: list[int]) -> int:
+def _longest_increasing(positions: list[int]) -> int:
     """Length of the longest strictly rising subsequence (patience sorting)."""
     tails: list[int] = []
     for position in positions:

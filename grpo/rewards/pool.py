@@ -33,7 +33,7 @@ from grpo.rewards.runner import Outcome, Reward, Table, log_once, take_rows
 from grpo.rewards.worker import READY, pack_function
 
 IMPORT_TIMEOUT_S = 60.0  # for a worker to start and import what defines a function; not part of a call's deadline
-RETRIED_TOGETHER = 8  # single completions in one job: few, so that those that hang spread over the workers
+RETRIES_PER_JOB = 8  # single completions in one job: few, so that those that hang spread over the workers
 MAX_DEFAULT_WORKERS = 16
 
 
@@ -132,7 +132,7 @@ class Work:
             self.table[call.rows[0]][call.component] = Outcome(math.nan, status)
         else:
             singles = call.one_by_one()
-            self.jobs += [singles[i : i + RETRIED_TOGETHER] for i in range(0, len(singles), RETRIED_TOGETHER)]
+            self.jobs += [singles[i : i + RETRIES_PER_JOB] for i in range(0, len(singles), RETRIES_PER_JOB)]
 
 
 class Pool:
@@ -153,20 +153,20 @@ class Pool:
 
     def __exit__(self, *exception: object) -> None:
         while self.workers:
-            self._drop(self.workers[0])
+            self._remove(self.workers[0])
 
     def __call__(self, completions: list[str], columns: dict[str, list], rewards: dict[str, Reward]) -> Table:
         work, end = Work(completions, columns, rewards), time.monotonic() + self.step_timeout_s
         work.divide(self.size)
         for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
-            self._drop(worker)  # died since the last call, killed for memory perhaps: not a completion's fault
+            self._remove(worker)  # died since the last call, killed for memory perhaps: not a completion's fault
         try:
             while time.monotonic() < end and (work.jobs or self._busy()):
                 self._dispatch(work)
                 self._collect(work, end)
         finally:  # late, or interrupted: what still runs is of no use to the next step
             for worker in self._busy():
-                self._drop(worker)
+                self._remove(worker)
         return work.table
 
     def _busy(self) -> list[Worker]:
@@ -191,16 +191,16 @@ class Pool:
         for worker in self._busy():
             is_late = worker.deadline <= time.monotonic()
             if is_late and not worker.connection.poll():  # an answer that is there counts, however late we look
-                self._lose(worker, work, TIMEOUT, "timeout", f"no answer within {self.timeout_s} s")
+                self._fail_worker(worker, work, TIMEOUT, "timeout", f"no answer within {self.timeout_s} s")
 
     def _receive(self, worker: Worker, connection: Connection, work: Work) -> None:
         try:
             data = connection.recv_bytes()
         except BlockingIOError:
-            self._lose(worker, work, TIMEOUT, "timeout", "the worker process stalled while sending its answer")
+            self._fail_worker(worker, work, TIMEOUT, "timeout", "the worker process stalled while sending its answer")
             return
         except (EOFError, OSError):
-            self._lose(worker, work, ERROR, "death", "the worker process died")
+            self._fail_worker(worker, work, ERROR, "death", "the worker process died")
             return
         if data == READY:
             worker.deadline = time.monotonic() + self.timeout_s
@@ -209,19 +209,19 @@ class Pool:
         if "outcomes" in answer:
             work.succeed(worker.calls.popleft(), answer["outcomes"])
         elif len(worker.calls[0].rows) > 1:
-            self._lose(worker, work, ERROR, **answer)
+            self._fail_worker(worker, work, ERROR, **answer)
         else:
             work.fail(worker.calls.popleft(), ERROR, **answer)
         worker.deadline = time.monotonic() + IMPORT_TIMEOUT_S
 
-    def _lose(self, worker: Worker, work: Work, status: str, kind: str, details: str) -> None:
+    def _fail_worker(self, worker: Worker, work: Work, status: str, kind: str, details: str) -> None:
         """Drop a worker whose first call failed; its other calls go to a fresh one."""
         work.fail(worker.calls.popleft(), status, kind, details)
         if worker.calls:
             work.jobs.appendleft(list(worker.calls))
-        self._drop(worker)
+        self._remove(worker)
 
-    def _drop(self, worker: Worker) -> None:
+    def _remove(self, worker: Worker) -> None:
         self.workers.remove(worker)
         worker.kill()
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENDLESS_POOL = 10_000  # exemplars from an endless training split come from its first problems
-TOKENIZED_TOGETHER = 256  # prompts a call, in which a tokenizer takes some hundred bytes of memory a token
+TOKENIZE_BATCH = 256  # prompts a call, in which a tokenizer takes some hundred bytes of memory a token
 QUESTIONS_TRIED = 64  # of a split, for length: the longest in tokens (in characters, Chinese ones would seem short)
 
 
@@ -79,7 +79,7 @@ class Prompter:
     def _encoded(self, texts: Iterable[str], **how: bool) -> Iterator[tuple[str, list[int]]]:
         """Each text and its token ids; many are tokenized together, because a tokenizer does so on all cores."""
         texts = iter(texts)
-        while some := list(islice(texts, TOKENIZED_TOGETHER)):
+        while some := list(islice(texts, TOKENIZE_BATCH)):
             yield from zip(some, self.tokenizer(some, **how)["input_ids"], strict=True)
 
     def _shots(self, problem: Problem) -> list[Problem]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from grpo.records import Problem
 
 ENDLESS_STRIDE = 1 << 20  # problems of an endless split that are reserved for one seed
-LEAST_CHANCE = 0.1  # one epoch in ten: a rate that is never measured again stays wrong while the policy moves on
+MIN_CHANCE = 0.1  # one epoch in ten: a rate that is never measured again stays wrong while the policy moves on
 STATE = ("position", "seed", "epoch", "skipped", "queue", "rates")
 
 
@@ -32,13 +32,13 @@ def drop_solved(rates: Tensor, target: float, rng: random.Random) -> Tensor:
 
 
 def target_rate(rates: Tensor, target: float, rng: random.Random) -> Tensor:
-    """Each problem with chance 1 - |rate - target| / max(target, 1 - target), at least LEAST_CHANCE; 1 for a new one.
+    """Each problem with chance 1 - |rate - target| / max(target, 1 - target), at least MIN_CHANCE; 1 for a new one.
 
     A rate of 0 or 1 has no spread and teaches nothing; the spread is largest at 0.5.
     """
     draws = torch.tensor([rng.random() for _ in range(len(rates))], dtype=torch.float64)
     nearness = 1 - (rates - target).abs() / max(target, 1 - target)
-    return draws < nearness.nan_to_num(1.0).clamp_min(LEAST_CHANCE)
+    return draws < nearness.nan_to_num(1.0).clamp_min(MIN_CHANCE)
 
 
 CURRICULA: dict[str, Callable[[Tensor, float, random.Random], Tensor]] = {  # rates [N] fp64 -> which are kept, [N] bool
