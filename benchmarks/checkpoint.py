@@ -85,8 +85,10 @@ def report(found: dict[str, list[float]], num_bytes: int, facts: dict) -> None:
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--width", type=int, default=512, help="of the model: 512 is 40 M parameters")
-    parser.add_argument("--rounds", type=int, default=5, help="alternations; medians are over these")
-    parser.add_argument("--folder", help="where to write; by default the temporary folder, which may be no real disk")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds, for medians")
+    parser.add_argument(
+        "--folder", help="where to write; by default the temporary folder, which may not be a real disk"
+    )
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     device = default_device()

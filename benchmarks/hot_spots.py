@@ -85,7 +85,7 @@ def show(name: str, result: dict) -> None:
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--count", type=int, default=12, help="kernels shown of each job")
+    parser.add_argument("--count", type=int, default=12, help="kernels to show per job")
     parser.add_argument("--tiny", action="store_true", help="small, to check that it runs")
     arguments = parser.parse_args()
     device = default_device()

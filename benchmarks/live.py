@@ -163,14 +163,14 @@ def report(found: Times, drawings: float) -> None:
             print("{}: {} / plain {:.4f}; so one view adds {:.2%} ({:.2%} to {:.2%})".format(clock, name, ratio, *adds))
             facts[f"{clock}, {name}"] = {"ratio": ratio, "interval": [low, high], "one_adds": adds, "squares": squares}
     share = median["drawn"]["in the view"] / median["drawn"]["CPU"]
-    print(f"{drawings:.1f} drawings a step; {share:.2%} of a step's CPU time passes in the view")
+    print(f"{drawings:.1f} drawings a step; {share:.2%} of a step's CPU time is spent in the view")
     facts |= {"share_in_the_view": share, "load": os.getloadavg()[0], "seconds": found}
     print(json.dumps(measured_on() | facts | {"threads": 1}))
 
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=30, help="of each training that count; a multiple of 3")
+    parser.add_argument("--steps", type=int, default=30, help="counted steps per training; a multiple of 3")
     parser.add_argument("--rounds", type=int, default=9, help="trainings; a multiple of 3")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

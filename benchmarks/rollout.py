@@ -229,7 +229,7 @@ def table(result: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="alternations (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="alternating rounds (default: 5)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="decode with compiled layers")
     parser.add_argument("--no-cuda-graph", action="store_true", help="decode eagerly on CUDA too")
     parser.add_argument("--deterministic", action="store_true", help="as with `deterministic: true` in a config")

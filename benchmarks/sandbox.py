@@ -33,7 +33,7 @@ def verdicts_per_second(pool: Pool, rewards: dict[str, Reward], count: int) -> f
     texts = [f"def add(a, b):\n    return a + b  # {time.perf_counter()} {i}" for i in range(count)]
     started = time.perf_counter()
     table = pool(texts, {"test_list": [ROW["test_list"]] * count}, rewards)
-    assert all(row[0] == (1.0, OK) for row in table), "an honest program did not pass"
+    assert all(row[0] == (1.0, OK) for row in table), "a correct program did not pass"
     return count / (time.perf_counter() - started)
 
 
@@ -42,7 +42,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--programs", type=int, default=40, help="programs in each measurement")
-    parser.add_argument("--rounds", type=int, default=5, help="alternations of one worker and the pool")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds of one worker and the pool")
     options = parser.parse_args()
     sandbox = find_sandbox("auto", 10.0)
     rewards = {"tests": Reward(partial(tests_passed, sandbox=sandbox), 1.0, batch_size=1)}

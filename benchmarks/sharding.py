@@ -88,7 +88,7 @@ def report(found: dict[str, dict[str, list[float]]], facts: dict) -> None:
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--width", type=int, default=384, help="of the model: 384 is 22 M parameters")
-    parser.add_argument("--rounds", type=int, default=10, help="alternations; medians are over these")
+    parser.add_argument("--rounds", type=int, default=10, help="alternating rounds, for medians")
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

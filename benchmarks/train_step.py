@@ -194,7 +194,7 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--prompt", type=int, default=800, help="prompt tokens")
     parser.add_argument("--group", type=int, default=8, help="completions of the prompt")
-    parser.add_argument("--rounds", type=int, default=5, help="alternations; medians are over these")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds, for medians")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = default_device()

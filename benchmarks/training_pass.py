@@ -155,13 +155,13 @@ def report(device: torch.device, taken: dict[str, list[float]], facts: dict[str,
         summary[name] = {"seconds": values, "median": median, "flops": count, "mfu": mfu}
         shown = f"{mfu:.0%}" if mfu else "-"
         print(f"{name:<22}{median:>10.3f}{min(values):>10.3f}{max(values):>10.3f}{count / 1e12:>10.2f}{shown:>8}")
-    print(f"graphs compiled: {facts['graphs']}, of which while timed: {facts['recompiled_while_timed']}")
+    print(f"graphs compiled: {facts['graphs']}, while timed: {facts['recompiled_while_timed']}")
     print(json.dumps(summary | facts | where))
 
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="alternations; medians are over these")
+    parser.add_argument("--repeats", type=int, default=5, help="alternating rounds, for medians")
     parser.add_argument("--arrangement", choices=ARRANGEMENTS, nargs="+", default=list(ARRANGEMENTS))
     parser.add_argument("--deterministic", action="store_true", help="as with `deterministic: true` in a config")
     parser.add_argument("--workload", choices=WORKLOADS, help="default: that of the device")

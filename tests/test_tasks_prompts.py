@@ -153,7 +153,7 @@ def test_a_chat_template_is_told_what_the_config_says(chat_tokenizer):
 
 @pytest.mark.parametrize("option", ["thinking=False", "thinking"])
 def test_an_option_that_is_not_json_is_refused(chat_tokenizer, option):
-    message = f"'{option}' is not name=value in JSON; enable_thinking=false and .* are"
+    message = f"'{option}' is not name=value with a JSON value; write enable_thinking=false or "
     with pytest.raises(ValueError, match=message):
         prompter(Sums(), chat_tokenizer, style="chat", template_options=(option,))
 

@@ -88,7 +88,7 @@ def test_a_function_that_cannot_take_completions_and_columns_is_refused_at_once(
     (tmp_path / "own.py").write_text(CALLS)
     called = r"but is called as function\(completions, \*\*columns\) with the columns answer, prompt, question"
     with pytest.raises(
-        ValueError, match=rf"reward '{name}' takes \({takes}\), {called}: {reason}.*; declare it \(comp"
+        ValueError, match=rf"reward '{name}' takes \({takes}\), {called}: {reason}.*; declare it as function\(comp"
     ):
         weights(functions=(f"{tmp_path}/own.py:{name}",))
 

@@ -432,7 +432,7 @@ def test_dry_run_prints_the_batch_and_the_memory_and_makes_nothing(workplace, ca
             ["--data.curriculum", "drop_solved"],
             "data.curriculum=drop_solved: the training split of this task is endless",
         ),
-        (["--rewards.functions", "grpo.rewards.matching:regex_format"], "argument: 'pattern'; declare it ("),
+        (["--rewards.functions", "grpo.rewards.matching:regex_format"], "argument: 'pattern'; declare it as function("),
         (["--model.path", "runs/nope"], "error: model 'runs/nope': no folder of that name is here, and the hub has no"),
     ],
 )

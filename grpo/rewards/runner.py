@@ -71,7 +71,8 @@ def refuse_uncallable(rewards: Mapping[str, Reward], columns: Iterable[str] | No
         except TypeError as error:
             raise ValueError(
                 f"reward {name!r} takes ({', '.join(signature.parameters)}), but is called as function(completions, "
-                f"**columns) with the columns {', '.join(sorted(names))}: {error}; declare it (completions, **columns)"
+                f"**columns) with the columns {', '.join(sorted(names))}: {error}; declare it as "
+                "function(completions, **columns)"
             ) from None
 
 

@@ -143,7 +143,7 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
         with attention_mode(model, SLAB), torch.no_grad(), torch.random.fork_rng(devices):
             if model.config._attn_implementation != SLAB:
                 name = type(model).__name__
-                raise ValueError(f"{name} does not let its attention be replaced, as rollout must; use another model")
+                raise ValueError(f"{name} does not let its attention be replaced, as rollout needs; use another model")
             yield
     finally:
         for module in in_training:

@@ -144,8 +144,8 @@ def _read_options(options: Sequence[str]) -> dict[str, Any]:
         try:
             found[name] = json.loads(value)
         except ValueError:
-            message = f"prompt.template_options: {option!r} is not name=value in JSON"
-            raise ValueError(f'{message}; enable_thinking=false and date="today" are') from None
+            message = f"prompt.template_options: {option!r} is not name=value with a JSON value"
+            raise ValueError(f'{message}; write enable_thinking=false or date="today"') from None
     return found
 
 
