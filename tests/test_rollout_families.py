@@ -113,11 +113,8 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, 
     "family, settings, message",
     [
         ("stablelm", {}, r"StableLmAttention does not receive the model's keyword arguments \(slab\)"),
-        (
-            "diffllama",
-            {},
-            "layer 0 attends twice in one forward pass|attention be replaced",
-        ),  # transformers 5.5: the second
+        # transformers 5.5: the second
+        ("diffllama", {}, "layer 0 attends twice in one forward pass|attention be replaced"),
         ("doge", {"keep_window_size": 8}, "DogeAttention wants a mask of its own"),
         (
             "qwen2_moe",
