@@ -396,7 +396,7 @@ def test_the_help_names_every_task_and_whose_config_holds(capsys):
         eval_command.parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"--task TASK {', '.join(TASKS)} or file.py:ClassName;" in shown
-    assert "The config of the first run folder (style, shots, length) holds for all models" in shown
+    assert "All models use the config (style, shots, length) of the first run folder" in shown
 
 
 def test_a_run_folder_stands_for_its_best_checkpoint_and_brings_its_task(tmp_path):
