@@ -58,7 +58,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
     groups, scores = [], []
     for _ in range(objective.max_draws if objective.dynamic_sampling else 1):
         with timer("rollout"):
-            problems = world.mine(run.stream.take(config.rollout.prompts_per_step))
+            problems = world.local_share(run.stream.take(config.rollout.prompts_per_step))
             with run.policy.at_hand():
                 new = run.sampler.generate(run.prompter.ask(problems), step)
             groups += new
@@ -78,7 +78,7 @@ def pick(run: Run, groups: list[Group], used: list[int]) -> list[Group]:
     """This rank's share of the groups at `used`, indices into those of all ranks. groups: its share of all drawn."""
     if len(used) == len(groups) * run.world.size:
         return groups
-    return run.world.deal(groups, used)
+    return run.world.redistribute(groups, used)
 
 
 def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Tensor, dict[str, float]]:
@@ -92,7 +92,7 @@ def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Ten
             run.log.say(check_first_batch(run.module, groups, world.device, run.layout))
     penalty = overlong_penalty(scores.lengths, config.rollout.max_new_tokens, objective.overlong_share)
     advantages = advantages_of(run, scores, penalty)
-    silent = None if objective.hears_all else world.mine(without_spread(advantages)).tolist()
+    silent = None if objective.hears_all else world.local_share(without_spread(advantages)).tolist()
     layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
     batch = pack(groups, **layout, silent=silent, max_over_ranks=world.max, device=world.device)
     fill_frozen(run.updater, batch, run.module, run.reference)
@@ -117,17 +117,17 @@ def advantages_of(run: Run, scores: Scores, penalty: Tensor | float = 0.0) -> Te
 
 def kl_penalty(run: Run, batch: Batch) -> Tensor:
     """beta * KL estimate, summed over each completion, to be subtracted from its reward: [P, G], of all ranks."""
-    mine = kl_by_completion(batch)
-    return run.updater.objective.beta * torch.stack(run.world.everyones(list(mine)))
+    local = kl_by_completion(batch)
+    return run.updater.objective.beta * torch.stack(run.world.gather_interleaved(list(local)))
 
 
 def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:
     """Write each token's advantage and final weight into the batch: aggregation, then masks and corrections."""
     objective, world = run.updater.objective, run.world
-    counted = counted_completions(groups, world.mine(scored), mask_truncated=objective.mask_truncated)
+    counted = counted_completions(groups, world.local_share(scored), mask_truncated=objective.mask_truncated)
     weigh(
         batch,
-        world.mine(advantages),
+        world.local_share(advantages),
         counted,
         aggregation=objective.aggregation,
         max_new_tokens=run.config.rollout.max_new_tokens,
@@ -144,11 +144,11 @@ def log_completions(run: Run, step: int, groups: list[Group], scores: Scores, ad
     world, wanted = run.world, run.config.log_groups
     if wanted == 0:
         return
-    mine = list(world.mine(range(len(advantages))[:wanted]))
-    num_with_tokens = len(world.mine(range(GROUPS_WITH_TOKENS)))
-    facts = (scores.pick(mine), advantages[mine], run.token_text)
-    lines = completion_lines(groups[: len(mine)], *facts, num_with_tokens=num_with_tokens)
-    run.log.log_completions(step, world.everyones(lines))
+    local = list(world.local_share(range(len(advantages))[:wanted]))
+    num_with_tokens = len(world.local_share(range(GROUPS_WITH_TOKENS)))
+    facts = (scores.pick(local), advantages[local], run.token_text)
+    lines = completion_lines(groups[: len(local)], *facts, num_with_tokens=num_with_tokens)
+    run.log.log_completions(step, world.gather_interleaved(lines))
 
 
 def train(run: Run, stop: StopRequest) -> int:
@@ -185,7 +185,7 @@ def run_command(command: Command, world: World) -> int:
         return 0
     run_dir, goes_on_from = open_run(replace(command, config=config), world)
     run = Run(config, objective, world, run_dir)
-    with run.pool, closing(run.log), world.naming_who_is_silent():
+    with run.pool, closing(run.log), world.naming_missing_ranks():
         if goes_on_from:
             load_checkpoint(run, goes_on_from)
         describe(run)

@@ -66,7 +66,7 @@ class World:
         dist.all_gather_object(items, item, group=self.cpu_group)
         return items
 
-    def agree(self, values: dict[str, object]) -> None:
+    def require_same(self, values: dict[str, object]) -> None:
         """ValueError, on every rank, if one has other values than rank 0: no later error would say so."""
         first, *others = self.gather({name: repr(value) for name, value in values.items()})  # repr: NaN equals NaN
         for rank, other in enumerate(others, 1):
@@ -85,11 +85,11 @@ class World:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             if time.monotonic() - began < 0.9 * wait_s:
-                raise TimeoutError(f"another rank has ended; what it said is the cause: {reason}") from error
-            raise TimeoutError(f"ranks wait {self.timeout_s:g} s (distributed.timeout_s) at most: {reason}") from error
+                raise TimeoutError(f"another rank failed; see its message (here: {reason})") from error
+            raise TimeoutError(f"timed out after {self.timeout_s:g} s (distributed.timeout_s): {reason}") from error
 
     @contextmanager
-    def naming_who_is_silent(self) -> Iterator[None]:
+    def naming_missing_ranks(self) -> Iterator[None]:
         """Within it, if a collective without a barrier (gradients, shards of weights) fails because a rank is missing,
         the others enter a barrier, which names it. With gloo only: NCCL ends the process itself."""
         try:
@@ -99,27 +99,27 @@ class World:
                 self.barrier(share=0.1)
             raise
 
-    def mine(self, items: Sequence | Tensor) -> Sequence | Tensor:
+    def local_share(self, items: Sequence | Tensor) -> Sequence | Tensor:
         """This rank's share: item i goes to rank i mod size."""
         return items[self.rank :: self.size]
 
-    def everyones(self, mine: list) -> list:
-        """The whole list again, on every rank: the inverse of `mine`."""
-        shares = self.gather(mine)
+    def gather_interleaved(self, share: list) -> list:
+        """The whole list again, on every rank: the inverse of `local_share`."""
+        shares = self.gather(share)
         whole = [None] * sum(len(share) for share in shares)
-        for rank, share in enumerate(shares):
-            whole[rank :: self.size] = share
+        for rank, items in enumerate(shares):
+            whole[rank :: self.size] = items
         return whole
 
-    def deal(self, mine: list, places: Sequence[int]) -> list:
-        """This rank's share of a selection: the items at `places` of the whole list, of which `mine` is this rank's
-        share. Only these are sent, and each rank unpickles only its own: all together may be gigabytes."""
+    def redistribute(self, share: list, chosen: Sequence[int]) -> list:
+        """This rank's share of a selection: the items at indices `chosen` of the whole list, of which `share` is this
+        rank's share. Only these are sent, and each rank unpickles only its own: all together may be gigabytes."""
         if self.size == 1:
-            return [mine[i] for i in places]
-        own, wanted = range(self.rank, self.size * len(mine), self.size), set(places)
-        packed = [pickle.dumps(item) if i in wanted else None for i, item in zip(own, mine, strict=True)]
-        everyones = self.everyones(packed)
-        return [pickle.loads(everyones[i]) for i in self.mine(places)]
+            return [share[i] for i in chosen]
+        indices, wanted = range(self.rank, self.size * len(share), self.size), set(chosen)
+        pickled = [pickle.dumps(item) if i in wanted else None for i, item in zip(indices, share, strict=True)]
+        whole = self.gather_interleaved(pickled)
+        return [pickle.loads(whole[i]) for i in self.local_share(chosen)]
 
     def after_writer(self, name: str, work: Callable[[], object]) -> object:
         """Rank 0 calls `work()`, and all ranks get its result. The others wait by polling, so that no collective times
@@ -138,7 +138,7 @@ class World:
 
 
 class StopRequest:
-    """Within it, Ctrl-C or SIGTERM asks all ranks to stop after the current step; a second one stops at once.
+    """Within it, Ctrl-C or SIGTERM asks all ranks to stop after the current step; a second one stops immediately.
 
     A step that has not ended `term_grace_s` seconds after SIGTERM is abandoned: the process exits with status 143, and
     a resumed run starts from the last checkpoint.
@@ -147,30 +147,30 @@ class StopRequest:
     def __init__(self, world: World, term_grace_s: float):
         self.world, self.signal = world, 0
         # A separate thread: Python runs a signal handler only after the current collective or kernel call returns.
-        self._last_call = threading.Timer(term_grace_s, self._leave)
-        self._last_call.daemon = True
+        self._deadline = threading.Timer(term_grace_s, self._abandon_step)
+        self._deadline.daemon = True
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._last_call.cancel()
+        self._deadline.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         self.signal = number
         signal.signal(number, signal.default_int_handler)
         if number == signal.SIGTERM:
-            self._last_call.start()
+            self._deadline.start()
         if self.world.is_writer:
-            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+            print("\nstopping after this step; repeat to stop immediately", file=sys.stderr, flush=True)
 
-    def _leave(self) -> None:
+    def _abandon_step(self) -> None:
         print(
-            f"rank {self.world.rank}: the step did not end within {self._last_call.interval:g} s of SIGTERM "
-            "(distributed.term_grace_s); --resume goes on from the last checkpoint, if there is one",
+            f"rank {self.world.rank}: the step did not end within {self._deadline.interval:g} s of SIGTERM "
+            "(distributed.term_grace_s); --resume continues from the last checkpoint, if there is one",
             file=sys.stderr,
             flush=True,
         )
@@ -209,7 +209,8 @@ def start(timeout_s: float = 1800.0) -> World:
     if size == 1:
         return World(0, 1, device)
     try:
-        return World(rank, size, device, _meet(device, timedelta(seconds=timeout_s)), timeout_s)
+        cpu_group = _join_process_group(device, timedelta(seconds=timeout_s))
+        return World(rank, size, device, cpu_group, timeout_s)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ConnectionError(
@@ -218,7 +219,7 @@ def start(timeout_s: float = 1800.0) -> World:
         ) from error
 
 
-def _meet(device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
+def _join_process_group(device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
     """Join the default process group; returns another for the CPU."""
     several_launchers = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
     if several_launchers and (interface := network_for_peers(os.environ["MASTER_ADDR"])):

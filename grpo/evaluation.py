@@ -83,10 +83,10 @@ def evaluate(
     sampler: Sampler, problems: list[Problem], score: Callable[[list[Group]], Scores], *, world: World, step: int = 0
 ) -> Evaluation:
     """Sample and score completions of `problems`, which have prompts; the sampler decides how many and how."""
-    groups = sampler.generate(world.mine(problems), step)
+    groups = sampler.generate(world.local_share(problems), step)
     scores = score(groups)
     rows = list(zip(groups, scores.components.tolist(), scores.total.tolist(), strict=True))
-    groups, components, totals = zip(*world.everyones(rows), strict=True)
+    groups, components, totals = zip(*world.gather_interleaved(rows), strict=True)
     components = torch.tensor(components, dtype=torch.float64)  # [N, samples, K]
     means = components.nanmean((0, 1)).tolist()
     completions = [completion for group in groups for completion in group.completions]

@@ -47,7 +47,7 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
 
     ValueError for what cannot work, before a run folder is made.
     """
-    world.agree({key: _without_place(key, value) for key, value in flat(asdict(config)).items()})
+    world.require_same({key: _without_place(key, value) for key, value in flat(asdict(config)).items()})
     check(config, world.size)
     functions, surrogate = config.rewards.functions, config.objective.surrogate
     config = replace(
@@ -119,7 +119,7 @@ class Run:
         fit = {"drop": config.data.drop_overlong, "say": self.log.say}
         self.problems = {name: self.prompter.fitting(problems, **fit) for name, problems in splits.items()}
         self.stream = make_stream(config, self.problems["train"])
-        world.agree({"training problems": self.stream.data})  # compared by a hash of questions and answers
+        world.require_same({"training problems": self.stream.data})  # compared by a hash of questions and answers
         # moving: the reference's own weights if it is refreshed (MovingReference), else None
         self.module, wrapped, self.reference, self.moving = build_models(config, world, policy, objective)
         self.log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")

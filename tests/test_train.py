@@ -245,7 +245,7 @@ def test_groups_that_are_used_go_to_their_ranks_and_into_the_file_in_order_howev
             log = SimpleNamespace(log_completions=lambda step, lines: written.extend(lines))
             config = SimpleNamespace(log_groups=log_groups)
             of_rank = SimpleNamespace(world=world, log=log, token_text=str, config=config)
-            share = train.pick(of_rank, world.mine(groups), used)
+            share = train.pick(of_rank, world.local_share(groups), used)
             train.log_completions(of_rank, 1, share, scores, advantages)
             return [group.index for group in share], written
 

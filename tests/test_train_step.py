@@ -290,7 +290,7 @@ def test_a_run_begins_with_a_test_or_its_checkpoint_and_ends_with_its_result_unl
 
     ends = lambda name: SimpleNamespace(close=lambda: calls.append(f"end of {name}"))
     run = SimpleNamespace(pool=closing(ends("pool")), log=ends("log"))
-    world = SimpleNamespace(is_writer=False, naming_who_is_silent=lambda: closing(ends("naming")))
+    world = SimpleNamespace(is_writer=False, naming_missing_ranks=lambda: closing(ends("naming")))
     for name in ("describe", "load_checkpoint", "before_training", "finish"):
         note(name)
     note("settle", (from_dict(SETTINGS), None))

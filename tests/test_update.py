@@ -63,12 +63,12 @@ def gathered(world, objective, batch, rewards, scored):
     """Advantages that need what other ranks know; where they do not, `rewards` stand for them."""
     if objective.kl_in_reward:
         kl = kl_by_completion(batch)
-        kl = torch.stack(world.everyones(list(kl)))
+        kl = torch.stack(world.gather_interleaved(list(kl)))
         return normalise(objective.advantages, rewards - objective.beta * kl, scored)
     if objective.advantages == "per_reward":
         components = torch.stack([rewards, rewards.flip(0)], -1)
         shares = {"components": components, "total": rewards, "scored": scored, "lengths": rewards, "truncated": scored}
-        shares = {name: world.mine(column) for name, column in shares.items()}
+        shares = {name: world.local_share(column) for name, column in shares.items()}
         status = [[["ok"] * 2] * GROUP_SIZE] * len(shares["total"])
         scores = merge_scores(world.gather(Scores(("a", "b"), (1.0, 2.0), status=status, **shares)))
         options = {"components": scores.components, "weights": scores.weights}
@@ -104,9 +104,9 @@ def one_update(
     wrapped = distribute(module, [policy], world, strategy)
     reference = LogprobModel(tiny_qwen2(seed=1).to(dtype), **options) if objective.beta else None
     advantages, scored = advantages_and_scored()
-    silent = None if objective.hears_all else world.mine((advantages == 0).all(1)).tolist()
+    silent = None if objective.hears_all else world.local_share((advantages == 0).all(1)).tolist()
     batch = pack(
-        world.mine(made_up_groups(NUM_GROUPS, GROUP_SIZE)),
+        world.local_share(made_up_groups(NUM_GROUPS, GROUP_SIZE)),
         minibatches=minibatches,
         passes=passes,
         tokens_per_micro_batch=budget,

@@ -49,12 +49,12 @@ class Trainee:
         scored = torch.ones(8, 4, dtype=torch.bool)
         scored[5, 1] = False
         sizes = {"minibatches": 2, "passes": 2, "tokens_per_micro_batch": self.updater.token_budget}
-        groups = self.world.mine(made_up_groups(8, 4))
+        groups = self.world.local_share(made_up_groups(8, 4))
         where = {"max_over_ranks": self.world.max, "device": self.world.device}
         batch = pack(groups, **sizes, layout=self.layout, **where)
         fill_frozen(self.updater, batch, self.module, self.reference)
         options = {"aggregation": "sequence_mean", "max_new_tokens": 12, "sum_over_ranks": self.world.sum}
-        weigh(batch, self.world.mine(advantages), self.world.mine(scored), **options)
+        weigh(batch, self.world.local_share(advantages), self.world.local_share(scored), **options)
         return batch
 
     def update(self, poison: float = 0.0, step: int = 7) -> dict[str, float]:
