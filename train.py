@@ -18,8 +18,14 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from grpo import distributed
-from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, without_spread, zero_spread_share
-from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
+from grpo.advantages import (
+    nonzero_groups_first,
+    normalise,
+    overlong_penalty,
+    zero_advantage_groups,
+    zero_advantage_share,
+)
+from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_per_completion, pack, weigh
 from grpo.command_line import Command, parse_command
 from grpo.distributed import StopRequest, World
 from grpo.dry_run import dry_run_report, model_facts
@@ -37,15 +43,15 @@ from grpo.update import fill_frozen, learning_rate, update_policy
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One rollout and the optimizer steps on it. Returns the metrics of this step; steps count from 1."""
     groups, drawn, drawn_advantages = draw(run, step)
-    used = fill_with_teaching(drawn_advantages, run.config.rollout.prompts_per_step)
+    used = nonzero_groups_first(drawn_advantages, run.config.rollout.prompts_per_step)
     groups, scores = pick(run, groups, used), drawn.pick(used)
     with run.log.timer("update"):
         advantages, metrics = learn(run, step, groups, scores)
     log_completions(run, step, groups, scores, advantages)
-    drawing = {"zero_spread_groups": zero_spread_share(drawn_advantages)}
-    drawing |= {"groups_dropped": 1 - len(used) / len(drawn_advantages), **run.stream.metrics()}
-    drawing |= length_metrics(drawn, training_seconds(run.log.timer.recent))
-    return {**drawn.means(), **drawing, **metrics}
+    draw_metrics = {"zero_spread_groups": zero_advantage_share(drawn_advantages)}
+    draw_metrics |= {"groups_dropped": 1 - len(used) / len(drawn_advantages), **run.stream.metrics()}
+    draw_metrics |= length_metrics(drawn, training_seconds(run.log.timer.recent))
+    return {**drawn.means(), **draw_metrics, **metrics}
 
 
 def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
@@ -68,8 +74,8 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
             refuse_unscored(scores[-1], config.rewards.max_unscored)
             run.stream.remember(scores[-1].pass_rates(CORRECTNESS))
         drawn = join_scores(scores)
-        advantages = advantages_of(run, drawn)
-        if (~without_spread(advantages)).sum() >= config.rollout.prompts_per_step:
+        advantages = compute_advantages(run, drawn)
+        if (~zero_advantage_groups(advantages)).sum() >= config.rollout.prompts_per_step:
             break
     return groups, drawn, advantages
 
@@ -91,14 +97,15 @@ def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Ten
         with run.policy.at_hand():
             run.log.say(check_first_batch(run.module, groups, world.device, run.layout))
     penalty = overlong_penalty(scores.lengths, config.rollout.max_new_tokens, objective.overlong_share)
-    advantages = advantages_of(run, scores, penalty)
-    silent = None if objective.hears_all else world.local_share(without_spread(advantages)).tolist()
+    advantages = compute_advantages(run, scores, penalty)
+    is_zero = world.local_share(zero_advantage_groups(advantages)).tolist()
+    skipped = None if objective.needs_zero_advantage_groups else is_zero
     layout = asdict(config.batch) | {"layout": run.layout, "tokens_per_micro_batch": run.updater.token_budget}
-    batch = pack(groups, **layout, silent=silent, max_over_ranks=world.max, device=world.device)
+    batch = pack(groups, **layout, skipped=skipped, max_over_ranks=world.max, device=world.device)
     fill_frozen(run.updater, batch, run.module, run.reference)
     if objective.kl_in_reward:
-        advantages = advantages_of(run, scores, penalty - kl_penalty(run, batch))
-    set_weights(run, batch, groups, advantages, scores.scored)
+        advantages = compute_advantages(run, scores, penalty - kl_penalty(run, batch))
+    set_token_weights(run, batch, groups, advantages, scores.scored)
     torch.manual_seed(hash((config.seed, step, world.rank)))  # so that a resumed run repeats its dropout
     lr = learning_rate(step, config.optim, config.num_steps)
     metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
@@ -109,7 +116,7 @@ def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Ten
     return advantages, metrics | {"lr": lr}
 
 
-def advantages_of(run: Run, scores: Scores, penalty: Tensor | float = 0.0) -> Tensor:
+def compute_advantages(run: Run, scores: Scores, penalty: Tensor | float = 0.0) -> Tensor:
     """Advantages of all ranks' groups, [P, G], from their total rewards plus `penalty` ([P, G] or a number)."""
     by_component = {"components": scores.components, "weights": scores.weights}
     return normalise(run.updater.objective.advantages, scores.total + penalty, scores.scored, **by_component)
@@ -117,11 +124,11 @@ def advantages_of(run: Run, scores: Scores, penalty: Tensor | float = 0.0) -> Te
 
 def kl_penalty(run: Run, batch: Batch) -> Tensor:
     """beta * KL estimate, summed over each completion, to be subtracted from its reward: [P, G], of all ranks."""
-    local = kl_by_completion(batch)
+    local = kl_per_completion(batch)
     return run.updater.objective.beta * torch.stack(run.world.gather_interleaved(list(local)))
 
 
-def set_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:
+def set_token_weights(run: Run, batch: Batch, groups: list[Group], advantages: Tensor, scored: Tensor) -> None:
     """Write each token's advantage and final weight into the batch: aggregation, then masks and corrections."""
     objective, world = run.updater.objective, run.world
     counted = counted_completions(groups, world.local_share(scored), mask_truncated=objective.mask_truncated)

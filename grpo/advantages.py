@@ -111,20 +111,20 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, share: float) -> Tens
     return -((lengths - max_new_tokens + buffer) / buffer).clamp(0, 1) if share else torch.zeros(lengths.shape)
 
 
-def fill_with_teaching(advantages: Tensor, num_groups: int) -> list[int]:
-    """Indices of the first num_groups groups that have spread, filled up with the first of the others if too few do.
+def nonzero_groups_first(advantages: Tensor, num_groups: int) -> list[int]:
+    """Indices of the first num_groups groups with a non-zero advantage, filled up with the first others if too few.
 
     advantages: [drawn, G].  The indices are in the order drawn (DAPO's dynamic sampling, arXiv:2503.14476).
     """
-    order = without_spread(advantages).to(torch.int8).argsort(stable=True)
+    order = zero_advantage_groups(advantages).to(torch.int8).argsort(stable=True)
     return sorted(order[:num_groups].tolist())
 
 
-def zero_spread_share(advantages: Tensor) -> float:
-    """Share of groups without spread: all their advantages, of [P, G], are 0."""
-    return without_spread(advantages).float().mean().item()
+def zero_advantage_share(advantages: Tensor) -> float:
+    """Share of groups whose advantages, of [P, G], are all 0."""
+    return zero_advantage_groups(advantages).float().mean().item()
 
 
-def without_spread(advantages: Tensor) -> Tensor:
+def zero_advantage_groups(advantages: Tensor) -> Tensor:
     """Which groups have only advantages of 0, and so no policy gradient.  [P, G] -> [P] bool."""
     return (advantages == 0).all(1)

@@ -58,13 +58,13 @@ def pack(
     max_over_ranks: Reduce,
     device: torch.device,
     layout: str = "packed",
-    silent: Sequence[bool] | None = None,
+    skipped: Sequence[bool] | None = None,
 ) -> Batch:
     """Lay out this rank's groups: passes * minibatches optimizer steps, equally many micro-batches on all ranks.
 
     A minibatch is a contiguous block of prompts, whatever the number of ranks W: prompt i is on rank i mod W, so a
     rank's share of the block is a contiguous block of its own groups. tokens_per_micro_batch counts tokens as laid out,
-    padding included; a single longer sequence gets a micro-batch to itself. silent: groups that contribute no gradient
+    padding included; a single longer sequence gets a micro-batch to itself. skipped: groups that contribute no gradient
     and are left out.
     """
     if len(groups) % minibatches:
@@ -76,8 +76,8 @@ def pack(
     minibatch_groups = [range(start, start + per_minibatch) for start in range(0, len(groups), per_minibatch)]
     steps = []
     for chosen in minibatch_groups:
-        heard = [g for g in chosen if silent is None or not silent[g]]
-        shares = divide(heard, groups, tokens_per_micro_batch, max_over_ranks)
+        kept = [g for g in chosen if skipped is None or not skipped[g]]
+        shares = divide(kept, groups, tokens_per_micro_batch, max_over_ranks)
         filler = functools.partial(dummy, build, groups[chosen.start], device)
         steps.append([build(groups, share, device) if share else filler() for share in shares])
     lengths = torch.tensor([[len(completion.ids) for completion in group.completions] for group in groups])
@@ -319,7 +319,7 @@ def counted_completions(groups: list[Group], scored: Tensor, *, mask_truncated: 
     return scored & torch.tensor(finished) if mask_truncated else scored
 
 
-def kl_by_completion(batch: Batch) -> Tensor:
+def kl_per_completion(batch: Batch) -> Tensor:
     """Sum over each completion's tokens of old - ref, the k1 estimate of KL(policy || ref), in nats.
 
     Returns [groups of this rank, G]. For the KL in the reward (kl_where=reward), before advantages are computed.

@@ -82,7 +82,7 @@ class Objective:
         return self.kl_in_loss or self.entropy_bonus != 0 or self.surrogate not in SURROGATES
 
     @property
-    def hears_all(self) -> bool:
+    def needs_zero_advantage_groups(self) -> bool:
         """Groups whose advantages are all 0 must be computed, too: for their gradient, or for their old log-probs or
         entropies. Otherwise they are left out of the batch."""
         return self.acts_without_advantage or self.needs_frozen_pass

@@ -198,7 +198,7 @@ class Batch:
 
     optimizer_steps: list[list[MicroBatch]]  # those of one pass
     passes: int
-    groups: list[range]  # of each optimizer step: indices into this rank's list, silent groups included
+    groups: list[range]  # of each optimizer step: indices into this rank's list, skipped groups included
     lengths: Tensor  # [groups of this rank, G] int64: tokens of each completion
     made_of: list[Group] = field(default_factory=list)  # this rank's list: kept for repacking in smaller micro-batches
 

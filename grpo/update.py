@@ -300,7 +300,7 @@ def token_statistics(
         "mismatch": total(mismatch.abs()),
         "mismatch_kl": total(kl_k3(tokens.sampler, old)),
         "mismatch_outside": total((mismatch.abs() > math.log(1.25)).to(logprobs.dtype)),
-        "teaching_tokens": (tokens.active & (tokens.advantage != 0)).sum(),
+        "nonzero_advantage_tokens": (tokens.active & (tokens.advantage != 0)).sum(),
         "ratio_max": largest(ratio),
         "mismatch_max": largest(mismatch.abs()),
     }
@@ -341,7 +341,7 @@ def take_step(updater: Updater, sums: dict[str, float], *, step: int) -> float:
             f"the gradient norm is {norm} at training step {step} though the loss {sums['loss']} is finite; "
             "lower optim.lr or raise objective.beta"
         )
-    if sums["tokens"] and (sums["teaching_tokens"] or updater.objective.acts_without_advantage):
+    if sums["tokens"] and (sums["nonzero_advantage_tokens"] or updater.objective.acts_without_advantage):
         updater.optimizer.step()
         updater.refresh()
     return norm
@@ -356,7 +356,7 @@ def summarise(totals: dict[str, float]) -> dict[str, float]:
     if "tokens" not in totals:
         return {**skipped, "loss": math.nan, "grad_norm": math.nan}
     tokens, steps = totals.pop("tokens") or math.nan, totals.pop("optimizer_steps")
-    totals.pop("teaching_tokens")
+    totals.pop("nonzero_advantage_tokens")
     per_step = {"loss", "grad_norm"}
     return skipped | {
         name: value if name.endswith("_max") else value / (steps if name in per_step else tokens)

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.advantages import fill_with_teaching, normalise, overlong_penalty, without_spread, zero_spread_share
+from grpo.advantages import (
+    nonzero_groups_first,
+    normalise,
+    overlong_penalty,
+    zero_advantage_groups,
+    zero_advantage_share,
+)
 
 
 def all_scored(rewards):
@@ -159,13 +165,13 @@ def leave_one_out(rewards, scored):
 
 def test_zero_spread_share_counts_groups_without_a_difference():
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.5, 0.5], [0.0, 0.5]])
-    assert zero_spread_share(normalise("group", rewards, all_scored(rewards))) == 0.5
+    assert zero_advantage_share(normalise("group", rewards, all_scored(rewards))) == 0.5
 
 
 def test_a_group_teaches_though_one_of_its_completions_is_at_the_mean():
     rewards = torch.tensor([[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]])
     advantages = normalise("group", rewards, all_scored(rewards))
-    assert advantages[0, 1] == 0 and without_spread(advantages).tolist() == [False, True]
+    assert advantages[0, 1] == 0 and zero_advantage_groups(advantages).tolist() == [False, True]
 
 
 def test_of_per_reward_groups_teach_whose_components_differ_though_their_rewards_are_equal():
@@ -174,7 +180,7 @@ def test_of_per_reward_groups_teach_whose_components_differ_though_their_rewards
     assert rewards.tolist() == [[2, 2], [3, 3]]
     by_component = {"components": components, "weights": (1.0, 2.0)}
     advantages = normalise("per_reward", rewards, all_scored(rewards), **by_component)
-    assert zero_spread_share(advantages) == 0.5 and fill_with_teaching(advantages, 1) == [0]
+    assert zero_advantage_share(advantages) == 0.5 and nonzero_groups_first(advantages, 1) == [0]
 
 
 def test_the_overlong_penalty_falls_in_a_line_over_the_last_fifth():
@@ -187,9 +193,9 @@ def test_the_overlong_penalty_falls_in_a_line_over_the_last_fifth():
 def test_groups_that_teach_come_first_and_the_others_only_fill():
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.5, 1.0]])
     advantages = normalise("group", rewards, all_scored(rewards))
-    assert fill_with_teaching(advantages, 2) == [1, 3]  # the surplus group 4 is dropped
-    assert fill_with_teaching(advantages, 4) == [0, 1, 3, 4]
-    assert fill_with_teaching(advantages, 5) == [0, 1, 2, 3, 4]
+    assert nonzero_groups_first(advantages, 2) == [1, 3]  # the surplus group 4 is dropped
+    assert nonzero_groups_first(advantages, 4) == [0, 1, 3, 4]
+    assert nonzero_groups_first(advantages, 5) == [0, 1, 2, 3, 4]
     scored = all_scored(rewards)
     scored[1, 0] = False  # with one score left there is nothing to compare
-    assert fill_with_teaching(normalise("group", rewards, scored), 2) == [3, 4]
+    assert nonzero_groups_first(normalise("group", rewards, scored), 2) == [3, 4]

@@ -114,7 +114,7 @@ def test_a_rank_with_less_work_spreads_it_over_as_many_micro_batches_and_fills_u
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_silent_group_is_in_no_micro_batch_and_still_in_the_denominators(layout):
     groups = made_up_groups(4)
-    batch = packed(groups, 60, layout, silent=[False, True, True, False])
+    batch = packed(groups, 60, layout, skipped=[False, True, True, False])
     assert {g for micro_batch in batch.micro_batches for g, _ in micro_batch.sequences} == {0, 3}
     options = {"aggregation": "constant", "max_new_tokens": 12, "sum_over_ranks": lambda tensor: tensor}
     weigh(batch, torch.ones(4, 4), torch.ones(4, 4, dtype=torch.bool), **options)
@@ -124,7 +124,7 @@ def test_a_silent_group_is_in_no_micro_batch_and_still_in_the_denominators(layou
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_rank_whose_groups_are_all_silent_gets_one_dummy(layout):
-    (only,) = packed(made_up_groups(2), 60, layout, silent=[True, True]).micro_batches
+    (only,) = packed(made_up_groups(2), 60, layout, skipped=[True, True]).micro_batches
     assert not only.sequences
 
 

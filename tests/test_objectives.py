@@ -357,14 +357,14 @@ def test_what_a_row_needs_from_the_others():
     assert [name for name in objectives.PRESETS if resolve(name).needs_whole_sequences] == ["gspo"]
     assert not resolve("grpo").needs_frozen_pass and resolve("grpo", mismatch="sequence_mask").needs_frozen_pass
     assert resolve("dr_grpo", entropy_bonus=0.01).acts_without_advantage
-    assert not resolve("dr_grpo").hears_all
+    assert not resolve("dr_grpo").needs_zero_advantage_groups
 
 
 def test_a_users_surrogate_is_heard_and_steps_without_advantages_too(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(OWN)
     mine = resolve("dr_grpo", surrogate=f"{file}:squared")
-    assert mine.hears_all and mine.acts_without_advantage
+    assert mine.needs_zero_advantage_groups and mine.acts_without_advantage
 
 
 def test_reinforce_makes_one_step_on_a_rollout_and_says_why():

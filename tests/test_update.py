@@ -12,7 +12,7 @@ import torch
 
 from grpo import update
 from grpo.advantages import normalise
-from grpo.batch import LAYOUTS, kl_by_completion, pack, padded_rows, weigh
+from grpo.batch import LAYOUTS, kl_per_completion, pack, padded_rows, weigh
 from grpo.config import OptimConfig
 from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, frozen_logprobs
@@ -62,7 +62,7 @@ def advantages_and_scored():
 def gathered(world, objective, batch, rewards, scored):
     """Advantages that need what other ranks know; where they do not, `rewards` stand for them."""
     if objective.kl_in_reward:
-        kl = kl_by_completion(batch)
+        kl = kl_per_completion(batch)
         kl = torch.stack(world.gather_interleaved(list(kl)))
         return normalise(objective.advantages, rewards - objective.beta * kl, scored)
     if objective.advantages == "per_reward":
@@ -104,7 +104,7 @@ def one_update(
     wrapped = distribute(module, [policy], world, strategy)
     reference = LogprobModel(tiny_qwen2(seed=1).to(dtype), **options) if objective.beta else None
     advantages, scored = advantages_and_scored()
-    silent = None if objective.hears_all else world.local_share((advantages == 0).all(1)).tolist()
+    skipped = None if objective.needs_zero_advantage_groups else world.local_share((advantages == 0).all(1)).tolist()
     batch = pack(
         world.local_share(made_up_groups(NUM_GROUPS, GROUP_SIZE)),
         minibatches=minibatches,
@@ -113,7 +113,7 @@ def one_update(
         max_over_ranks=world.max,
         device=world.device,
         layout=layout,
-        silent=silent,
+        skipped=skipped,
     )
     frozen_logprobs(batch, module, reference, always_policy=objective.needs_frozen_pass)
     advantages = gathered(world, objective, batch, advantages, scored)
@@ -310,14 +310,15 @@ def test_statistics_of_tokens_are_sums_over_the_counted_by_hand():
         "mismatch": 1,
         "mismatch_kl": 2 * (math.exp(0.5) - 1 - 0.5),
         "mismatch_outside": 2,
-        "teaching_tokens": 2,
+        "nonzero_advantage_tokens": 2,
         "ratio_max": 2,
         "mismatch_max": 0.5,
     }
 
 
 def test_a_summary_is_means_over_tokens_but_for_loss_norm_and_maxima():
-    totals = {"tokens": 10, "optimizer_steps": 2, "skipped_steps": 1, "teaching_tokens": 4, "entropy": 5.0, "active": 8}
+    totals = {"tokens": 10, "optimizer_steps": 2, "skipped_steps": 1, "entropy": 5.0, "active": 8}
+    totals["nonzero_advantage_tokens"] = 4
     totals |= {"loss": 0.5, "grad_norm": 3.0, "ratio_max": 7.0}
     assert summarise(dict(totals)) == {
         "skipped_steps": 1,

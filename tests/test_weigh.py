@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_by_completion, pack, weigh
+from grpo.batch import correct_mismatch, counted_completions, keep_high_entropy, kl_per_completion, pack, weigh
 from grpo.objectives import PRESETS, resolve
 from grpo.update import weighted_loss
 from tests.ranks import Ranks
@@ -130,7 +130,7 @@ def test_kl_by_completion_sums_old_minus_ref():
     tokens.ref = torch.zeros(5)
     column = {0: [0.5, 0.25], 1: [1.0, 2.0, -0.5]}
     tokens.old = torch.cat([torch.tensor(column[sample]) for _, sample in sequences])
-    assert kl_by_completion(batch).tolist() == [[0.75, 2.5]]
+    assert kl_per_completion(batch).tolist() == [[0.75, 2.5]]
 
 
 def bigram(seed):
