@@ -65,7 +65,7 @@ def draw(run: Run, step: int) -> tuple[list[Group], Scores, Tensor]:
     for _ in range(objective.max_draws if objective.dynamic_sampling else 1):
         with timer("rollout"):
             problems = world.local_share(run.stream.take(config.rollout.prompts_per_step))
-            with run.policy.at_hand():
+            with run.policy.weights_loaded():
                 new = run.sampler.generate(run.prompter.ask(problems), step)
             groups += new
             world.barrier()  # waiting for the slowest rank counts as rollout time, not as scoring
@@ -94,7 +94,7 @@ def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Ten
     """
     config, world, objective = run.config, run.world, run.updater.objective
     if step == run.first_step:
-        with run.policy.at_hand():
+        with run.policy.weights_loaded():
             run.log.say(check_first_batch(run.module, groups, world.device, run.layout))
     penalty = overlong_penalty(scores.lengths, config.rollout.max_new_tokens, objective.overlong_share)
     advantages = compute_advantages(run, scores, penalty)
@@ -109,8 +109,8 @@ def learn(run: Run, step: int, groups: list[Group], scores: Scores) -> tuple[Ten
     torch.manual_seed(hash((config.seed, step, world.rank)))  # so that a resumed run repeats its dropout
     lr = learning_rate(step, config.optim, config.num_steps)
     metrics = update_policy(run.updater, batch, step=step, lr=lr, progress=run.log.progress)
-    if run.moving and step % objective.ref_refresh_every == 0:
-        run.moving.follow(run.policy, objective.ref_mix)
+    if run.moving_reference and step % objective.ref_refresh_every == 0:
+        run.moving_reference.follow(run.policy, objective.ref_mix)
     if objective.overlong_share:
         metrics["overlong_penalty"] = penalty.mean().item()
     return advantages, metrics | {"lr": lr}

@@ -212,7 +212,7 @@ def measure(name: str, sizes: tuple[int, ...], device: torch.device, repeats: in
     contenders = {"two_part": attention.two_part}
     if is_cuda:
         contenders = {"gathered": attention.gathered, "cascade": cascade, "flex": attention.flex}
-    print(f"\n{name}: {len(layout.group):,} rows, {len(layout.key_rows):,} keys gathered")
+    print(f"\n{name}: {len(layout.group):,} rows, {len(layout.key_index):,} keys gathered")
     works, rows = {}, {}
     for contender, function in contenders.items():
         try:

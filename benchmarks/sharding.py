@@ -47,8 +47,8 @@ class Trainee:
         for parameter in self.policy.trained:
             parameter.grad = torch.randn(parameter.shape, device=world.device)
         if strategy in STRATEGIES:
-            own = list(self.policy.own.values())
-            self.optimizer = make_optimizer(self.policy.trained, ADAMW, own=own)
+            kept = list(self.policy.local_parameters.values())
+            self.optimizer = make_optimizer(self.policy.trained, ADAMW, local_parameters=kept)
         else:
             options = {name: getattr(ADAMW, name) for name in ("lr", "betas", "eps", "weight_decay")} | {"fused": True}
             self.optimizer = ZeroRedundancyOptimizer(self.policy.trained, torch.optim.AdamW, **options)

@@ -176,7 +176,7 @@ def gathered(
     The mask is causal from the bottom right: the last query of a sequence sees its last key.
     """
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    key, value = (_Rows.apply(tensor, layout.key_rows) for tensor in (key, value))
+    key, value = (_Rows.apply(tensor, layout.key_index) for tensor in (key, value))
     options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.11 has no such option: its kernels always do grouped queries
         options["enable_gqa"] = query.shape[1] > key.shape[1]

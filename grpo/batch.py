@@ -160,7 +160,7 @@ def packed_row(groups: list[Group], members: Members, device: torch.device) -> M
 
 def lay_out(spans: list[tuple[slice, list[slice]]], common: slice = slice(0, 0)) -> SharedPrefix:
     """The attention layout of a packed row, given the spans of its prompts, completions and common prefix."""
-    table, key_rows, lengths = [], [], []  # one entry per span, in row order
+    table, key_index, lengths = [], [], []  # one entry per span, in row order
 
     def add(span: slice, seen: Tensor, group: int, completion: int) -> Tensor:
         """Add a span that sees itself and the row's tokens in `seen`; returns both together."""
@@ -168,7 +168,7 @@ def lay_out(spans: list[tuple[slice, list[slice]]], common: slice = slice(0, 0))
         table.append((size, group, completion, len(seen) - span.start))
         if size:
             seen = torch.cat([seen, torch.arange(span.start, span.stop)])
-            key_rows.append(seen)
+            key_index.append(seen)
             lengths.append((size, len(seen)))
         return seen
 
@@ -187,7 +187,7 @@ def lay_out(spans: list[tuple[slice, list[slice]]], common: slice = slice(0, 0))
         group=group,
         completion=completion,
         position=torch.arange(len(offset)) + offset,
-        key_rows=torch.cat(key_rows),
+        key_index=torch.cat(key_index),
         query_starts=starts[:, 0].contiguous(),
         key_starts=starts[:, 1].contiguous(),
         longest_query=longest_query,

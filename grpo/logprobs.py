@@ -44,24 +44,24 @@ class LogprobModel(nn.Module):
         self.impl = impl
         self.entropy_gradient = entropy_gradient
         self._forwards = compiled_layers(model) if compile else {}
-        self._waiting: dict[nn.Parameter, Tensor] = {}
+        self._cpu_weights: dict[nn.Parameter, Tensor] = {}
 
     def keep_on_cpu(self) -> None:
-        """From here on the (frozen) weights stay in CPU memory, pinned for CUDA, except within `at_hand`."""
+        """From here on the (frozen) weights stay in CPU memory, pinned for CUDA, except within `weights_loaded`."""
         for parameter in self.parameters():
             weights = parameter.data.cpu()
-            self._waiting[parameter] = weights.pin_memory() if parameter.is_cuda else weights
-            parameter.data = self._waiting[parameter]
+            self._cpu_weights[parameter] = weights.pin_memory() if parameter.is_cuda else weights
+            parameter.data = self._cpu_weights[parameter]
 
     @contextmanager
-    def at_hand(self, device: torch.device) -> Iterator[None]:
+    def weights_loaded(self, device: torch.device) -> Iterator[None]:
         """Within it every weight is on `device`."""
         try:
-            for parameter, weights in self._waiting.items():
+            for parameter, weights in self._cpu_weights.items():
                 parameter.data = weights.to(device, non_blocking=True, copy=True)
             yield
         finally:
-            for parameter, weights in self._waiting.items():
+            for parameter, weights in self._cpu_weights.items():
                 parameter.data = weights
 
     def forward(self, micro_batch: MicroBatch, token_loss: TokenLoss | None = None) -> tuple[Tensor, ...]:
@@ -190,6 +190,6 @@ def frozen_logprobs(
         for micro_batch in batch.micro_batches:
             micro_batch.tokens.old, micro_batch.tokens.entropy = policy(micro_batch)
     if reference is not None:
-        with reference.at_hand(batch.micro_batches[0].input_ids.device):
+        with reference.weights_loaded(batch.micro_batches[0].input_ids.device):
             for micro_batch in batch.micro_batches:
                 micro_batch.tokens.ref = reference(micro_batch)[0]

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo.sharding import fill, fill_all, for_writer, share_of
+from grpo.sharding import fill, fill_all, gather_to_writer, shard_of
 
 ADAPTER_CONFIG = "adapter_config.json"  # its presence marks a folder in PEFT's format
 
@@ -34,17 +34,18 @@ ADAPTER_CONFIG = "adapter_config.json"  # its presence marks a folder in PEFT's 
 class Policy:
     """masters: the model that is trained, in fp32.  model: the working copy that samples and runs forward.
 
-    trained: the parameters that get gradients.  own: what this rank keeps of each, by name: the whole, or its shard.
+    trained: the parameters that get gradients.  local_parameters: what this rank keeps of each, by name: the whole, or
+    its shard.
     """
 
     def __init__(self, masters: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str):
         refuse_unsupported(masters)
         self.masters = masters
-        self.own = {name: parameter for name, parameter in masters.named_parameters() if parameter.requires_grad}
-        self.trained = list(self.own.values())
+        trained = {name: parameter for name, parameter in masters.named_parameters() if parameter.requires_grad}
+        self.local_parameters, self.trained = trained, list(trained.values())
         self.tokenizer = tokenizer
         self.model = masters if precision == "fp32" else bf16_copy(masters)
-        self.is_sampler_only = False  # the working copy; it then has weights within `at_hand` only
+        self.is_sampler_only = False  # the working copy; it then has weights within `weights_loaded` only
 
     @property
     def context_length(self) -> int:
@@ -55,31 +56,31 @@ class Policy:
     def refresh(self) -> None:
         """Copy the masters into the working copy, in place: its addresses never change."""
         working = dict(self.model.named_parameters())
-        pairs = ((working[name], own) for name, own in self.own.items())
-        # Skipped: a working copy whose memory is freed gets its weights in `at_hand`.
-        fill_all((whole, own) for whole, own in pairs if own is not whole and whole.untyped_storage().nbytes())
+        pairs = ((working[name], local) for name, local in self.local_parameters.items())
+        # Skipped: a working copy whose memory is freed gets its weights in `weights_loaded`.
+        fill_all((whole, local) for whole, local in pairs if local is not whole and whole.untyped_storage().nbytes())
 
     @torch.no_grad()
-    def keep_shares(self, mesh: DeviceMesh) -> None:
+    def keep_shards(self, mesh: DeviceMesh) -> None:
         """Keep only this rank's shard of each trained master. In fp32 it is a view of the working copy. In bf16 the
         masters give up their memory: as expanded scalars they keep their shape and still receive gradients."""
-        for name, master in list(self.own.items()):
-            share = share_of(master.detach(), mesh)
+        for name, master in list(self.local_parameters.items()):
+            shard = shard_of(master.detach(), mesh)
             if self.model is not self.masters:
-                share = share.clone()
+                shard = shard.clone()
                 master.data = master.new_zeros(()).expand(master.shape)
-            self.own[name] = nn.Parameter(share)
+            self.local_parameters[name] = nn.Parameter(shard)
 
     def sample_from_copy(self) -> None:
-        """From here on training runs on the masters themselves; the working copy only samples, within `at_hand`."""
+        """From here on training runs on the masters themselves; the working copy only samples (`weights_loaded`)."""
         if self.model is self.masters:
             self.model = copy.deepcopy(self.masters).requires_grad_(False)
             for parameter in self.model.parameters():
-                parameter.data = parameter.data.clone()  # a storage of its own, which `at_hand` can resize
+                parameter.data = parameter.data.clone()  # a storage of its own, which `weights_loaded` can resize
         self.is_sampler_only = True
 
     @contextmanager
-    def at_hand(self) -> Iterator[None]:
+    def weights_loaded(self) -> Iterator[None]:
         """Within it the working copy has its weights. One that only samples has none outside: its memory is freed."""
         if not self.is_sampler_only:
             yield
@@ -109,11 +110,11 @@ class Policy:
     def state_dict(self) -> dict:
         """The fp32 masters, bit for bit: the tensors themselves, not copies. Sharded ones are gathered on rank 0, so
         every rank must call it."""
-        return {"masters": {name: for_writer(own) for name, own in self.own.items()}}
+        return {"masters": {name: gather_to_writer(local) for name, local in self.local_parameters.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         """Fill the masters from `state_dict`, then the working copy. ValueError if names or shapes differ."""
-        expected = {name: tuple(own.shape) for name, own in self.own.items()}
+        expected = {name: tuple(local.shape) for name, local in self.local_parameters.items()}
         found = {name: tuple(tensor.shape) for name, tensor in state["masters"].items()}
         if expected != found:
             differing = sorted(expected.items() ^ found.items())[:4]
@@ -122,14 +123,14 @@ class Policy:
                 "resume with the model.path and the lora section it was trained with"
             )
         with torch.no_grad():
-            for name, own in self.own.items():
-                fill(own, state["masters"][name])
+            for name, local in self.local_parameters.items():
+                fill(local, state["masters"][name])
         self.refresh()
 
     def copy_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """A copy of `model`, the masters or the working copy, that shares the parameters that are not trained."""
         pairs = zip(model.parameters(), self.masters.parameters(), strict=True)
-        return copy.deepcopy(model, {id(own): own for own, master in pairs if not master.requires_grad}).eval()
+        return copy.deepcopy(model, {id(shared): shared for shared, master in pairs if not master.requires_grad}).eval()
 
 
 def bf16_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -158,8 +159,8 @@ class MovingReference(Policy):
     @torch.no_grad()
     def follow(self, policy: Policy, mix: float) -> None:
         """masters <- (1 - mix) * masters + mix * the policy's masters; mix 1 is a copy, bit for bit."""
-        for name, own in self.own.items():
-            own.lerp_(policy.own[name], mix)
+        for name, local in self.local_parameters.items():
+            local.lerp_(policy.local_parameters[name], mix)
         self.refresh()
 
 

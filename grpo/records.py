@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # reward workers import this module, and must start without l
     import torch
     from torch import Tensor
 
-LEAST_COMMON = 32  # tokens; for a shorter prefix one more part of attention costs more than sharing saves
+MIN_COMMON_PREFIX = 32  # tokens; for a shorter prefix one more part of attention costs more than sharing saves
 OK, ABSTAIN, TIMEOUT, ERROR = "ok", "abstain", "timeout", "error"
-BY_COMPLETION = ("components", "total", "scored", "lengths", "truncated")  # the fields of Scores that are tensors
+TENSOR_FIELDS = ("components", "total", "scored", "lengths", "truncated")  # the fields of Scores that are tensors
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Problem:
 
 def common_length(prompts: Sequence[Sequence[int]]) -> int:
     """Length in tokens of the prompts' longest common prefix that leaves each its last token; 0 for a single prompt,
-    or below LEAST_COMMON, where sharing does not pay."""
+    or below MIN_COMMON_PREFIX, where sharing does not pay."""
     if len(prompts) < 2:
         return 0
     length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
-    return length if length >= LEAST_COMMON else 0
+    return length if length >= MIN_COMMON_PREFIX else 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Scores:
 
     def pick(self, groups: list[int]) -> Scores:
         """The scores of these groups, in this order."""
-        columns = {name: getattr(self, name)[groups] for name in BY_COMPLETION}
+        columns = {name: getattr(self, name)[groups] for name in TENSOR_FIELDS}
         return replace(self, **columns, status=[self.status[g] for g in groups])
 
 
@@ -113,7 +113,7 @@ def join_scores(draws: list[Scores]) -> Scores:
     """The groups of several Scores, one after the other."""
     import torch
 
-    columns = {name: torch.cat([getattr(draw, name) for draw in draws]) for name in BY_COMPLETION}
+    columns = {name: torch.cat([getattr(draw, name) for draw in draws]) for name in TENSOR_FIELDS}
     return replace(draws[0], **columns, status=[row for draw in draws for row in draw.status])
 
 
@@ -169,7 +169,7 @@ class SharedPrefix(Movable):
     position: Tensor  # [L] int64
     # The same as variable-length attention: its sequences have the queries common | prompt | c1 | c2 ... and the keys
     # common | common, prompt | common, prompt, c1 | common, prompt, c2 ...
-    key_rows: Tensor  # [K] int64: the row's token that each key comes from
+    key_index: Tensor  # [K] int64: index in the row of the token that each key comes from
     query_starts: Tensor  # [sequences + 1] int32
     key_starts: Tensor  # [sequences + 1] int32
     longest_query: int
@@ -200,7 +200,7 @@ class Batch:
     passes: int
     groups: list[range]  # of each optimizer step: indices into this rank's list, skipped groups included
     lengths: Tensor  # [groups of this rank, G] int64: tokens of each completion
-    made_of: list[Group] = field(default_factory=list)  # this rank's list: kept for repacking in smaller micro-batches
+    source_groups: list[Group] = field(default_factory=list)  # this rank's list, to repack in smaller micro-batches
 
     @property
     def micro_batches(self) -> list[MicroBatch]:

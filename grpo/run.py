@@ -120,15 +120,15 @@ class Run:
         self.problems = {name: self.prompter.fitting(problems, **fit) for name, problems in splits.items()}
         self.stream = make_stream(config, self.problems["train"])
         world.require_same({"training problems": self.stream.data})  # compared by a hash of questions and answers
-        # moving: the reference's own weights if it is refreshed (MovingReference), else None
-        self.module, wrapped, self.reference, self.moving = build_models(config, world, policy, objective)
+        # moving_reference: a MovingReference if the reference is refreshed, else None
+        self.module, wrapped, self.reference, self.moving_reference = build_models(config, world, policy, objective)
         self.log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")
         self.layout, why = choose_layout(config.batch.layout, policy.model)  # of micro-batches: packed or padded
         self.log.say(f"layout of micro-batches: {self.layout} ({why})")
         optim = config.optim
         self.updater = Updater(
             module=wrapped,
-            optimizer=make_optimizer(policy.trained, optim, own=list(policy.own.values())),
+            optimizer=make_optimizer(policy.trained, optim, local_parameters=list(policy.local_parameters.values())),
             objective=objective,
             world=world,
             max_grad_norm=optim.max_grad_norm,
@@ -230,7 +230,7 @@ def evaluate_greedily(
     """Evaluate one greedy completion for each of the first `limit` problems of a split, by the policy or `model`."""
     problems = run.prompter.ask([replace(problem, index=i) for i, problem in enumerate(run.problems[split][:limit])])
     sampler = make_sampler(run.config, model or run.policy.model, run.prompter, run.log, greedy=True)
-    with run.policy.at_hand():
+    with run.policy.weights_loaded():
         return evaluate(sampler, problems, run.score, world=run.world, step=step)
 
 
@@ -265,7 +265,7 @@ def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
 def parts(run: Run) -> dict:
     """The stateful parts, by their name in a checkpoint."""
     named = {"policy": run.policy, "optimizer": run.updater.optimizer, "updater": run.updater}
-    named |= {"stream": run.stream, "log": run.log, "reference": run.moving}
+    named |= {"stream": run.stream, "log": run.log, "reference": run.moving_reference}
     return {name: part for name, part in named.items() if part is not None}
 
 

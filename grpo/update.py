@@ -25,7 +25,7 @@ from grpo.distributed import World
 from grpo.logprobs import LogprobModel, PolicyModule, TokenLoss, frozen_logprobs
 from grpo.objectives import KL_ESTIMATORS, Objective, clipped_low_and_high, kl_k3, token_loss
 from grpo.records import Batch, Group, MicroBatch
-from grpo.sharding import SharedAdamW, whole_of
+from grpo.sharding import ShardedAdamW, whole_of
 
 LESS_MEMORY = "use a smaller batch.tokens_per_micro_batch, or model.gradient_checkpointing=true"
 T = TypeVar("T")
@@ -83,12 +83,13 @@ def learning_rate(step: int, optim: OptimConfig, num_steps: int) -> float:
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], optim: OptimConfig, own: list[Tensor] | None = None
+    parameters: list[nn.Parameter], optim: OptimConfig, local_parameters: list[Tensor] | None = None
 ) -> torch.optim.AdamW:
-    """Fused AdamW on the fp32 masters.  own: what this rank keeps of each, if they are sharded."""
+    """Fused AdamW on the fp32 masters.  local_parameters: what this rank keeps of each, if they are sharded."""
     options = {name: getattr(optim, name) for name in ("lr", "betas", "eps", "weight_decay")} | {"fused": True}
-    is_shared = own is not None and any(isinstance(tensor, DTensor) for tensor in own)
-    return SharedAdamW(own, parameters, **options) if is_shared else torch.optim.AdamW(parameters, **options)
+    if any(isinstance(tensor, DTensor) for tensor in local_parameters or ()):
+        return ShardedAdamW(local_parameters, parameters, **options)
+    return torch.optim.AdamW(parameters, **options)
 
 
 def update_policy(
@@ -102,7 +103,7 @@ def update_policy(
     if isinstance(updater.module, DistributedDataParallel) and not updater.is_warm:
         warm_up(updater, batch)
     if updater.world.size > 1:
-        batch.optimizer_steps = [smallest_last(step, batch.made_of) for step in batch.optimizer_steps]
+        batch.optimizer_steps = [smallest_last(step, batch.source_groups) for step in batch.optimizer_steps]
     for position in [*range(len(batch.optimizer_steps))] * batch.passes:
         for name, value in optimizer_step(updater, batch, position, step=step).items():
             totals[name] = max(totals.get(name, 0.0), value) if name.endswith("_max") else totals.get(name, 0.0) + value
@@ -120,7 +121,7 @@ def warm_up(updater: Updater, batch: Batch) -> None:
     """
     device = updater.world.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), together(updater.world):
-        forward(updater, dummy_like(batch.micro_batches[0], batch.made_of))[0].backward()
+        forward(updater, dummy_like(batch.micro_batches[0], batch.source_groups))[0].backward()
     updater.is_warm = True
 
 
@@ -196,7 +197,7 @@ def halve_micro_batches(updater: Updater, batch: Batch) -> None:
         f"out of memory in a micro-batch of {updater.too_large} tokens: from here on {updater.token_budget}, with the "
         "same gradient; to start so, set batch.tokens_per_micro_batch"
     )
-    batch.optimizer_steps = [halve(step, batch.made_of) for step in batch.optimizer_steps]
+    batch.optimizer_steps = [halve(step, batch.source_groups) for step in batch.optimizer_steps]
 
 
 def smallest_last(micro_batches: list[MicroBatch], groups: list[Group]) -> list[MicroBatch]:

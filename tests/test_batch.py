@@ -37,14 +37,14 @@ def test_a_packed_row_worked_by_hand():
     assert layout.groups == [(slice(0, 2), [slice(2, 4), slice(4, 4)]), (slice(4, 5), [slice(5, 6)])]
     assert layout.group.tolist() == [0, 0, 0, 0, 1, 1]
     assert layout.completion.tolist() == [0, 0, 1, 1, 0, 1]
-    assert layout.key_rows.tolist() == [0, 1, 0, 1, 2, 3, 4, 4, 5]  # prompt | prompt, c1 | prompt | prompt, c1
+    assert layout.key_index.tolist() == [0, 1, 0, 1, 2, 3, 4, 4, 5]  # prompt | prompt, c1 | prompt | prompt, c1
     assert layout.query_starts.tolist() == [0, 2, 4, 5, 6]
     assert layout.key_starts.tolist() == [0, 2, 6, 7, 9]
     assert (layout.longest_query, layout.longest_key) == (2, 4)
 
 
 def test_what_all_prompts_begin_with_stands_once_before_them(monkeypatch):
-    monkeypatch.setattr("grpo.records.LEAST_COMMON", 2)
+    monkeypatch.setattr("grpo.records.MIN_COMMON_PREFIX", 2)
     groups = [group_of((20, 21, 22), [30, 31, 32], [40]), group_of((20, 21, 23, 24), [50, 51])]
     row = packed_row(groups, [(0, 0), (0, 1), (1, 0)], CPU)
     # row            0   1   2   3   4   5   6   7
@@ -54,7 +54,7 @@ def test_what_all_prompts_begin_with_stands_once_before_them(monkeypatch):
     layout = row.shared_prefix
     assert layout.common == slice(0, 2) and layout.groups[1] == (slice(5, 7), [slice(7, 8)])
     assert layout.group.tolist() == [-1, -1, 0, 0, 0, 1, 1, 1]
-    assert layout.key_rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 5, 6, 0, 1, 5, 6, 7]
+    assert layout.key_index.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 5, 6, 0, 1, 5, 6, 7]
     assert layout.key_starts.tolist() == [0, 2, 5, 10, 14, 19]
     alone = packed_row(groups, [(0, 0), (0, 1)], CPU)  # one prompt: nothing to share
     assert alone.shared_prefix.common == slice(0, 0) and alone.input_ids.tolist() == [[20, 21, 22, 30, 31]]

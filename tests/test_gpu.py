@@ -128,7 +128,7 @@ def test_a_reference_on_the_cpu_gives_the_same_bits_and_its_memory_back():
         reference.keep_on_cpu()
         assert before - torch.cuda.memory_allocated() > weights - MIB > 0
         for _ in range(2):
-            with reference.at_hand(CUDA):
+            with reference.weights_loaded(CUDA):
                 assert torch.equal(reference(rows)[0], expected)
             assert torch.cuda.memory_allocated() < before - weights + MIB
 

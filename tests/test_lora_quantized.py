@@ -111,7 +111,8 @@ def test_working_copy_and_references_share_the_4_bits_and_follow_by_their_adapte
     assert torch.equal(logits(moving.model), logits(policy.model))
     models = policy.masters, policy.model, reference, moving.masters, moving.model
     assert all(len(set(map(id, same))) == 1 for same in zip(*map(matrices, models), strict=True))
-    kept = {parameter.dtype for name, parameter in policy.masters.named_parameters() if name not in policy.own}
+    named, trained = policy.masters.named_parameters(), policy.local_parameters
+    kept = {parameter.dtype for name, parameter in named if name not in trained}
     assert kept == {policy.model.dtype}  # embeddings, norms and biases
 
 

@@ -357,7 +357,7 @@ def test_weights_under_other_names_are_named(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_reference_on_the_cpu_gives_the_same_log_probs_and_waits_where_it_was(precision):
-    """On a CPU `at_hand` copies too, so all but the other device is seen."""
+    """On a CPU `weights_loaded` copies too, so all but the other device is seen."""
     policy = Policy(tiny_qwen2(), word_tokenizer(), precision)
     reference = LogprobModel(load_reference(policy), temperature=1.0, impl="torch")
     module = PolicyModule(policy, temperature=1.0, impl="torch")
@@ -371,7 +371,7 @@ def test_a_reference_on_the_cpu_gives_the_same_log_probs_and_waits_where_it_was(
     expected = logprobs()
     reference.keep_on_cpu()
     waiting = [parameter.data_ptr() for parameter in reference.parameters()]
-    with reference.at_hand(ALONE.device):
+    with reference.weights_loaded(ALONE.device):
         assert not set(waiting) & {parameter.data_ptr() for parameter in reference.parameters()}
     assert torch.equal(logprobs(), expected)
     assert waiting == [parameter.data_ptr() for parameter in reference.parameters()]

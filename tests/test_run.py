@@ -63,7 +63,7 @@ def test_every_part_of_a_run_has_the_settings_that_were_asked_for(folder):
     policy, reference = run.module.compute, run.reference
     assert [(model.temperature, model.impl) for model in (policy, reference)] == 2 * [(0.5, "torch")]
     assert policy.entropy_gradient and not reference.entropy_gradient
-    assert reference.model is run.moving.model is not policy.model
+    assert reference.model is run.moving_reference.model is not policy.model
     assert (run.stream.seed, run.stream.target_rate, run.stream.curriculum.__name__) == (7, 0.25, "target_rate")
     assert (run.writer.keep_last, run.score.keywords["require_finish"]) == (5, False)
     assert (run.pool.size, run.pool.timeout_s, run.pool.step_timeout_s) == (3, 2.0, 50.0)
@@ -79,7 +79,7 @@ def test_what_no_setting_asks_for_is_not_there(folder):
     run = built(folder, "plain", objective={"preset": "dr_grpo"}, distributed={"strategy": "fsdp"})
     assert not run.policy.is_sampler_only  # one rank has nobody to share with
     assert "reference" not in run_room.parts(run)
-    assert run.reference is run.moving is None and not run.module.compute.entropy_gradient
+    assert run.reference is run.moving_reference is None and not run.module.compute.entropy_gradient
 
 
 def test_what_saves_memory_is_done_and_the_reference_recomputes_nothing(folder):
@@ -87,7 +87,7 @@ def test_what_saves_memory_is_done_and_the_reference_recomputes_nothing(folder):
     run = built(folder, "saving", model=model, objective={"beta": 0.5})
     recomputes = lambda model: model.training and model.model.layers[0].gradient_checkpointing
     assert recomputes(run.policy.masters) and not recomputes(run.reference.model)
-    assert run.reference._waiting.keys() == set(run.reference.parameters())
+    assert run.reference._cpu_weights.keys() == set(run.reference.parameters())
 
 
 def test_adapters_begin_as_the_seed_has_it(folder):
@@ -95,7 +95,7 @@ def test_adapters_begin_as_the_seed_has_it(folder):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run = built(folder, name, seed=seed, lora={"rank": 2}, objective={"preset": "dr_grpo"})
         assert run.policy.masters.training, "else no layer is computed again where that is asked for"
-        drawn.append(next(own for place, own in run.policy.own.items() if "lora_A" in place))
+        drawn.append(next(local for name, local in run.policy.local_parameters.items() if "lora_A" in name))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 

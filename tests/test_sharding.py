@@ -15,7 +15,7 @@ from grpo.dry_run import weights_estimate
 from grpo.layers import decoder_layers
 from grpo.logprobs import PolicyModule
 from grpo.policy import MovingReference, Policy
-from grpo.sharding import distribute, fill_all, share_of, whole_of
+from grpo.sharding import distribute, fill_all, shard_of, whole_of
 from tests.ranks import run_ranks
 from tests.test_config import FACTS
 from tests.test_update import ALONE, distance, one_update
@@ -40,10 +40,10 @@ def num_bytes(tensors):
 
 
 def measured(policy, optimizer):
-    """Bytes of this rank, by the names that the dry run gives them; the working copy as it is outside `at_hand`."""
+    """Bytes of this rank, by the names that the dry run gives them; the working copy outside `weights_loaded`."""
     moments = [value for entry in optimizer.state.values() for key, value in entry.items() if key != "step"]
     return {
-        "fp32 masters": num_bytes([*policy.own.values(), *policy.masters.parameters()]),
+        "fp32 masters": num_bytes([*policy.local_parameters.values(), *policy.masters.parameters()]),
         "gradients, fp32": num_bytes(parameter.grad for parameter in policy.trained),
         "Adam moments, fp32": num_bytes(moments),
         "working copy, bf16": num_bytes(policy.model.parameters()),
@@ -52,7 +52,8 @@ def measured(policy, optimizer):
 
 def is_refreshed(policy):
     working = dict(policy.model.named_parameters())
-    return all(torch.equal(working[name], whole_of(own.detach()).bfloat16()) for name, own in policy.own.items())
+    masters = {name: whole_of(local.detach()) for name, local in policy.local_parameters.items()}
+    return all(torch.equal(working[name], master.bfloat16()) for name, master in masters.items())
 
 
 def in_bf16(world, strategy, load=None):
@@ -64,7 +65,7 @@ def in_bf16(world, strategy, load=None):
         if load is not None:
             policy.load_state_dict(load["policy"])
             optimizer.load_state_dict(load["optimizer"])
-        with policy.at_hand():
+        with policy.weights_loaded():
             seen["is_refreshed"] = is_refreshed(policy)
         seen["is_cut_by_layers"] = all(isinstance(layer, FSDPModule) for layer in decoder_layers(policy.masters))
         seen["bytes"] = measured(policy, optimizer)
@@ -118,7 +119,7 @@ def are_joined(world, bucket_bytes):
     mesh = sharding.init_device_mesh("cpu", (world.size,))
     generator = torch.Generator().manual_seed(0)
     masters = [torch.randn(shape, generator=generator) for shape in ((8, 3), (5, 2, 3), (1, 7), (3,), (9,), (64, 4))]
-    shares = [share_of(master, mesh).clone() for master in masters]
+    shares = [shard_of(master, mesh).clone() for master in masters]
     joined = {}
     for dtype in (torch.float32, torch.bfloat16):
         wholes = [torch.full_like(master, torch.nan, dtype=dtype) for master in masters]
@@ -145,15 +146,15 @@ def follow_in_shares(world):
             moving = MovingReference(policy)
             distribute(PolicyModule(policy, temperature=1.0, impl="torch"), [policy, moving], world, strategy)
             with torch.no_grad():
-                for own in policy.own.values():
-                    own.add_(1.0)
+                for local in policy.local_parameters.values():
+                    local.add_(1.0)
             moving.follow(policy, 0.5)
             state, model = world.gather(moving.state_dict())[0]["masters"], dict(moving.model.named_parameters())
             for name, before in tiny_qwen2().named_parameters():
                 after = before.detach() + 0.5
                 torch.testing.assert_close(state[name], after)
                 assert torch.equal(model[name], state[name].to(model[name].dtype))
-            arrived[strategy, precision] = all(isinstance(own, DTensor) for own in moving.own.values())
+            arrived[strategy, precision] = all(isinstance(local, DTensor) for local in moving.local_parameters.values())
     return arrived
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.records import BY_COMPLETION, Problem, Scores
+from grpo.records import TENSOR_FIELDS, Problem, Scores
 from grpo.tasks.stream import ENDLESS_STRIDE, ProblemStream, target_rate
 
 TEN = [Problem(id=str(i), question=f"{i}?", answer=str(i)) for i in range(10)]
@@ -131,7 +131,7 @@ def test_an_endless_split_has_no_curriculum():
 def test_a_pass_rate_counts_full_marks_among_the_completions_that_were_judged():
     nan = torch.nan
     marks = torch.tensor([[1.0, 0.5, 0.0, 1.0], [nan, 1.0, nan, 1.0], [nan, nan, nan, nan]])
-    columns = dict.fromkeys(BY_COMPLETION) | {"components": torch.stack([torch.zeros(3, 4), marks], -1)}
+    columns = dict.fromkeys(TENSOR_FIELDS) | {"components": torch.stack([torch.zeros(3, 4), marks], -1)}
     scores = Scores(names=("format", "correctness"), weights=(1.0, 1.0), status=[], **columns)
     assert scores.pass_rates("correctness") == [0.5, 1.0, None]
     stream = ProblemStream(TEN[:3], seed=0)

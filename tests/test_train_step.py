@@ -57,8 +57,8 @@ def run_of(objective, world=None, **settings) -> SimpleNamespace:
         module=None,
         reference=None,
         layout="padded",
-        policy=SimpleNamespace(at_hand=nullcontext),
-        moving=SimpleNamespace(follow=follow) if objective.ref_refresh_every else None,
+        policy=SimpleNamespace(weights_loaded=nullcontext),
+        moving_reference=SimpleNamespace(follow=follow) if objective.ref_refresh_every else None,
         updater=SimpleNamespace(objective=objective, token_budget=1000),
     )
     run.log = SimpleNamespace(say=run.said.append, progress=None, timer=PhaseTimer(Progress(False)))

@@ -125,11 +125,13 @@ def one_update(
         max_new_tokens=MAX_NEW_TOKENS,
         sum_over_ranks=world.sum,
     )
-    optimizer = make_optimizer(policy.trained, OptimConfig(lr=0.0), own=list(policy.own.values()))
+    kept = list(policy.local_parameters.values())
+    optimizer = make_optimizer(policy.trained, OptimConfig(lr=0.0), local_parameters=kept)
     updater = Updater(wrapped, optimizer, objective, world, max_grad_norm=math.inf, refresh=policy.refresh)
     metrics = update_policy(updater, batch, step=7, lr=lr if minibatches * passes > 1 else 0.0)
-    gradients = dict(zip(policy.own, (whole_of(parameter.grad).clone() for parameter in policy.trained), strict=True))
-    weights = {name: whole_of(own.detach()).clone() for name, own in policy.own.items()}
+    whole_gradients = (whole_of(parameter.grad).clone() for parameter in policy.trained)
+    gradients = dict(zip(policy.local_parameters, whole_gradients, strict=True))
+    weights = {name: whole_of(local.detach()).clone() for name, local in policy.local_parameters.items()}
     if observe is not None:
         observe(policy, optimizer)
     return gradients, weights, metrics

@@ -178,7 +178,7 @@ def test_a_completion_that_alone_is_too_long_is_told_apart_from_a_budget_that_is
 def test_halves_hold_the_same_tokens_with_the_same_columns_and_equally_many_everywhere(layout):
     batch = Trainee(layout=layout).batch()
     whole = [micro_batch for step in batch.optimizer_steps for micro_batch in step]
-    halves = halve(halve(whole, batch.made_of), batch.made_of)
+    halves = halve(halve(whole, batch.source_groups), batch.source_groups)
     assert len(halves) == 4 * len(whole)
     for name in ("target", "sampler", "old", "ref", "advantage", "weight", "counted", "active"):
         join = lambda parts: torch.cat([getattr(part.tokens, name) for part in parts if part.sequences])  # noqa: B023
@@ -192,8 +192,8 @@ def test_the_pass_in_which_ranks_meet_is_the_smallest_and_never_the_only_one():
     batch = Trainee().batch()
     sizes = lambda micro_batches: [micro_batch.input_ids.numel() for micro_batch in micro_batches]
     for step in batch.optimizer_steps:
-        assert len(step) > 1 and sizes(smallest_last(step, batch.made_of)) == sorted(sizes(step), reverse=True)
-        first, last = smallest_last(step[:1], batch.made_of)
+        assert len(step) > 1 and sizes(smallest_last(step, batch.source_groups)) == sorted(sizes(step), reverse=True)
+        first, last = smallest_last(step[:1], batch.source_groups)
         assert first.input_ids.numel() >= last.input_ids.numel()
         assert sum(len(part.sequences) for part in (first, last)) == len(step[0].sequences)
 
