@@ -3,8 +3,9 @@
 Forward and backward of one layer of Qwen2.5-0.5B over a micro-batch of GSM8K, 16 completions a prompt: `gathered` and
 `flex` of grpo/attention.py, and a candidate for CUDA that is not in use. `Cascade` repeats no prompt's keys: a token's
 own span, its group's prompt and the beginning common to all prompts are three flash calls, merged by their
-log-sum-exps, as `two_part` does on a CPU. It calls private operators of torch, so it would have to win clearly. All are
-compared with `two_part` in fp32. Last line: JSON. On CPU, without flash attention over variable lengths, only that one.
+log-sum-exps, as `merged_parts` does on a CPU. It calls private operators of torch, so it would have to win clearly. All
+are compared with `merged_parts` in fp32. Last line: JSON. On CPU, without flash attention over variable lengths, only
+that one.
 """
 
 from __future__ import annotations
@@ -207,9 +208,9 @@ def measure(name: str, sizes: tuple[int, ...], device: torch.device, repeats: in
     gradient = draw(HEADS)
     exact = [tensor.detach().float().cpu().requires_grad_() for tensor in tensors]
     truth = [
-        x.detach().to(device) for x in run_once(attention.two_part, exact, gradient.float().cpu(), layout.to("cpu"))
+        x.detach().to(device) for x in run_once(attention.merged_parts, exact, gradient.float().cpu(), layout.to("cpu"))
     ]
-    contenders = {"two_part": attention.two_part}
+    contenders = {"merged_parts": attention.merged_parts}
     if is_cuda:
         contenders = {"gathered": attention.gathered, "cascade": cascade, "flex": attention.flex}
     print(f"\n{name}: {len(layout.group):,} rows, {len(layout.key_index):,} keys gathered")

@@ -6,7 +6,7 @@ hands the keyword argument `shared_prefix` down to every layer. Registered with 
 without a mask function transformers builds no mask (its own guess, from where positions restart, would hide the prompt
 from all completions but the first).
 
-One function per backend, all exact, all plain autograd to the caller: `two_part` (CPU), `gathered` (CUDA,
+One function per backend, all exact, all plain autograd to the caller: `merged_parts` (CPU), `gathered` (CUDA,
 variable-length flash attention) and `flex` (CUDA, for what `gathered` cannot do).
 """
 
@@ -58,7 +58,7 @@ def shared_prefix_attention(
 def backend(query: Tensor) -> Callable[[Tensor, Tensor, Tensor, SharedPrefix, float, int | None], Tensor]:
     """The backend for this query's device, dtype and head width."""
     if query.device.type == "cpu":
-        return two_part
+        return merged_parts
     width = query.shape[-1]
     fits_flash = query.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
     return gathered if fits_flash and {"scale", "window_size"} <= VARLEN_OPTIONS else flex
@@ -67,16 +67,26 @@ def backend(query: Tensor) -> Callable[[Tensor, Tensor, Tensor, SharedPrefix, fl
 # CPU ------------------------------------------------------------------------------------------------------------------
 
 
-def two_part(
+def merged_parts(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, scale: float, window: int | None
 ) -> Tensor:
     """Own span, prompt and common prefix in separate calls, merged by their log-sum-exps: no key is copied, and no mask
     made unless a sliding window needs it."""
-    return _TwoPart.apply(query, key, value, layout, scale, window)
+    return _MergedParts.apply(query, key, value, layout, scale, window)
 
 
-class _TwoPart(torch.autograd.Function):
+class _MergedParts(torch.autograd.Function):
     """Softmax over a union of parts: the sum of their outputs times exp(lse_part - lse), lse = log sum exp(lse_part).
+
+    A row of prompt p and completions a and b, two tokens each, takes four calls (`_attention_calls`); 4 is not causal:
+
+           p p a a b b   keys
+        p  1 . . . . .
+        p  1 1 . . . .
+        a  4 4 2 . . .   call 1: p to p     3: b to b
+        a  4 4 2 2 . .        2: a to a     4: a and b to p
+        b  4 4 . . 3 .
+        b  4 4 . . 3 3   output of b = out_3 exp(lse_3 - lse) + out_4 exp(lse_4 - lse), lse = log(exp lse_3 + exp lse_4)
 
     Backward: a key's probability is exp(score - lse) whichever part it is in, so the flash backward of each part,
     given the *merged* output and log-sum-exp, yields that part's exact share of the gradient. (Merging two
@@ -91,7 +101,7 @@ class _TwoPart(torch.autograd.Function):
         output = torch.zeros_like(query)
         wide = torch.promote_types(query.dtype, torch.float32)
         lse = torch.full(query.shape[:3], -math.inf, dtype=wide, device=query.device)
-        for rows, keys, is_causal, mask in _parts(layout, window, query.dtype):
+        for rows, keys, is_causal, mask in _attention_calls(layout, window, query.dtype):
             part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, rows], key[:, :, keys], value[:, :, keys], 0.0, is_causal, attn_mask=mask, scale=scale
             )
@@ -110,7 +120,7 @@ class _TwoPart(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
         gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-        for rows, keys, is_causal, mask in _parts(ctx.layout, ctx.window, query.dtype):
+        for rows, keys, is_causal, mask in _attention_calls(ctx.layout, ctx.window, query.dtype):
             shares = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(gradient[:, :, rows], query[:, :, rows], key[:, :, keys], value[:, :, keys]),
                 *(output[:, :, rows], lse[:, :, rows], 0.0, is_causal),
@@ -121,7 +131,7 @@ class _TwoPart(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def _parts(
+def _attention_calls(
     layout: SharedPrefix, window: int | None, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
     """(query rows, key rows, is causal, additive mask) of every attention call. A token's own span comes first: its
@@ -143,14 +153,14 @@ def _parts(
             yield rows, keys, is_own, None
         else:
             for span in spans:
-                yield from _near(span, keys, is_own, window, layout.position, dtype)
+                yield from _windowed_calls(span, keys, is_own, window, layout.position, dtype)
 
 
-def _near(
+def _windowed_calls(
     span: slice, keys: slice, is_own: bool, window: int, position: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, bool, Tensor]]:
-    """A span's windowed attention to `keys`, in blocks of queries with only the keys in their window, so that masks do
-    not grow quadratically. Positions are consecutive within the span and within the keys."""
+    """The calls of a span's windowed attention to `keys`, in blocks of queries with only the keys in their window, so
+    that masks do not grow quadratically. Positions are consecutive within the span and within the keys."""
     first_key = int(position[keys.start])
     for start in range(span.start, span.stop, WINDOW_ROWS):
         rows = slice(start, min(start + WINDOW_ROWS, span.stop))
@@ -176,7 +186,7 @@ def gathered(
     The mask is causal from the bottom right: the last query of a sequence sees its last key.
     """
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    key, value = (_Rows.apply(tensor, layout.key_index) for tensor in (key, value))
+    key, value = (_GatherRows.apply(tensor, layout.key_index) for tensor in (key, value))
     options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.11 has no such option: its kernels always do grouped queries
         options["enable_gqa"] = query.shape[1] > key.shape[1]
@@ -184,7 +194,7 @@ def gathered(
     return varlen.varlen_attn(query, key, value, *starts, **options).transpose(0, 1)[None]
 
 
-class _Rows(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """tensor[rows] with a gradient accumulated in fp32. Indexing would accumulate in the tensor's dtype: in bf16 the
     gradient of a key that a hundred sequences share would be rounded a hundred times."""
 
@@ -259,7 +269,7 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
         return f"has layers of type {sorted(others)}, whose state cannot be forked after the prompt"
     with attention_mode(model, SHARED_PREFIX):
         if model.config._attn_implementation != SHARED_PREFIX:
-            return "does not let its attention be replaced"
+            return "does not support a custom attention function"
     if getattr(config, "output_router_logits", False):
         return "adds a router loss over all tokens, in which a shared prompt would count once"
     if getattr(config, "attn_logit_softcapping", None) is not None:

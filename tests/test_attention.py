@@ -20,8 +20,8 @@ from grpo.attention import (
     choose_layout,
     flex,
     gathered,
+    merged_parts,
     shared_prefix_attention,
-    two_part,
 )
 from grpo.batch import LAYOUTS, lay_out, packed_row, padded_rows
 from grpo.first_batch import Yardstick, check_first_batch, check_packing, check_sampler, make_yardstick
@@ -34,7 +34,7 @@ from tests.tiny import VOCABULARY, made_up_groups, tiny_qwen2, use_fp64_rms_norm
 CPU = torch.device("cpu")
 WINDOWS = [None, 1, 3, 6]
 COMMON = [0, 4]
-EXACT_PARTS = attention._parts
+EXACT_CALLS = attention._attention_calls
 
 
 def ragged_layout(scale: int = 1, common: int = 0) -> SharedPrefix:
@@ -79,11 +79,11 @@ def value_and_gradients(function, tensors, layout, window) -> list[torch.Tensor]
 
 @pytest.mark.parametrize("common", COMMON)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_two_part_attention_equals_the_dense_mask_with_its_gradients(window, common):
+def test_merged_parts_equal_the_dense_mask_with_its_gradients(window, common):
     layout = ragged_layout(common=common)
     tensors = heads(layout)
     expected = value_and_gradients(dense, tensors, layout, window)
-    for ours, theirs in zip(value_and_gradients(two_part, tensors, layout, window), expected, strict=True):
+    for ours, theirs in zip(value_and_gradients(merged_parts, tensors, layout, window), expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-14)
 
 
@@ -95,7 +95,7 @@ def test_a_sliding_window_in_blocks_of_rows_equals_the_dense_mask(window, common
     layout = ragged_layout(common=common)
     tensors = heads(layout)
     expected = value_and_gradients(dense, tensors, layout, window)
-    for ours, theirs in zip(value_and_gradients(two_part, tensors, layout, window), expected, strict=True):
+    for ours, theirs in zip(value_and_gradients(merged_parts, tensors, layout, window), expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
@@ -103,17 +103,17 @@ def test_masks_of_a_sliding_window_grow_with_the_length_and_not_with_its_square(
     def elements(length: int, window: int) -> int:
         at = [0, 100, 100 + length, 100 + 2 * length]
         layout = lay_out([(slice(*at[:2]), [slice(*at[1:3]), slice(*at[2:])])])
-        return sum(mask.numel() for *_, mask in EXACT_PARTS(layout, window, torch.float32) if mask is not None)
+        return sum(mask.numel() for *_, mask in EXACT_CALLS(layout, window, torch.float32) if mask is not None)
 
     assert elements(8000, 64) < 2.2 * elements(4000, 64) < 4.4 * 4000 * 2 * (attention.WINDOW_ROWS + 64)
     assert elements(8000, 10_000) == 0  # a window that hides nothing needs none
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_two_part_attention_passes_gradcheck(window):
+def test_merged_parts_pass_gradcheck(window):
     spans = [(slice(2, 5), [slice(5, 7), slice(7, 7), slice(7, 10)]), (slice(10, 11), [slice(11, 12)])]
     layout = lay_out(spans, slice(0, 2))
-    assert torch.autograd.gradcheck(lambda *qkv: two_part(*qkv, layout, 0.3, window), heads(layout, size=2))
+    assert torch.autograd.gradcheck(lambda *qkv: merged_parts(*qkv, layout, 0.3, window), heads(layout, size=2))
 
 
 @pytest.mark.parametrize("has_gqa", [True, False], ids=["told", "untold"])
@@ -160,7 +160,7 @@ def test_the_gradient_of_a_key_that_many_sequences_share_is_rounded_once():
         (found,) = torch.autograd.grad(gather(keys, rows), keys, gradient)
         return ((found.double() - truth).abs() / truth.abs()).max().item()
 
-    assert error(attention._Rows.apply) <= 2**-8  # bf16 keeps eight bits
+    assert error(attention._GatherRows.apply) <= 2**-8  # bf16 keeps eight bits
     assert error(lambda keys, rows: keys[rows]) > 2**-7
 
 
@@ -399,7 +399,7 @@ def miss_the_prompt(layout, window, dtype):
 
 
 def miss_what_is_common(layout, window, dtype):
-    yield from (part for part in EXACT_PARTS(layout, window, dtype) if part[1] != layout.common)
+    yield from (part for part in EXACT_CALLS(layout, window, dtype) if part[1] != layout.common)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -413,7 +413,7 @@ def test_the_first_batch_check_passes_exact_packing_and_stops_on_a_planted_leak(
         mean, _ = check_packing(module, make_yardstick(module, groups, CPU))  # the largest it bounds itself
         assert mean < 0.02
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"are off by [\d.]+ nats in the mean"):
-            patch.setattr(attention, "_parts", leak)
+            patch.setattr(attention, "_attention_calls", leak)
             check_packing(module, make_yardstick(module, groups, CPU))
 
 
@@ -428,7 +428,7 @@ def test_packing_is_checked_where_rows_are_packed_and_the_sampler_always(monkeyp
         r"the sampler differs by .* nats, packed rows by", check_first_batch(module, groups, CPU, "packed")
     )
     assert "packed" not in check_first_batch(module, groups, CPU, "padded")
-    monkeypatch.setattr(attention, "_parts", see_other_completions)
+    monkeypatch.setattr(attention, "_attention_calls", see_other_completions)
     with pytest.raises(ValueError, match="packed log-probs of groups"):
         check_first_batch(module, groups, CPU, "packed")
     assert "packed" not in check_first_batch(module, groups, CPU, "padded")

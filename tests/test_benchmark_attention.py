@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import attention
-from grpo.attention import two_part
+from grpo.attention import merged_parts
 from tests import ghost_cuda
 
 CPU = torch.device("cpu")
@@ -21,8 +21,8 @@ def test_the_cascade_is_the_attention_of_packed_rows_forward_and_backward(sizes,
     draw = lambda heads: torch.randn(1, heads, len(layout.group), 16, dtype=torch.bfloat16)
     tensors, gradient = [draw(heads).requires_grad_() for heads in (4, 2, 2)], draw(4)
     exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
-    truth = attention.run_once(two_part, exact, gradient.float(), layout)
-    rounded = attention.errors(attention.run_once(two_part, tensors, gradient, layout), truth)
+    truth = attention.run_once(merged_parts, exact, gradient.float(), layout)
+    rounded = attention.errors(attention.run_once(merged_parts, tensors, gradient, layout), truth)
     found = attention.errors(attention.run_once(attention.cascade, tensors, gradient, layout), truth)
     assert all(error < 2 * other + 2e-3 for error, other in zip(found, rounded, strict=True)), (found, rounded)
     assert max(found) < 1e-2
