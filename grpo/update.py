@@ -120,7 +120,7 @@ def warm_up(updater: Updater, batch: Batch) -> None:
     with three or more ranks a resumed run would differ in the last bits from one that was never interrupted.
     """
     device = updater.world.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), together(updater.world):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), collective_pass(updater.world):
         forward(updater, dummy_like(batch.micro_batches[0], batch.source_groups))[0].backward()
     updater.is_warm = True
 
@@ -133,7 +133,7 @@ def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) 
     """
     try:
         attempt = lambda: accumulate_gradients(updater, batch.optimizer_steps[position], step=step)
-        sums = in_halves_if_short(updater, batch, attempt)
+        sums = retry_with_halved_micro_batches(updater, batch, attempt)
         norm = take_step(updater, sums, step=step)
     except NonFiniteLoss as error:
         if updater.skipped == updater.max_skipped_steps:
@@ -148,35 +148,47 @@ def optimizer_step(updater: Updater, batch: Batch, position: int, *, step: int) 
 def fill_frozen(updater: Updater, batch: Batch, policy: PolicyModule, reference: LogprobModel | None) -> None:
     """`frozen_logprobs` as the objective needs them, in smaller micro-batches if a rank runs out of memory."""
     work = partial(frozen_logprobs, batch, policy, reference, always_policy=updater.objective.needs_frozen_pass)
-    in_halves_if_short(updater, batch, lambda: fits(updater, work) or None)
+    retry_with_halved_micro_batches(updater, batch, lambda: fits_on_every_rank(updater, work) or None)
 
 
-def in_halves_if_short(updater: Updater, batch: Batch, attempt: Callable[[], T | None]) -> T:
-    """The result of `attempt`, repeated with halved micro-batches while it is None: a rank ran out of memory."""
+def retry_with_halved_micro_batches(updater: Updater, batch: Batch, attempt: Callable[[], T | None]) -> T:
+    """The result of `attempt`, repeated with halved micro-batches while it is None: a rank ran out of memory.
+
+    Two ranks under DDP with three micro-batches each; the second is too large for the memory of rank 1:
+
+        accumulate_gradients   on rank 1 the second micro-batch raises torch.OutOfMemoryError; rank 0 finishes two
+        fits_on_every_rank     catches it; world.max tells both ranks, so it is False on both
+        accumulate_gradients   returns None on both, before the third micro-batch: nothing has been reduced yet
+        halve_micro_batches    makes six of three on both; ValueError, which ends the run, if they are halves already
+        accumulate_gradients   clears rank 0's gradients and begins again
+
+    If rank 0 continued alone, the backward pass of its third micro-batch would wait for rank 1, which starts over. That
+    last pass, and under FSDP every pass, waits for the other ranks anyway: out of memory there ends the run.
+    """
     while (result := attempt()) is None:
         halve_micro_batches(updater, batch)
     return result
 
 
-def fits(updater: Updater, work: Callable[[], None]) -> bool:
+def fits_on_every_rank(updater: Updater, work: Callable[[], None]) -> bool:
     """Run work in which no rank waits for another, except under FSDP. Returns whether every rank had enough memory."""
-    is_short = False
+    is_out_of_memory = False
     try:
-        with together(updater.world) if isinstance(updater.module, FSDPModule) else contextlib.nullcontext():
+        with collective_pass(updater.world) if isinstance(updater.module, FSDPModule) else contextlib.nullcontext():
             work()
     except torch.OutOfMemoryError:
-        is_short = True
-    return not updater.world.max(torch.tensor(float(is_short)))
+        is_out_of_memory = True
+    return not updater.world.max(torch.tensor(float(is_out_of_memory)))
 
 
 @contextlib.contextmanager
-def together(world: World) -> Iterator[None]:
+def collective_pass(world: World) -> Iterator[None]:
     """Within it ranks wait for each other, so that one cannot give up and retry: out of memory becomes ValueError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        what = f"rank {world.rank} is out of memory in a pass that all ranks make together"
-        raise ValueError(f"{what}, and cannot go on with smaller ones; {LESS_MEMORY}") from error
+        what = f"rank {world.rank} is out of memory in a collective pass"
+        raise ValueError(f"{what}, so the run cannot retry with smaller micro-batches; {LESS_MEMORY}") from error
 
 
 def halve_micro_batches(updater: Updater, batch: Batch) -> None:
@@ -187,7 +199,7 @@ def halve_micro_batches(updater: Updater, batch: Batch) -> None:
         if len(largest.sequences) == 1 and largest.input_ids.numel() > updater.token_budget:
             what += (
                 f" (the largest is a completion with its prompt, {largest.input_ids.numel()} tokens, which no budget "
-                "makes smaller: there only the latter helps, or a smaller rollout.max_new_tokens)"
+                "makes smaller: use gradient checkpointing or a smaller rollout.max_new_tokens)"
             )
         raise ValueError(what)
     updater.too_large = updater.tokens_per_micro_batch
@@ -195,7 +207,7 @@ def halve_micro_batches(updater: Updater, batch: Batch) -> None:
         torch.cuda.empty_cache()  # cached blocks have the sizes of the larger micro-batches
     updater.say(
         f"out of memory in a micro-batch of {updater.too_large} tokens: from here on {updater.token_budget}, with the "
-        "same gradient; to start so, set batch.tokens_per_micro_batch"
+        "same gradient; to start with this size, set batch.tokens_per_micro_batch"
     )
     batch.optimizer_steps = [halve(step, batch.source_groups) for step in batch.optimizer_steps]
 
@@ -225,19 +237,19 @@ def accumulate_gradients(updater: Updater, micro_batches: list[MicroBatch], *, s
         passes.append((micro_batch, logprobs))
         return loss * world.size  # cancels the mean that DDP and FSDP take: weights are over all ranks already
 
-    num_alone = len(micro_batches) - (world.size > 1)
+    num_local = len(micro_batches) - (world.size > 1)
 
-    def passes_alone() -> None:
+    def local_passes() -> None:
         with updater.module.no_sync() if has_buckets else contextlib.nullcontext():
-            for micro_batch in micro_batches[:num_alone]:
+            for micro_batch in micro_batches[:num_local]:
                 loss_of(micro_batch).backward()
 
     # Checked before the last pass, in which ranks wait for each other: until here each can give up by itself. The last
     # pass's forward must not come earlier: DDP would reduce in whichever backward pass is next, even that of a retry.
-    if not fits(updater, passes_alone):
+    if not fits_on_every_rank(updater, local_passes):
         return None
-    for micro_batch in micro_batches[num_alone:]:
-        with together(world):
+    for micro_batch in micro_batches[num_local:]:
+        with collective_pass(world):
             loss_of(micro_batch).backward()
     reduced = reduce_statistics(world, statistics)
     if not math.isfinite(reduced["loss"]):
