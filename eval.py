@@ -39,10 +39,10 @@ from grpo.rewards.pool import make_pool
 from grpo.rollout import EVALUATION, Sampler
 from grpo.tasks import TASKS, Task, make_task
 from grpo.tasks.prompts import Prompter
-from grpo.user_code import located
+from grpo.user_code import with_absolute_path
 from kernels import dispatch_table
 
-DRAWING = ("temperature", "top_p", "top_k", "min_p")
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p")
 PRINTED_LINES = 20  # scored completions that are printed; the file has all
 
 
@@ -73,8 +73,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--shots", type=int, nargs="+", help="exemplars in the prompt, one evaluation each (default: the run's, or 8)")
     style = "plain text or the chat template (default: the run's, or plain)"
     add("--prompt.style", dest="style", choices=("plain", "chat"), help=style)
-    told = "for the chat template, such as enable_thinking=false (default: the run's)"
-    add("--prompt.template-options", dest="template_options", nargs="+", metavar="NAME=VALUE", help=told)
+    template_help = "for the chat template, such as enable_thinking=false (default: the run's)"
+    add("--prompt.template-options", dest="template_options", nargs="+", metavar="NAME=VALUE", help=template_help)
     add("--limit", type=int, help="evaluate the first N problems only")
     add("--samples", type=int, default=1, help="completions of each problem (default: 1, greedy)")
     add("--temperature", type=float, help="default: 0 with one sample, else 1")
@@ -121,32 +121,34 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
         message = f"--task is missing, and no model is a run folder, which would name it{found}"
         raise ValueError(f"{message}; pass --task gsm8k, for example")
     config = run or Config(rollout=RolloutConfig(max_new_tokens=400))
-    if options.task and located(options.task) != config.task:
+    if options.task and with_absolute_path(options.task) != config.task:
         names = ("functions", "weights", "format_weight", "correctness_weight")  # they belong to the run's own task
         rewards = replace(config.rewards, **{name: getattr(RewardsConfig(), name) for name in names})
         config = replace(config, task=options.task, data=DataConfig(), rewards=rewards)
     data = {name: getattr(options, name) for name in ("subset", "prompt_column", "answer_column", "drop_overlong")}
-    told = options.template_options and tuple(options.template_options)
+    template_options = options.template_options and tuple(options.template_options)
     given = {
         "data": {"path": options.data_path, **data},
-        "prompt": {"style": options.style, "template_options": told},
+        "prompt": {"style": options.style, "template_options": template_options},
         "rollout": {
             "group_size": options.samples,
             "max_sequences": max(options.max_sequences, options.samples),
-            **{name: getattr(options, name) for name in ("max_new_tokens", *DRAWING)},
+            **{name: getattr(options, name) for name in ("max_new_tokens", *SAMPLING_OPTIONS)},
         },
         "model": {"precision": options.precision},
     }
     for section, values in given.items():
         stated = {name: value for name, value in values.items() if value is not None}
         config = replace(config, **{section: replace(getattr(config, section), **stated)})
-    told_wrong = prompt_mistakes(config.prompt) if told else ()  # a run's own are ignored with another style
-    for mistake in (*outside_intervals(config.rollout, "rollout."), *told_wrong):
+    wrong_options = (
+        prompt_mistakes(config.prompt) if template_options else ()
+    )  # a run's own are ignored with another style
+    for mistake in (*outside_intervals(config.rollout, "rollout."), *wrong_options):
         raise ValueError(mistake)
     return [path for path, _ in resolved], config
 
 
-def shots_told(shots: int) -> str:
+def shots_label(shots: int) -> str:
     """0 shots, 1 shot, 2 shots."""
     return f"{shots} shot{'s'[: shots != 1]}"
 
@@ -179,7 +181,7 @@ def evaluate_model(
         how = {"stop": prompters[shots].stop_strings, "stream": EVALUATION, "seed": options.seed}
         how |= {"impl": options.impl, "progress": timer.progress}
         sampler = Sampler(policy.model, policy.tokenizer, config.rollout, **how)
-        with timer(f"{Path(name).name or name}, {shots_told(shots)}"):
+        with timer(f"{Path(name).name or name}, {shots_label(shots)}"):
             results[shots] = evaluate(sampler, questions, score, world=world).summary()
     return results
 
@@ -201,7 +203,7 @@ def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
         bars = axes.bar(places, heights, width, yerr=[below, above], capsize=3, label=model)
         axes.bar_label(bars, [f"{height:.0%}" for height in heights], padding=3)
     first = next(iter(results.values()))
-    axes.set(xticks=range(len(first)), xticklabels=map(shots_told, first), ylabel="accuracy")
+    axes.set(xticks=range(len(first)), xticklabels=map(shots_label, first), ylabel="accuracy")
     axes.set(yticks=[0, 0.25, 0.5, 0.75, 1], ylim=(0, 1.1), xlim=(-0.6, len(first) - 0.4))
     axes.set_title(f"{next(iter(first.values()))['problems']:,} problems, 95 % intervals", fontsize="medium")
     axes.yaxis.set_major_formatter("{x:.0%}")
@@ -226,7 +228,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     loaded, results = dict(zip(options.model, paths, strict=True)), {}
     dispatch = {op: choice.impl for op, choice in dispatch_table(options.impl, world.device).items()}
     record = {"task": config.task, "split": options.split, "max_new_tokens": config.rollout.max_new_tokens}
-    record |= {name: getattr(options, name) for name in DRAWING}
+    record |= {name: getattr(options, name) for name in SAMPLING_OPTIONS}
     record |= {"loaded": loaded, "models": results}
     record["environment"] = environment(seed=options.seed, world_size=world.size, dispatch=dispatch)
     with make_pool(config.rewards) as pool:
@@ -238,15 +240,14 @@ def run(options: argparse.Namespace, world: World) -> None:
                 output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if not world.is_writer:
         return
-    rows = {
-        f"{name}, {shots_told(shots)}": entry for name, by_shots in results.items() for shots, entry in by_shots.items()
-    }
+    named = ((name, *item) for name, by_shots in results.items() for item in by_shots.items())
+    rows = {f"{name}, {shots_label(shots)}": entry for name, shots, entry in named}
     print(result_table(rows, line_width()))
     first, *others = results
     for name in others:
         for shots, entry in results[name].items():
             difference = describe_difference(name, entry, first, results[first][shots])
-            print(fold(f"{shots_told(shots)}: {difference}", line_width()))
+            print(fold(f"{shots_label(shots)}: {difference}", line_width()))
     print(f"written: {output}")
     try:
         draw_chart(results, output.with_suffix(".png"))

@@ -36,7 +36,7 @@ from grpo.metrics import GROUPS_WITH_TOKENS, completion_lines, length_metrics, t
 from grpo.records import Batch, Group, Scores, join_scores, merge_scores
 from grpo.results import before_training, finish
 from grpo.rewards import refuse_unscored
-from grpo.run import Run, describe, load_checkpoint, open_run, save_checkpoint, settle, validate
+from grpo.run import Run, describe, load_checkpoint, open_run, resolve_config, save_checkpoint, validate
 from grpo.update import fill_frozen, learning_rate, update_policy
 
 
@@ -182,21 +182,21 @@ def train(run: Run, stop: StopRequest) -> int:
 
 
 def run_command(command: Command, world: World) -> int:
-    """Settle the config, then print the dry run or train. Returns the exit status."""
+    """Resolve the config, then print the dry run or train. Returns the exit status."""
     if world.is_writer:
         print(command.source, flush=True)
-    config, objective = settle(command.config, world)
+    config, objective = resolve_config(command.config, world)
     if command.dry_run:
         if world.is_writer:
             print(dry_run_report(config, world.size, model_facts(config, world.device)))
         return 0
-    run_dir, goes_on_from = open_run(replace(command, config=config), world)
+    run_dir, resume_from = open_run(replace(command, config=config), world)
     run = Run(config, objective, world, run_dir)
     with run.pool, closing(run.log), world.naming_missing_ranks():
-        if goes_on_from:
-            load_checkpoint(run, goes_on_from)
+        if resume_from:
+            load_checkpoint(run, resume_from)
         describe(run)
-        if not goes_on_from:
+        if not resume_from:
             before_training(run)
         with StopRequest(world, config.distributed.term_grace_s) as stop:
             status = train(run, stop)

@@ -127,7 +127,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
     """train.py's own parts and step."""
     from grpo.config import Config, from_dict
     from grpo.distributed import start
-    from grpo.run import Run, settle
+    from grpo.run import Run, resolve_config
 
     config: Config = from_dict(
         {
@@ -157,7 +157,7 @@ def run_ours(work: Workload, folder: Path, steps: int, device: torch.device) -> 
     with redirect_stdout(sys.stderr):
         (folder / "run").mkdir()
         world = start()
-        run = Run(*settle(config, world), world, folder / "run")
+        run = Run(*resolve_config(config, world), world, folder / "run")
         with run.pool:
             answer(ready=True)
             for step in range(1, steps + 1):

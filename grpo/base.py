@@ -45,7 +45,7 @@ Progress = Callable[[int, int, str], None]  # done, in all, a short note
 
 CONTEXT_LENGTH = 512
 WARMUP_STEPS = 20
-TRIED = 1000  # questions: if all of these have an unseen word, give up, as the search for one without might never end
+MAX_QUESTIONS_TRIED = 1000  # if all of these have an unseen word, give up: the search for one without might never end
 CONTINUE_VALIDATIONS = 10
 
 
@@ -105,7 +105,7 @@ class Point:
     loss: float  # nats per completion token
 
 
-class Supervisor:
+class SupervisedTrainer:
     """Supervised training of one model on the worked solutions of one task.
 
     The solutions are those of `task.solved`, from an index that depends on the seed: a new one every
@@ -132,8 +132,9 @@ class Supervisor:
         """Endless problems from index `first` of `task.solved` on, without those that have unseen words."""
         unseen = set(self.base.unseen_words)
         is_seen = lambda problem: not unseen & set(re.findall(r"\w+", problem.question))
-        if not any(is_seen(self.task.solved[i]) for i in range(first, first + TRIED)):
-            raise ValueError(f"base.unseen_words={sorted(unseen)}: all of {TRIED} questions have one; leave some out")
+        if not any(is_seen(self.task.solved[i]) for i in range(first, first + MAX_QUESTIONS_TRIED)):
+            found = f"all of {MAX_QUESTIONS_TRIED} questions have one"
+            raise ValueError(f"base.unseen_words={sorted(unseen)}: {found}; name fewer words")
         solved = filter(is_seen, (self.task.solved[i] for i in itertools.count(first)))
         if not self.base.num_solutions:
             yield from solved
@@ -258,14 +259,14 @@ def train_base(
     with torch.random.fork_rng():  # initialisation uses the global random state: restore the caller's
         torch.manual_seed(seed)
         model = build_model(base, tokenizer).to(device)
-    supervisor = Supervisor(model, tokenizer, base, task, seed)
+    trainer = SupervisedTrainer(model, tokenizer, base, task, seed)
     worked = {"steps": base.steps, "lr": base.lr, "guesses": base.guess_share, "stop": base.stop_accuracy}
-    phases = [supervisor.phase("worked solutions", progress, **worked)]
+    phases = [trainer.phase("worked solutions", progress, **worked)]
     if base.habit_steps:
-        supervisor.save(folder / "before_habit")
+        trainer.save(folder / "before_habit")
         habit = {"steps": base.habit_steps, "lr": base.habit_lr, "guesses": base.habit_share}
-        phases.append(supervisor.phase("habit", progress, **habit))
-    supervisor.save(folder)
+        phases.append(trainer.phase("habit", progress, **habit))
+    trainer.save(folder)
     report = {"task": task.name, "version": task.version, "level": task.data.level, "seed": seed}
     report |= {"base": asdict(base), "phases": phases}
     (folder / "base.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -280,12 +281,12 @@ def continue_supervised(
     GRPO: a fresh optimizer, a warm-up, validation not counted in the time, the best of the validated models.
     """
     model = AutoModelForCausalLM.from_pretrained(folder).to(device)
-    supervisor = Supervisor(model, AutoTokenizer.from_pretrained(folder), base, task, seed)
-    curve, best = [(0.0, supervisor.accuracy())], copy.deepcopy(model.state_dict())
+    trainer = SupervisedTrainer(model, AutoTokenizer.from_pretrained(folder), base, task, seed)
+    curve, best = [(0.0, trainer.accuracy())], copy.deepcopy(model.state_dict())
     share_done = lambda step, spent: spent / seconds
-    for point in supervisor.train(lr=base.continue_lr, guesses=base.guess_share, share_done=share_done):
+    for point in trainer.train(lr=base.continue_lr, guesses=base.guess_share, share_done=share_done):
         if point.share >= len(curve) / CONTINUE_VALIDATIONS:
-            accuracy = supervisor.accuracy()
+            accuracy = trainer.accuracy()
             if accuracy > max(seen for _, seen in curve):
                 best = copy.deepcopy(model.state_dict())
             curve.append((point.seconds, accuracy))

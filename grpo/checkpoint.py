@@ -158,7 +158,7 @@ def _write_state(state: dict[str, Any], path: Path) -> None:
 def _write_manifest(folder: Path) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)] for path in paths}
-    (folder / MANIFEST).write_text(json.dumps({"files": files, "sha256": _own_hash(files)}, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps({"files": files, "sha256": _manifest_hash(files)}, indent=2) + "\n")
 
 
 def _sha256(path: Path) -> str:
@@ -166,7 +166,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _own_hash(files: dict[str, list]) -> str:
+def _manifest_hash(files: dict[str, list]) -> str:
     """The manifest's own hash: tells a bit flipped in the manifest from one flipped in a file that it lists."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
@@ -180,7 +180,7 @@ def verify(folder: Path, *, state: bool = True) -> None:
     try:
         record = json.loads(manifest.read_bytes())
         files = record["files"]
-        if record["sha256"] != _own_hash(files):
+        if record["sha256"] != _manifest_hash(files):
             raise ValueError("it is not what was written: its own hash does not fit")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{manifest} cannot be read: {error!r}") from error
@@ -197,7 +197,7 @@ def verify(folder: Path, *, state: bool = True) -> None:
             raise Damaged(f"{path} cannot be read: {error.strerror}") from error
 
 
-def newest_whole(run_dir: Path | str, say: Callable[[str], None] = print) -> Path | None:
+def newest_intact(run_dir: Path | str, say: Callable[[str], None] = print) -> Path | None:
     """The checkpoint with the highest step that passes `verify`; None if there are no checkpoints. Rank 0 only.
 
     Later ones, which are damaged, are reported and renamed to damaged_step_N. ValueError if all are: none is renamed.
@@ -297,7 +297,7 @@ def model_folder(path: Path | str) -> tuple[Path, Path | None]:
     return folder, run
 
 
-def recall_best(run_dir: Path, best: Best, say: Callable[[str], None] = print) -> Best:
+def restore_best(run_dir: Path, best: Best, say: Callable[[str], None] = print) -> Best:
     """The best step of a resumed run, written to best.json again; None if its checkpoint is missing or damaged."""
     if best is not None:
         try:

@@ -325,7 +325,7 @@ class Config:
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-THEIRS = {  # other trainers' names: our keys
+OTHER_NAMES = {  # other trainers' names: our keys
     "batch_size": "rollout.prompts_per_step",
     "bf16": "model.precision",
     "dataset_name": "data.path",
@@ -435,12 +435,13 @@ def known_keys() -> list[str]:
 
 
 def nearest(key: str, known: Collection[str], spell: Callable[[str], str] = str) -> str:
-    """`; the nearest is KEY` for an error message, or "". KEY is ours for another trainer's name (THEIRS), else the known
-    key whose last part is spelled most alike, preferably in the same section."""
+    """`; the nearest is KEY` for an error message, or "". KEY is ours for another trainer's name (OTHER_NAMES), else the
+    known key whose last part is spelled most alike, preferably in the same section."""
     section, _, name = key.rpartition(".")
     last = lambda candidate: candidate.rpartition(".")[2]
     spelling = difflib.get_close_matches(name, map(last, known), n=1)
-    alike = [THEIRS[name]] if THEIRS.get(name) in known else [each for each in known if [last(each)] == spelling]
+    ours = OTHER_NAMES.get(name)
+    alike = [ours] if ours in known else [each for each in known if [last(each)] == spelling]
     alike.sort(key=lambda each: each.rpartition(".")[0] != section)
     return f"; the nearest is {spell(alike[0])}" if alike else ""
 

@@ -166,10 +166,10 @@ class PolicyModule(nn.Module):
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Contexts for a checkpointed layer's forward pass and for its recomputation in the backward pass."""
-        return nullcontext(), self._as_now(self.compute.model.config._attn_implementation, self._weights)
+        return nullcontext(), self._as_in_this_pass(self.compute.model.config._attn_implementation, self._weights)
 
     @contextmanager
-    def _as_now(self, attention: str, weights: dict[str, Tensor]) -> Iterator[None]:
+    def _as_in_this_pass(self, attention: str, weights: dict[str, Tensor]) -> Iterator[None]:
         """Within it the model has this forward pass's attention and weights again: it lost both at the pass's end."""
         weights_then = using_weights(self.compute.model, weights) if weights else nullcontext()
         with self.compute.training_mode(attention), weights_then:

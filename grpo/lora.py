@@ -29,8 +29,8 @@ from grpo.policy import ADAPTER_CONFIG, Policy, choose_precision, from_hub, load
 
 WEIGHTS = "adapter_model.safetensors"
 # PEFT's keys: those that we read, with our names; those without effect on a trained adapter; values others may have.
-OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
-OURS |= {name: name for name in ("target_modules", "modules_to_save")}
+PEFT_KEYS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+PEFT_KEYS |= {name: name for name in ("target_modules", "modules_to_save")}
 WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version"}
 WITHOUT_EFFECT |= {"qalora_group_size", "revision", "task_type"}
 ALLOWED = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
@@ -188,7 +188,7 @@ class AdaptedPolicy(Policy):
         # safetensors writes several entries in arbitrary order; with only one, equal adapters are equal files.
         metadata = {"format": "pt"} | ({"quantize": "nf4"} if self.settings.quantize == "nf4" else {})
         save_file(tensors, folder / WEIGHTS, metadata=metadata)
-        settings = {theirs: getattr(self.settings, ours) for theirs, ours in OURS.items()}
+        settings = {key: getattr(self.settings, name) for key, name in PEFT_KEYS.items()}
         facts = {"task_type": "CAUSAL_LM", "base_model_name_or_path": self.base, "inference_mode": True}
         (folder / ADAPTER_CONFIG).write_text(json.dumps(ALLOWED | facts | settings, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
@@ -231,7 +231,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, str]:
     """Settings and base of a folder in PEFT's format. ValueError for PEFT features that are not supported here."""
     path = folder / ADAPTER_CONFIG
     found = json.loads(path.read_text(encoding="utf-8"))
-    foreign = {key: value for key, value in found.items() if value and key not in {*OURS, *WITHOUT_EFFECT}}
+    foreign = {key: value for key, value in found.items() if value and key not in {*PEFT_KEYS, *WITHOUT_EFFECT}}
     foreign = {key: value for key, value in foreign.items() if value != ALLOWED.get(key)}
     if isinstance(found.get("target_modules"), str):
         foreign["target_modules"] = found["target_modules"]  # a regular expression
@@ -240,7 +240,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, str]:
     base = found.get("base_model_name_or_path")
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise ValueError(f"{path}: base_model_name_or_path={base!r} is no model; correct it there")
-    settings = {ours: found.get(theirs) for theirs, ours in OURS.items()}
+    settings = {name: found.get(key) for key, name in PEFT_KEYS.items()}
     names = {name: tuple(settings.pop(name) or ()) for name in ("target_modules", "modules_to_save")}
     with safe_open(folder / WEIGHTS, "pt") as file:  # PEFT's config has no key for it
         quantize = (file.metadata() or {}).get("quantize", "none")

@@ -31,8 +31,8 @@ from grpo.live import Progress, can_show, fold, line_width
 from grpo.records import Group, Scores
 from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
-CARRIED = Path(__file__).with_name("metrics.md")  # a symlink to docs/metrics.md; in a wheel the file itself
-DEFINITIONS = CARRIED if CARRIED.is_file() else CARRIED.parents[1] / "docs" / CARRIED.name  # copies may lose symlinks
+PACKAGED = Path(__file__).with_name("metrics.md")  # a symlink to docs/metrics.md; in a wheel the file itself
+DEFINITIONS = PACKAGED if PACKAGED.is_file() else PACKAGED.parents[1] / "docs" / "metrics.md"  # a copy may lose links
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "triton", "numpy", "tyro")
 GROUPS_WITH_TOKENS = 2  # per step: in all groups, tokens would make completions/ several times as large
 TRAINING_PHASES = ("rollout", "score", "update")
@@ -90,7 +90,7 @@ def training_seconds(seconds: Mapping[str, float], prefix: str = "") -> float:
     return sum(seconds.get(prefix + phase, 0.0) for phase in TRAINING_PHASES)
 
 
-def rival_name(habit_steps: int) -> str:
+def comparison_name(habit_steps: int) -> str:
     """Name of the embedded task's comparison: the model before the habit phase, or supervised training continued."""
     return "before the habit" if habit_steps else "supervised instead"
 
@@ -130,7 +130,7 @@ class RunLogger:
         self._trackers: dict[str, Tracker] = {}
         self._tracker_ids: dict[str, str] = {}
         self._last_step = 0
-        self._is_placed = False  # whether metrics.jsonl has been cut to where this process begins
+        self._is_truncated = False  # whether metrics.jsonl has been cut to where this process begins
         if is_writer:
             self._file = (run_dir / "metrics.jsonl").open("ab")
             try:
@@ -150,8 +150,8 @@ class RunLogger:
         """One training step: a line in metrics.jsonl, scalars for the trackers, a row of the table on the console."""
         if not self.is_writer:
             return
-        if not self._is_placed:
-            self._place(0)  # no checkpoint was loaded: the run starts from scratch
+        if not self._is_truncated:
+            self._truncate_at(0)  # no checkpoint was loaded: the run starts from scratch
         row = {key: None if value is None or not math.isfinite(value) else value for key, value in row.items()}
         with self._naming_the_folder():
             self._file.write(json.dumps(row).encode() + b"\n")
@@ -222,16 +222,16 @@ class RunLogger:
             if size < state["offset"]:
                 wrote = f"{self.run_dir}/metrics.jsonl has {size} bytes, but {state['offset']} when the checkpoint was"
                 raise ValueError(f"{wrote} written; put the lost lines back or start another run")
-            self._place(state["offset"])
+            self._truncate_at(state["offset"])
             self._tracker_ids = dict(state["trackers"])
             for path in (self.run_dir / "completions").glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > self._last_step:
                     path.unlink()
 
-    def _place(self, offset: int) -> None:
+    def _truncate_at(self, offset: int) -> None:
         self._file.truncate(offset)
         self._file.seek(0, os.SEEK_END)
-        self._is_placed = True
+        self._is_truncated = True
 
     def close(self) -> None:
         self.progress.close()

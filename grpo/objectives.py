@@ -109,7 +109,7 @@ def clipped_surrogate(
     clip_high > clip_low is DAPO's clip-higher (arXiv:2503.14476).
     logprobs, old, advantages: [T], fp32, natural log.  Returns [T]; nothing is masked here.
     """
-    return _smaller_of_clipped_and_not(torch.exp(logprobs - old), advantages, clip_low, clip_high)
+    return _pessimistic_bound(torch.exp(logprobs - old), advantages, clip_low, clip_high)
 
 
 def dual_clipped_surrogate(
@@ -134,7 +134,7 @@ def sequence_surrogate(
     each token's sequence, of which all tokens must be present.  Returns [T], equal within a sequence.
     """
     ratio = torch.exp(mean_by_sequence(logprobs - old, sequence))
-    return _smaller_of_clipped_and_not(ratio, advantages, clip_low, clip_high)
+    return _pessimistic_bound(ratio, advantages, clip_low, clip_high)
 
 
 def sequence_token_surrogate(
@@ -146,7 +146,7 @@ def sequence_token_surrogate(
     that of `sequence_surrogate`.
     """
     ratio = torch.exp(mean_by_sequence((logprobs - old).detach(), sequence)) * torch.exp(logprobs - logprobs.detach())
-    return _smaller_of_clipped_and_not(ratio, advantages, clip_low, clip_high)
+    return _pessimistic_bound(ratio, advantages, clip_low, clip_high)
 
 
 def cispo_surrogate(logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_high: float) -> Tensor:
@@ -182,7 +182,7 @@ def mean_by_sequence(values: Tensor, sequence: Tensor) -> Tensor:
     return (sums / counts.clamp_min(1))[sequence]
 
 
-def _smaller_of_clipped_and_not(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+def _pessimistic_bound(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from grpo.config import flat
-from grpo.metrics import definition, read_metrics, read_records, rival_name
+from grpo.metrics import comparison_name, definition, read_metrics, read_records
 
 TEMPLATE = Path(__file__).with_name("report.html")
-PLACE = "@DATA@"
+PLACEHOLDER = "@DATA@"
 CHARACTERS = 4000  # shown of a completion: with 2,560 whole completions of some 4,500 tokens the page took 89 MB
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def page(data: dict[str, Any]) -> str:
     """The whole page. `<` is escaped in the data, so that no completion can close the script element that holds it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text, 1)
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text, 1)
 
 
 def collect(
@@ -94,7 +94,7 @@ def _run(name: str, folder: Path, config: dict[str, Any], **limits: int) -> dict
     summary, environment = (_json(folder / f"{part}.json") for part in ("summary", "env"))
     phases = [key.removeprefix("seconds/") for key in keys if key.startswith("seconds/")]
     spent = {phase: sum(row.get(f"seconds/{phase}") or 0.0 for row in rows) for phase in phases}
-    results, titles = summary.get("results", {}), {"supervised": rival_name(config.get("base.habit_steps", 0))}
+    results, titles = summary.get("results", {}), {"supervised": comparison_name(config.get("base.habit_steps", 0))}
     facts = {key: environment.get(key) for key in ("commit", "seed", "world_size", "devices", "cpus", "platform")}
     return {
         "name": name,

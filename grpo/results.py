@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from grpo import base, checkpoint
 from grpo.evaluation import Evaluation, describe_difference, result_table
-from grpo.metrics import rival_name, training_seconds
+from grpo.metrics import comparison_name, training_seconds
 from grpo.policy import load_policy
 from grpo.run import Run, evaluate_greedily, validate
 
@@ -40,8 +40,8 @@ def finish(run: Run) -> None:
     log.write_json("summary.json", summary | {"results": results, "samples": samples, "supervised_curve": curve})
     log.draw_curves(start_accuracy=run.before["validation"], supervised=curve)
     if num_problems:
-        rival = rival_name(run.config.base.habit_steps)
-        rows = {rival if name == "supervised" else name: row for name, row in results.items()}
+        comparison = comparison_name(run.config.base.habit_steps)
+        rows = {comparison if name == "supervised" else name: row for name, row in results.items()}
         log.say("\n" + result_table(rows, log.width))
         before, after = results.get("before", {}), results["after"]
         if len(before.get("correct", ())) == len(after["correct"]):  # not after a resume with other test_problems
@@ -74,7 +74,7 @@ def supervised_result(run: Run) -> tuple[dict, list]:
         log.say(f"supervised training, continued for the {seconds:.0f} s that GRPO took")
         options = {"seconds": seconds, "seed": run.config.seed, "device": str(device), "progress": log.progress}
         with log.timer("supervised"):
-            go_on = lambda: base.continue_supervised(run.base_folder, settings, run.task, **options)
-            model, curve = run.world.after_writer("supervised", go_on)
+            continue_training = lambda: base.continue_supervised(run.base_folder, settings, run.task, **options)
+            model, curve = run.world.after_writer("supervised", continue_training)
     with log.timer("evaluation"):
         return evaluate_greedily(run, "test", run.config.eval.test_problems, model=model).summary(), curve

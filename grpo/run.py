@@ -34,29 +34,29 @@ from grpo.tasks.prompts import Prompter
 from grpo.tasks.stream import ProblemStream
 from grpo.tasks.word_problems import WordProblems
 from grpo.update import Updater, make_optimizer
-from grpo.user_code import located
+from grpo.user_code import with_absolute_path
 from kernels import dispatch_table, missing_to_launch, old_capability
 
 BASE_CACHE = Path(".cache") / "base"
 TOKENS_PER_MICRO_BATCH = {"cuda": 16_384, "cpu": 4_096}
 
 
-def settle(config: Config, world: World) -> tuple[Config, Objective]:
+def resolve_config(config: Config, world: World) -> tuple[Config, Objective]:
     """Check the config and resolve it. Returns it with every choice of the objective, every default that depends on the
     device and absolute paths of a user's own files filled in, and the objective.
 
     ValueError for what cannot work, before a run folder is made.
     """
-    world.require_same({key: _without_place(key, value) for key, value in flat(asdict(config)).items()})
+    world.require_same({key: _without_folder(key, value) for key, value in flat(asdict(config)).items()})
     check(config, world.size)
     functions, surrogate = config.rewards.functions, config.objective.surrogate
     config = replace(
         config,
-        task=located(config.task),
-        rewards=replace(config.rewards, functions=tuple(map(located, functions))),
-        objective=replace(config.objective, surrogate=surrogate and located(surrogate)),
+        task=with_absolute_path(config.task),
+        rewards=replace(config.rewards, functions=tuple(map(with_absolute_path, functions))),
+        objective=replace(config.objective, surrogate=surrogate and with_absolute_path(surrogate)),
     )
-    config, objective = state_objective(config)
+    config, objective = fill_in_objective(config)
     check_steps(objective, config.batch.passes * config.batch.minibatches)
     trackers.chosen(config.track)
     if config.impl == "triton":
@@ -72,24 +72,24 @@ def settle(config: Config, world: World) -> tuple[Config, Objective]:
         load_model_config(config.model.path)
     model, batch = config.model, config.batch
     if model.compile is None:
-        is_hindered = config.deterministic or model.gradient_checkpointing or config.distributed.strategy == "fsdp"
-        is_hindered = is_hindered or missing_to_launch() or old_capability(world.device)
-        model = replace(model, compile=world.device.type == "cuda" and not is_hindered)
+        cannot_compile = config.deterministic or model.gradient_checkpointing or config.distributed.strategy == "fsdp"
+        cannot_compile = cannot_compile or missing_to_launch() or old_capability(world.device)
+        model = replace(model, compile=world.device.type == "cuda" and not cannot_compile)
     if batch.tokens_per_micro_batch is None:
         batch = replace(batch, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH[world.device.type])
     return replace(config, model=model, batch=batch), objective
 
 
-def _without_place(key: str, value: object) -> object:
+def _without_folder(key: str, value: object) -> object:
     """A setting without the folder it names: ranks on different machines may keep the same files in other places."""
     if key.endswith(".path"):
         return value and "a path"
     if isinstance(value, tuple):
-        return [_without_place(key, item) for item in value]
+        return [_without_folder(key, item) for item in value]
     return value.rpartition(":")[2] if isinstance(value, str) and ".py:" in value else value
 
 
-def state_objective(config: Config) -> tuple[Config, Objective]:
+def fill_in_objective(config: Config) -> tuple[Config, Objective]:
     """`config` with every choice of its objective filled in, and the objective."""
     objective = resolve(**asdict(config.objective))
     return replace(config, objective=ObjectiveConfig(preset=config.objective.preset, **asdict(objective))), objective
@@ -248,21 +248,21 @@ def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
     def choose() -> tuple[Path, Path | None]:
         """On rank 0. Changes to the config of a resumed run are printed, or refused by ValueError."""
         path = Path(command.resume or command.run_dir or checkpoint.default_run_dir(command.config_path.stem))
-        goes_on = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)
+        is_resumed = bool(command.resume) or (is_restart and checkpoint.latest(path) is not None)
         checkpoint.open_run_dir(path, resume=bool(command.resume), is_restart=is_restart)
-        if goes_on:
-            before, _ = state_objective(load(path / "config.yaml"))  # an older version may have saved fewer keys
+        if is_resumed:
+            before, _ = fill_in_objective(load(path / "config.yaml"))  # an older version may have saved fewer keys
             harmless, others = changes(before, command.config)
             for line in harmless:
                 print(f"changed: {line}", flush=True)
             for line in others:
                 print(f"CHANGED, and the lost steps are not repeated as they were: {line}", flush=True)
-        return path, checkpoint.newest_whole(path) if goes_on else None
+        return path, checkpoint.newest_intact(path) if is_resumed else None
 
     return world.after_writer("run_dir", choose)
 
 
-def parts(run: Run) -> dict:
+def stateful_parts(run: Run) -> dict:
     """The stateful parts, by their name in a checkpoint."""
     named = {"policy": run.policy, "optimizer": run.updater.optimizer, "updater": run.updater}
     named |= {"stream": run.stream, "log": run.log, "reference": run.moving_reference}
@@ -271,7 +271,7 @@ def parts(run: Run) -> dict:
 
 def save_checkpoint(run: Run, step: int) -> None:
     """Save everything stateful: copied now, between two steps, and written by rank 0 while training continues."""
-    state = {name: part.state_dict() for name, part in parts(run).items()}
+    state = {name: part.state_dict() for name, part in stateful_parts(run).items()}
     by_rank = run.world.gather({"sampler": run.sampler.state_dict(), "random": checkpoint.random_state()})
     state |= {"step": step, "best": run.best, "before": run.before, "by_rank": by_rank}
     if run.world.is_writer:
@@ -282,7 +282,7 @@ def save_checkpoint(run: Run, step: int) -> None:
 def load_checkpoint(run: Run, folder: Path) -> None:
     """Restore what `save_checkpoint` saved. ValueError if it does not fit this config."""
     state = checkpoint.load_state(folder)
-    named = parts(run)
+    named = stateful_parts(run)
     for name in named:
         if name not in state:
             raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that one")
@@ -296,8 +296,8 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     mine = state["by_rank"][world.rank % len(state["by_rank"])]
     run.sampler.load_state_dict(mine["sampler"])
     checkpoint.set_random_state(mine["random"])
-    recall = lambda: checkpoint.recall_best(run.log.run_dir, state["best"], run.log.say)
-    run.best = world.after_writer("best", recall)
+    restore = lambda: checkpoint.restore_best(run.log.run_dir, state["best"], run.log.say)
+    run.best = world.after_writer("best", restore)
     run.before, run.first_step = state["before"], state["step"] + 1
     run.log.say(f"going on from {folder}")
     before = len(state["by_rank"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 
-def located(name: str) -> str:
+def with_absolute_path(name: str) -> str:
     """`path/to/file.py:name` with an absolute path; any other name unchanged."""
     source, _, rest = name.rpartition(":")
     return f"{os.path.abspath(source)}:{rest}" if source.endswith(".py") else name

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import base as base_room
-from grpo.base import Supervisor, build_model, build_tokenizer, collate, continue_supervised, prepare_base
+from grpo.base import SupervisedTrainer, build_model, build_tokenizer, collate, continue_supervised, prepare_base
 from grpo.config import BaseConfig, Config, DataConfig, PromptConfig, RewardsConfig
 from grpo.dry_run import model_facts
 from grpo.records import Completion, Group, Problem
@@ -56,7 +56,7 @@ def prepare(task, cache_dir, base=TINY, seed=0):
 
 def supervisor_of(task, tokenizer, base=TINY, seed=0):
     torch.manual_seed(seed)
-    return Supervisor(build_model(base, tokenizer), tokenizer, base, task, seed)
+    return SupervisedTrainer(build_model(base, tokenizer), tokenizer, base, task, seed)
 
 
 @pytest.mark.parametrize("num_solutions", [20, 0])
@@ -228,14 +228,14 @@ def test_of_two_runs_that_make_the_same_model_the_second_takes_what_the_first_ma
 
 
 def test_an_interrupted_training_leaves_nothing_behind(task, tmp_path, monkeypatch):
-    phase = Supervisor.phase
+    phase = SupervisedTrainer.phase
 
     def interrupted(self, name, *arguments, **options):
         if name == "habit":
             raise KeyboardInterrupt
         return phase(self, name, *arguments, **options)
 
-    monkeypatch.setattr(Supervisor, "phase", interrupted)
+    monkeypatch.setattr(SupervisedTrainer, "phase", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(task, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +265,7 @@ def test_the_report_says_what_each_phase_did(folder):
 
 @pytest.mark.parametrize(("every", "validated"), [(3, [3, 4]), (2, [2, 4]), (0, [4])])
 def test_a_phase_is_validated_when_it_is_due_and_at_its_end(task, tokenizer, every, validated, monkeypatch):
-    monkeypatch.setattr(Supervisor, "accuracy", lambda self: 0.5)
+    monkeypatch.setattr(SupervisedTrainer, "accuracy", lambda self: 0.5)
     settings = {"steps": 4, "lr": TINY.lr, "guesses": 0.0}
     supervisor = supervisor_of(task, tokenizer, replace(TINY, validate_every=every))
     phase = supervisor.phase("worked", lambda done, total, note: None, **settings)
@@ -273,14 +273,14 @@ def test_a_phase_is_validated_when_it_is_due_and_at_its_end(task, tokenizer, eve
 
 
 def test_every_phase_has_a_rate_and_a_share_of_guesses_of_its_own(task, tmp_path, monkeypatch):
-    train, seen = Supervisor.train, []
+    train, seen = SupervisedTrainer.train, []
 
     def noted(self, *, lr, guesses, share_done):
         seen.append((lr, guesses))
         yield from train(self, lr=lr, guesses=guesses, share_done=share_done)
 
-    monkeypatch.setattr(Supervisor, "train", noted)
-    monkeypatch.setattr(Supervisor, "accuracy", lambda self: 0.5)
+    monkeypatch.setattr(SupervisedTrainer, "train", noted)
+    monkeypatch.setattr(SupervisedTrainer, "accuracy", lambda self: 0.5)
     odd = replace(TINY, lr=0.01, guess_share=0.1, habit_lr=0.02, habit_share=0.2, continue_lr=0.03)
     folder = prepare(task, tmp_path, odd)
     how = {"seconds": 1e-9, "seed": 0, "device": "cpu", "progress": lambda done, total, note: None}
@@ -302,7 +302,7 @@ def test_continued_training_spends_the_seconds_given_and_returns_the_best_valida
         weights.append(self.model.model.embed_tokens.weight.detach().clone())
         return next(accuracies)
 
-    monkeypatch.setattr(Supervisor, "accuracy", accuracy)
+    monkeypatch.setattr(SupervisedTrainer, "accuracy", accuracy)
     files = (folder / "model.safetensors").read_bytes()
     model, curve = continue_supervised(
         folder, TINY, task, seconds=0.5, seed=0, device="cpu", progress=lambda done, total, note: None

@@ -64,7 +64,7 @@ def test_every_damage_to_every_file_is_named_and_the_checkpoint_before_is_used(t
     run_dir, said = tmp_path / "run", []
     shutil.copytree(two_checkpoints, run_dir)
     damage(run_dir / "checkpoints" / "step_2" / name)
-    assert checkpoint.newest_whole(run_dir, said.append).name == "step_1"
+    assert checkpoint.newest_intact(run_dir, said.append).name == "step_1"
     assert len(said) == 1 and f"step_2/{name}" in said[0] and "step_1 is used" in said[0]
     folders = {path.name for path in (run_dir / "checkpoints").iterdir()}
     # set aside: it neither counts among the last ones nor blocks a new step_2
@@ -126,12 +126,12 @@ def test_where_every_checkpoint_is_damaged_all_are_named_and_none_is_touched(two
     missing(run_dir / "checkpoints" / "step_1" / "state" / "state.pt")
     bit_flipped(run_dir / "checkpoints" / "step_2" / "config.json")
     with pytest.raises(ValueError, match="every checkpoint .* is damaged(.|\n)*step_2/config.json(.|\n)*step_1/state"):
-        checkpoint.newest_whole(run_dir)
+        checkpoint.newest_intact(run_dir)
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_1", "step_2"}
 
 
 def test_a_run_without_checkpoints_has_no_newest_one(tmp_path):
-    assert checkpoint.newest_whole(tmp_path) is None
+    assert checkpoint.newest_intact(tmp_path) is None
 
 
 def test_the_best_step_of_a_run_that_goes_on_is_noted_again_and_forgotten_where_it_is_damaged(
@@ -140,8 +140,8 @@ def test_the_best_step_of_a_run_that_goes_on_is_noted_again_and_forgotten_where_
     run_dir, said = tmp_path / "run", []
     shutil.copytree(two_checkpoints, run_dir)
     checkpoint.mark_best(run_dir, 0.9, 7)  # of steps that the resumed run has yet to repeat
-    assert checkpoint.recall_best(run_dir, (0.5, 1), said.append) == (0.5, 1)
+    assert checkpoint.restore_best(run_dir, (0.5, 1), said.append) == (0.5, 1)
     assert checkpoint.best(run_dir).name == "step_1" and not said
     torn(run_dir / "checkpoints" / "step_1" / "model.safetensors")
-    assert checkpoint.recall_best(run_dir, (0.5, 1), said.append) is None
+    assert checkpoint.restore_best(run_dir, (0.5, 1), said.append) is None
     assert "the best checkpoint so far is lost" in said[0] and "model.safetensors" in said[0]

@@ -50,7 +50,7 @@ def test_what_went_wrong_while_writing_is_raised_by_the_next_save_or_at_the_end(
     with pytest.raises(OSError, match=message):
         writer.wait()
     writer.wait()  # raised once
-    assert checkpoint.newest_whole(tmp_path).name == "step_1"
+    assert checkpoint.newest_intact(tmp_path).name == "step_1"
 
 
 @pytest.mark.parametrize("tied", [True, False])

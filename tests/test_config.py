@@ -127,7 +127,7 @@ def test_a_key_of_another_version_in_a_runs_config_is_told_with_the_remedy(tmp_p
 
 
 def test_every_name_of_another_trainer_stands_for_a_key_of_ours():
-    assert set(config_module.THEIRS.values()) <= set(known_keys())
+    assert set(config_module.OTHER_NAMES.values()) <= set(known_keys())
 
 
 def test_an_error_names_the_file(tmp_path):

@@ -18,7 +18,7 @@ import torch
 from grpo import distributed
 from grpo.config import from_dict
 from grpo.distributed import StopRequest, World
-from grpo.run import settle
+from grpo.run import resolve_config
 from tests.ranks import CONTEXT, Ranks, run_ranks
 from tests.tiny import save_tiny_model
 
@@ -244,13 +244,13 @@ def test_every_rank_stops_where_one_is_asked():
     assert run_ranks(2, asked_once) == [143, 143]
 
 
-def settled(world, *starts) -> list[str]:
+def resolved_task(world, *starts) -> list[str]:
     """By a rank, of each start: what its ranks were started with besides."""
     found = []
     for settings in starts:
         try:
             config = from_dict({"rollout": {"prompts_per_step": 6}, **settings[world.rank]})
-            found.append(settle(config, world)[0].task)
+            found.append(resolve_config(config, world)[0].task)
         except ValueError as error:
             found.append(str(error))
     return found
@@ -268,7 +268,7 @@ def test_a_rank_that_was_started_with_other_settings_is_named_with_what_differs(
     expected = ["word_problems", f"rank 2 has {differing}: start all ranks with the same"]
     impossible = "optim.lr=nan is outside (0, inf); choose a value inside"
     starts = (same, other, [same[0], {}, same[2]], [{"optim": {"lr": math.nan}}] * 3)
-    for found in run_ranks(3, settled, *starts):
+    for found in run_ranks(3, resolved_task, *starts):
         assert found[:2] == expected and found[3] == impossible
         assert found[2].startswith("rank 1 has model.path='', where rank 0 has 'a path'; rewards.functions=[], where")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo.checkpoint import newest_whole
+from grpo.checkpoint import newest_intact
 from grpo.metrics import read_metrics
 from tests.tiny import save_tiny_model, write_gsm8k_files
 from tests.trainee import rows_without_clock
@@ -90,5 +90,5 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
     assert run(tmp_path, "killed", dies_before=4) == -9, said("killed")
     assert run(tmp_path, "killed", resume=True) == 0, said("killed")
     assert rows_without_clock(tmp_path / "killed") == rows_without_clock(tmp_path / "whole")
-    ours, theirs = (load_file(newest_whole(tmp_path / name) / "model.safetensors") for name in ("killed", "whole"))
+    ours, theirs = (load_file(newest_intact(tmp_path / name) / "model.safetensors") for name in ("killed", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -24,7 +24,7 @@ from grpo.config_check import check
 from grpo.metrics import read_metrics
 from grpo.rewards.__main__ import main as rewards_main
 from grpo.rewards.sandbox import find_sandbox
-from grpo.run import state_objective
+from grpo.run import fill_in_objective
 from tests.tiny import save_tiny_model, write_gsm8k_files
 
 ROOT = Path(__file__).parents[1]
@@ -213,7 +213,7 @@ def on_a_card(monkeypatch, config: str, size: str, *options: str) -> tuple[Confi
     shape = dict(zip((*names, "vocab_size"), QWEN[size], strict=True))
     qwen = Qwen2Config(**shape, tie_word_embeddings=size != "7B")
     monkeypatch.setattr(dry_run, "load_model_config", lambda path: qwen)
-    asked, _ = state_objective(parse_command(["--config", f"{ROOT}/configs/{config}.yaml", *options]).config)
+    asked, _ = fill_in_objective(parse_command(["--config", f"{ROOT}/configs/{config}.yaml", *options]).config)
     return asked, dry_run.model_facts(asked, torch.device("cuda"))
 
 

@@ -17,7 +17,7 @@ from grpo.evaluation import CORRECTNESS, Evaluation
 from grpo.metrics import RunLogger
 from grpo.records import Completion, Group, Problem
 from grpo.rollout import EVALUATION, TRAINING
-from grpo.run import Run, make_sampler, settle, validate
+from grpo.run import Run, make_sampler, resolve_config, validate
 from tests.tiny import save_tiny_model, write_gsm8k_files
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -50,7 +50,7 @@ def built(folder, name, **changes) -> Run:
     """A run with odd settings but for `changes`."""
     where = {"model": {"path": f"{folder}/model"}, "data": ODD["data"] | {"path": f"{folder}/data"}}
     (folder / name).mkdir()
-    return Run(*settle(from_dict(ODD | where | changes), ALONE), ALONE, folder / name)
+    return Run(*resolve_config(from_dict(ODD | where | changes), ALONE), ALONE, folder / name)
 
 
 def test_every_part_of_a_run_has_the_settings_that_were_asked_for(folder):
@@ -58,7 +58,7 @@ def test_every_part_of_a_run_has_the_settings_that_were_asked_for(folder):
     updater, (adam,) = run.updater, run.updater.optimizer.param_groups
     assert (updater.max_grad_norm, updater.max_skipped_steps, updater.token_budget) == (0.75, 6, 77)
     assert (adam["betas"], adam["eps"], adam["weight_decay"]) == ((0.5, 0.75), 0.5, 0.125)
-    assert run_room.parts(run).keys() == {"policy", "optimizer", "updater", "stream", "log", "reference"}
+    assert run_room.stateful_parts(run).keys() == {"policy", "optimizer", "updater", "stream", "log", "reference"}
     assert run.layout == "padded" and updater.objective.beta == 0.5
     policy, reference = run.module.compute, run.reference
     assert [(model.temperature, model.impl) for model in (policy, reference)] == 2 * [(0.5, "torch")]
@@ -78,7 +78,7 @@ def test_every_part_of_a_run_has_the_settings_that_were_asked_for(folder):
 def test_what_no_setting_asks_for_is_not_there(folder):
     run = built(folder, "plain", objective={"preset": "dr_grpo"}, distributed={"strategy": "fsdp"})
     assert not run.policy.is_sampler_only  # one rank has nobody to share with
-    assert "reference" not in run_room.parts(run)
+    assert "reference" not in run_room.stateful_parts(run)
     assert run.reference is run.moving_reference is None and not run.module.compute.entropy_gradient
 
 
@@ -131,10 +131,10 @@ def test_a_run_goes_on_over_any_number_of_ranks_each_with_what_one_had(rank, siz
     by_rank = [{"sampler": f"sampler {name}", "random": f"random {name}"} for name in "ab"]
     state = {"step": 4, "best": (0.5, 2), "before": "before", "by_rank": by_rank}
     loaded, said, checkpoint = [], [], run_room.checkpoint
-    monkeypatch.setattr(run_room, "parts", lambda run: {})
+    monkeypatch.setattr(run_room, "stateful_parts", lambda run: {})
     monkeypatch.setattr(checkpoint, "load_state", lambda folder: state)
     monkeypatch.setattr(checkpoint, "set_random_state", loaded.append)
-    monkeypatch.setattr(checkpoint, "recall_best", lambda run_dir, best, say: best)
+    monkeypatch.setattr(checkpoint, "restore_best", lambda run_dir, best, say: best)
     world = SimpleNamespace(rank=rank, size=size, after_writer=lambda name, work: work())
     run = SimpleNamespace(config=from_dict({"num_steps": 4}), world=world)
     run.log = SimpleNamespace(run_dir=tmp_path, say=said.append)

@@ -139,7 +139,7 @@ def test_what_a_run_that_goes_on_may_change_takes_effect(finished, workplace):
 
 
 def test_a_checkpoint_saved_without_a_part_is_refused_by_its_name(finished, monkeypatch):
-    monkeypatch.setattr(run, "parts", lambda run: {"moon": None})
+    monkeypatch.setattr(run, "stateful_parts", lambda run: {"moon": None})
     with pytest.raises(ValueError, match="step_4 has no state of the moon: it was saved under another config"):
         run.load_checkpoint(None, finished / "checkpoints" / "step_4")
 
@@ -372,18 +372,19 @@ def test_a_run_that_goes_on_cannot_change_what_its_checkpoint_depends_on(finishe
 )
 def test_what_depends_on_the_device_is_settled_before_a_run(settings, compiled, monkeypatch):
     monkeypatch.setattr(run, "missing_to_launch", lambda: None)
-    settled = {kind: run.settle(from_dict(settings), World(0, 1, torch.device(kind)))[0] for kind in ("cpu", "cuda")}
-    assert settled["cuda"].model.compile == compiled
-    assert settled["cpu"].model.compile == settings.get("model", {}).get("compile", False)
-    assert [settled[kind].batch.tokens_per_micro_batch for kind in ("cuda", "cpu")] == [16384, 4096]
+    worlds = {kind: World(0, 1, torch.device(kind)) for kind in ("cpu", "cuda")}
+    resolved = {kind: run.resolve_config(from_dict(settings), world)[0] for kind, world in worlds.items()}
+    assert resolved["cuda"].model.compile == compiled
+    assert resolved["cpu"].model.compile == settings.get("model", {}).get("compile", False)
+    assert [resolved[kind].batch.tokens_per_micro_batch for kind in ("cuda", "cpu")] == [16384, 4096]
     asked = from_dict(settings | {"batch": {"tokens_per_micro_batch": 7}})
-    assert run.settle(asked, World(0, 1, torch.device("cpu")))[0].batch.tokens_per_micro_batch == 7
+    assert run.resolve_config(asked, World(0, 1, torch.device("cpu")))[0].batch.tokens_per_micro_batch == 7
     monkeypatch.setattr(run, "old_capability", lambda device: "7.5")
-    old = run.settle(from_dict(settings), World(0, 1, torch.device("cuda")))[0]
+    old = run.resolve_config(from_dict(settings), World(0, 1, torch.device("cuda")))[0]
     assert old.model.compile == settings.get("model", {}).get("compile", False)
     monkeypatch.setattr(run, "old_capability", lambda device: None)
     monkeypatch.setattr(run, "missing_to_launch", lambda: "there is no C compiler")
-    without = run.settle(from_dict(settings), World(0, 1, torch.device("cuda")))[0]
+    without = run.resolve_config(from_dict(settings), World(0, 1, torch.device("cuda")))[0]
     assert without.model.compile == settings.get("model", {}).get("compile", False)
 
 
@@ -402,10 +403,10 @@ def test_paths_of_ones_own_files_are_settled_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     match = "grpo.rewards.matching:exact_match"
     own = {"rewards": {"functions": ["own.py:two", match]}, "objective": {"surrogate": "own.py:one"}}
-    settled, objective = run.settle(from_dict(own), World(0, 1, torch.device("cpu")))
+    resolved, objective = run.resolve_config(from_dict(own), World(0, 1, torch.device("cpu")))
     whole = f"{tmp_path}/own.py:one"  # a run may go on from another folder, where own.py is another file
-    assert settled.rewards.functions == (f"{tmp_path}/own.py:two", match)
-    assert settled.objective.surrogate == objective.surrogate == whole and settled.task == "word_problems"
+    assert resolved.rewards.functions == (f"{tmp_path}/own.py:two", match)
+    assert resolved.objective.surrogate == objective.surrogate == whole and resolved.task == "word_problems"
 
 
 def test_a_used_run_folder_is_refused_with_the_way_to_go_on(finished, capsys):

@@ -279,9 +279,9 @@ def test_steps_are_validated_and_saved_when_it_is_due_best_last_or_time_to_stop(
 
 
 @pytest.mark.parametrize("status", [0, 143])
-@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("is_resumed", [False, True])
 def test_a_run_begins_with_a_test_or_its_checkpoint_and_ends_with_its_result_unless_it_was_stopped(
-    goes_on, status, monkeypatch
+    is_resumed, status, monkeypatch
 ):
     calls = []
 
@@ -293,15 +293,15 @@ def test_a_run_begins_with_a_test_or_its_checkpoint_and_ends_with_its_result_unl
     world = SimpleNamespace(is_writer=False, naming_missing_ranks=lambda: closing(ends("naming")))
     for name in ("describe", "load_checkpoint", "before_training", "finish"):
         note(name)
-    note("settle", (from_dict(SETTINGS), None))
-    note("open_run", ("here", "checkpoint" if goes_on else None))
+    note("resolve_config", (from_dict(SETTINGS), None))
+    note("open_run", ("here", "checkpoint" if is_resumed else None))
     note("Run", run)
     note("train", status)
     command = train.Command(from_dict(SETTINGS), None, "", None, None, False)
     assert train.run_command(command, world) == status
-    begins = ["load_checkpoint", "describe"] if goes_on else ["describe", "before_training"]
+    begins = ["load_checkpoint", "describe"] if is_resumed else ["describe", "before_training"]
     ends = [*([] if status else ["finish"]), "end of naming", "end of log", "end of pool"]
-    assert calls == ["settle", "open_run", "Run", *begins, "train", *ends]
+    assert calls == ["resolve_config", "open_run", "Run", *begins, "train", *ends]
 
 
 def test_stopped_at_once_a_run_leaves_the_other_ranks_and_gives_its_status(monkeypatch, capsys):
