@@ -185,13 +185,26 @@ class AdaptedPolicy(Policy):
         state: write these weights, a copy of an earlier `state_dict`, instead of the current ones.
         """
         tensors = {_peft_name(name): tensor for name, tensor in (state or self.state_dict())["masters"].items()}
-        # safetensors writes several entries in arbitrary order; with only one, equal adapters are equal files.
         metadata = {"format": "pt"} | ({"quantize": "nf4"} if self.settings.quantize == "nf4" else {})
         save_file(tensors, folder / WEIGHTS, metadata=metadata)
+        _sort_metadata(folder / WEIGHTS)
         settings = {key: getattr(self.settings, name) for key, name in PEFT_KEYS.items()}
         facts = {"task_type": "CAUSAL_LM", "base_model_name_or_path": self.base, "inference_mode": True}
         (folder / ADAPTER_CONFIG).write_text(json.dumps(ALLOWED | facts | settings, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, which safetensors writes in random order: equal adapters are then equal
+    files. A file begins with the length of its header, 8 bytes, and the header: JSON, padded with spaces."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, "the same entries in another order"
+        file.seek(8)
+        file.write(text)
 
 
 def load(

@@ -426,6 +426,20 @@ def test_what_is_saved_is_the_state_that_was_copied_not_what_the_adapters_are_by
     assert torch.equal(found, state["masters"]["model.layers.0.mlp.up_proj.lora_A"])
 
 
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_equal_adapters_are_equal_files(quantize, tmp_path):
+    """safetensors writes metadata in random order, and for nf4 there are two entries: the chance that 20 files are
+    equal is 1 in 500,000."""
+    settings, files = LoraConfig(rank=2, quantize=quantize), set()
+    policy = lora.AdaptedPolicy(adapted(tiny_qwen2()), word_tokenizer(), "fp32", settings=settings, base="somewhere")
+    for _ in range(20):
+        policy.save(tmp_path)
+        files.add((tmp_path / lora.WEIGHTS).read_bytes())
+    assert len(files) == 1 and lora.read_config(tmp_path)[0].quantize == quantize
+    found = load_file(tmp_path / lora.WEIGHTS)
+    assert all(torch.equal(found[lora._peft_name(name)], own) for name, own in policy.state_dict()["masters"].items())
+
+
 def test_an_adapter_is_no_base_to_train(base):
     with pytest.raises(ValueError, match="holds an adapter; first: python -m grpo.lora merge"):
         load_model_config(str(saved(base)))
