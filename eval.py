@@ -87,7 +87,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--impl", choices=("auto", "torch", "triton"), default="auto", help="kernels (default: auto)")
     precision = "default: the run's, or bf16 on CUDA and fp32 elsewhere (auto)"
     add("--precision", choices=("auto", "fp32", "bf16"), help=precision)
-    output = "JSON file of results, the chart beside it (default: runs/eval-TASK-TIME.json); with --completions, JSONL"
+    output = "JSON file of results, the chart next to it (default: runs/eval-TASK-TIME.json); with --completions, JSONL"
     add("--output", help=output)
     options = parser.parse_args(argv)
     if bool(options.model) == bool(options.completions):

@@ -177,7 +177,7 @@ def train(run: Run, stop: StopRequest) -> int:
             break
     run.world.after_writer("written", run.writer.wait)  # every rank reads the best checkpoint next
     if status:
-        log.say(f"\nstopped after step {step}; go on with: python train.py --resume {log.run_dir}")
+        log.say(f"\nstopped after step {step}; resume with: python train.py --resume {log.run_dir}")
     return status
 
 
@@ -219,9 +219,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nstopped at once; --resume goes on from the last checkpoint, if there is one", file=sys.stderr, flush=True
-        )
+        message = "stopped immediately; --resume continues from the last checkpoint, if there is one"
+        print(f"\n{message}", file=sys.stderr, flush=True)
         return 130
     finally:
         distributed.stop()

@@ -49,7 +49,7 @@ def shared_prefix_attention(
 
     query: [1, H, L, D]; key, value: [1, Hkv, L, D].  Returns [1, L, H, D]. ValueError for masks, dropout, soft caps.
     """
-    refuse_extras(module, attention_mask, others, "packed rows cannot do; use batch.layout=padded")
+    refuse_extras(module, attention_mask, others, "packed rows do not support; use batch.layout=padded")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = backend(query)(query, key, value, shared_prefix, scale, sliding_window)
     return output.transpose(1, 2), None

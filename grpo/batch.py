@@ -271,7 +271,7 @@ def dummy(build: Callable[..., MicroBatch], group: Group, device: torch.device) 
 def halve(micro_batches: list[MicroBatch], groups: list[Group]) -> list[MicroBatch]:
     """Each micro-batch as two of about half its tokens, with the same weights: the same gradient in less memory.
 
-    One with a single sequence, or none, gets a dummy beside it, so that all ranks still have equally many.
+    One with a single sequence, or none, is joined by a dummy, so that all ranks still have equally many.
     """
     halves = []
     for micro_batch in micro_batches:

@@ -73,7 +73,9 @@ def open_run_dir(path: Path | str, *, resume: bool, is_restart: bool = False) ->
     except OSError as error:
         raise ValueError(f"cannot use run folder {path}: {error.strerror}; choose another --run-dir") from error
     if is_used and not (resume or is_restart):
-        raise ValueError(f"run folder {path} is not empty; go on with --resume {path} or choose another --run-dir")
+        raise ValueError(
+            f"run folder {path} is not empty; continue it with --resume {path} or choose another --run-dir"
+        )
     if resume and latest(path) is None and not is_restart:
         raise ValueError(f"{path} has no checkpoint to resume; start again with another --run-dir")
     return path
@@ -137,7 +139,7 @@ def save(
             staging.rename(target)
             _flush(target.parent)
         except (OSError, SafetensorError) as error:
-            raise OSError(f"could not write checkpoint {target}: {error}; free space or mend permissions") from error
+            raise OSError(f"could not write checkpoint {target}: {error}; free space or fix permissions") from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     if best is not None:
@@ -181,7 +183,7 @@ def verify(folder: Path, *, state: bool = True) -> None:
         record = json.loads(manifest.read_bytes())
         files = record["files"]
         if record["sha256"] != _manifest_hash(files):
-            raise ValueError("it is not what was written: its own hash does not fit")
+            raise ValueError("it is not what was written: its checksum does not match")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{manifest} cannot be read: {error!r}") from error
     for name, (size, sha256) in files.items():
@@ -216,7 +218,7 @@ def newest_intact(run_dir: Path | str, say: Callable[[str], None] = print) -> Pa
         return folder
     if damaged:
         reasons = "\n".join(map(str, damaged.values()))
-        raise ValueError(f"every checkpoint of {run_dir} is damaged; put one back or start another run\n{reasons}")
+        raise ValueError(f"every checkpoint of {run_dir} is damaged; restore one or start another run\n{reasons}")
     return None
 
 

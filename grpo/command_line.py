@@ -51,12 +51,12 @@ def parse_command(argv: list[str]) -> Command:
             config = replace(config, objective=replace(config.objective, preset=options.preset))
         if options.resume and options.run_dir:
             raise ValueError(
-                f"--run-dir {options.run_dir} with --resume: a run goes on in its own folder; leave it out"
+                f"--run-dir {options.run_dir} with --resume: a run resumes in its own folder; leave --run-dir out"
             )
         if config.objective.preset != before.objective.preset and None not in asdict(before.objective).values():
             raise ValueError(
-                f"objective.preset={config.objective.preset} changes nothing: {path} states every other key of its "
-                "objective; name the keys to change, or leave them out of a copy of it"
+                f"objective.preset={config.objective.preset} changes nothing: {path} sets every other key of its "
+                "objective; override the keys to change, or delete them in a copy of the file"
             )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -76,16 +76,16 @@ def _base_config(argv: list[str]) -> tuple[Path, str]:
         path = Path(chosen.resume) / "config.yaml"
         if not (path.is_file() and path.stat().st_size):
             raise ValueError(f"--resume {chosen.resume}: no config.yaml there; name a run folder such as runs/NAME")
-        return path, f"config: {path}, of the run that goes on"
+        return path, f"config: {path}, of the run to resume"
     if chosen.config:
-        return Path(chosen.config), f"config: {chosen.config}, as asked for"
+        return Path(chosen.config), f"config: {chosen.config}, given by --config"
 
     import torch  # for this one question
 
     has_cuda = torch.cuda.is_available()
     path = CONFIGS / ("gsm8k.yaml" if has_cuda else "demo.yaml")
-    why = "a CUDA device is here" if has_cuda else "no CUDA device is here (with one it would be configs/gsm8k.yaml)"
-    return path, f"config: configs/{path.name}, because {why} and no --config was given"
+    why = "a CUDA device" if has_cuda else "no CUDA device (with one the default is configs/gsm8k.yaml)"
+    return path, f"config: configs/{path.name}, because there is {why} and no --config was given"
 
 
 def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:

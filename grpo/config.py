@@ -372,7 +372,7 @@ def from_dict(values: Any, section: type = Config, prefix: str = "") -> Any:
     nearest known (UnknownKey), one of the wrong type with the value and the expected type.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix[:-1] or 'config'}={values!r} is no section; expected keys with values")
+        raise ValueError(f"{prefix[:-1] or 'config'}={values!r} is not a section; expected a mapping of keys to values")
     kinds = typing.get_type_hints(section)
     for name in values:
         if name not in kinds:
@@ -388,7 +388,7 @@ class _Loader(yaml.SafeLoader):
         node, seen = super().compose_mapping_node(anchor), set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise ValueError(f"line {key.start_mark.line + 1}: key {key.value} stands twice; keep one of them")
+                raise ValueError(f"line {key.start_mark.line + 1}: duplicate key {key.value}; keep one")
             seen.add(key.value)
         return node
 
@@ -463,7 +463,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if kind is float and type(value) in (int, float, str):  # str: YAML 1.1 reads 1e-6, without a point, as text
         with suppress(ValueError):
             return float(value)
-    if type(value) is kind:  # exactly: True is no int
+    if type(value) is kind:  # exactly: True is not an int
         return value
     expected = f"one of {', '.join(map(repr, arguments))}" if origin is Literal else getattr(kind, "__name__", kind)
     if origin is tuple:

@@ -36,7 +36,7 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     is_in = lambda key, table: any(f"{key}.".startswith(f"{entry}.") for entry in table)
     fixed = [line for key, line in text.items() if is_in(key, FIXED)]
     if fixed:
-        raise ValueError(f"a run that goes on cannot change {'; '.join(fixed)}; start another run with these values")
+        raise ValueError(f"a resumed run cannot change {'; '.join(fixed)}; start another run with these values")
     free = [line for key, line in text.items() if is_in(key, FREE)]
     return free, [line for line in text.values() if line not in free]
 
@@ -97,8 +97,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from prompt_mistakes(config.prompt)
     if lora.rank and lora.dropout and config.batch.layout != "padded":
         yield (
-            f"lora.dropout={lora.dropout} with batch.layout={config.batch.layout}: a packed prompt would lose the same "
-            "for all its completions; use batch.layout=padded"
+            f"lora.dropout={lora.dropout} with batch.layout={config.batch.layout}: all completions would share the "
+            "dropout mask of their packed prompt; use batch.layout=padded"
         )
     if config.model.compile and config.model.gradient_checkpointing:
         yield "model.compile with model.gradient_checkpointing: a compiled layer cannot be recomputed; choose one"
@@ -109,7 +109,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if lora.rank and config.distributed.strategy == "fsdp":
         yield "distributed.strategy=fsdp with adapters: they are small, and their frozen base stays whole; use ddp"
     if lora.rank and config.model.reference_offload:
-        yield "model.reference_offload with adapters: the reference shares the policy's frozen base; leave it"
+        yield "model.reference_offload with adapters: the reference shares the policy's frozen base; leave it off"
     if config.model.reference_offload and config.objective.ref_refresh_every:
         yield (
             f"model.reference_offload with objective.ref_refresh_every={config.objective.ref_refresh_every}: a "
@@ -129,4 +129,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"rollout.{name}={value}: the loss would not see the distribution that was sampled; train with {off}"
     scoring, waiting = config.rewards.step_timeout_s, config.distributed.timeout_s
     if scoring >= waiting:
-        yield f"rewards.step_timeout_s={scoring}: ranks wait {waiting} s (distributed.timeout_s); choose less than that"
+        yield (
+            f"rewards.step_timeout_s={scoring} must be less than distributed.timeout_s={waiting}: the other ranks wait "
+            "while one scores"
+        )

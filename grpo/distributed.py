@@ -165,7 +165,7 @@ class StopRequest:
         if number == signal.SIGTERM:
             self._deadline.start()
         if self.world.is_writer:
-            print("\nstopping after this step; repeat to stop immediately", file=sys.stderr, flush=True)
+            print("\nstopping after this step; a second signal stops immediately", file=sys.stderr, flush=True)
 
     def _abandon_step(self) -> None:
         print(

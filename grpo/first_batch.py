@@ -83,7 +83,7 @@ def check_sampler(policy: PolicyModule, yardstick: Yardstick) -> float:
     allowed = 4 * rounding + (1e-2 if policy.working.dtype.itemsize >= 4 else 0.1)
     if not error <= allowed:  # also where it is NaN
         raise ValueError(
-            f"the sampler's log-probs are off by {error:.2g} nats in the mean, where rounding explains {allowed:.2g}: "
+            f"the sampler's log-probs differ by {error:.2g} nats on average; rounding explains at most {allowed:.2g}: "
             f"rollout does not compute what {type(policy.working).__name__} computes; use another model"
         )
     return error
@@ -104,8 +104,8 @@ def check_packing(policy: PolicyModule, yardstick: Yardstick) -> tuple[float, fl
     allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)
     if not (found[0] <= allowed[0] and found[1] <= allowed[1]):  # also where one is NaN
         raise ValueError(
-            f"packed log-probs of groups {[group.index for group in pair]} are off by {found[0]:.2g} nats in the mean "
-            f"and {found[1]:.2g} at most, where rounding explains {allowed[0]:.2g} and {allowed[1]:.2g}: completions "
+            f"packed log-probs of groups {[group.index for group in pair]} differ by {found[0]:.2g} nats on average "
+            f"and {found[1]:.2g} at most; rounding explains at most {allowed[0]:.2g} and {allowed[1]:.2g}: completions "
             "of this model do not see exactly their prompt and themselves; use batch.layout=padded"
         )
     return found

@@ -68,16 +68,16 @@ def attention_mode(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def refuse_extras(module: nn.Module, mask: Tensor | None, others: dict[str, object], who: str) -> None:
+def refuse_extras(module: nn.Module, mask: Tensor | None, others: dict[str, object], limit: str) -> None:
     """ValueError if a layer passes its attention something that our attention function would ignore.
 
-    others: the keyword arguments that ours does not name.  who: the end of the message, after "which".
+    others: the keyword arguments that ours does not name.  limit: the end of the message, after "which".
     """
-    wants = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    wants += ["dropout"] if others.get("dropout") else []
-    wants += ["a mask of its own"] if mask is not None else []
-    if wants:
-        raise ValueError(f"{type(module).__name__} wants {', '.join(wants)} in its attention, which {who}")
+    passed = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    passed += ["dropout"] if others.get("dropout") else []
+    passed += ["a mask of its own"] if mask is not None else []
+    if passed:
+        raise ValueError(f"{type(module).__name__} passes {', '.join(passed)} to its attention, which {limit}")
 
 
 @contextmanager

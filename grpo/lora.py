@@ -71,7 +71,7 @@ class LoraLinear(nn.Linear):
 
 
 class Nf4LoraLinear(LoraLinear):
-    """LoraLinear with W in 4 bits. W is no nn.Parameter, so that no cast and no optimizer touches it."""
+    """LoraLinear with W in 4 bits. W is not an nn.Parameter, so that no cast and no optimizer touches it."""
 
     def __init__(self, base: nn.Linear, settings: LoraConfig, generator: torch.Generator):
         super().__init__(base, settings, generator)
@@ -252,7 +252,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, str]:
         raise ValueError(f"{path} asks for {foreign}, which is not supported here; merge the adapter with PEFT")
     base = found.get("base_model_name_or_path")
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
-        raise ValueError(f"{path}: base_model_name_or_path={base!r} is no model; correct it there")
+        raise ValueError(f"{path}: base_model_name_or_path={base!r} is not a model; correct it there")
     settings = {name: found.get(key) for key, name in PEFT_KEYS.items()}
     names = {name: tuple(settings.pop(name) or ()) for name in ("target_modules", "modules_to_save")}
     with safe_open(folder / WEIGHTS, "pt") as file:  # PEFT's config has no key for it
@@ -296,7 +296,7 @@ def write_merged(run: str, out: str) -> None:
     policy.tokenizer.save_pretrained(out)
     print(f"{folder} merged into {policy.base}: {out}")
     if read_config(folder)[0].quantize != "none":
-        print("trained over a base in 4 bits, merged into the unrounded one: eval.py tells what that changes")
+        print("trained over a base in 4 bits, merged into the unrounded one: compare both with eval.py")
 
 
 def main(argv: list[str] | None = None) -> int:

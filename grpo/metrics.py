@@ -138,7 +138,7 @@ class RunLogger:
             except BlockingIOError as error:
                 raise ValueError(f"run folder {run_dir} is in use by another process; use another --run-dir") from error
             except OSError as error:  # Lustre, NFS and others may be mounted without locks
-                self.say(f"run folder {run_dir} cannot be locked ({error.strerror}): start no second run in it")
+                self.say(f"run folder {run_dir} cannot be locked ({error.strerror}): do not start a second run in it")
 
     def say(self, text: str) -> None:
         """Print on rank 0, flushed."""
@@ -192,7 +192,7 @@ class RunLogger:
         try:
             yield
         except OSError as error:
-            raise OSError(f"could not write in {self.run_dir}: {error}; free space or mend permissions") from error
+            raise OSError(f"could not write in {self.run_dir}: {error}; free space or fix permissions") from error
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
         """env.json, summary.json and the like, indented."""
@@ -221,7 +221,7 @@ class RunLogger:
             size = self._file.seek(0, os.SEEK_END)
             if size < state["offset"]:
                 wrote = f"{self.run_dir}/metrics.jsonl has {size} bytes, but {state['offset']} when the checkpoint was"
-                raise ValueError(f"{wrote} written; put the lost lines back or start another run")
+                raise ValueError(f"{wrote} written; restore the lost lines or start another run")
             self._truncate_at(state["offset"])
             self._tracker_ids = dict(state["trackers"])
             for path in (self.run_dir / "completions").glob("step_*.jsonl"):
@@ -345,7 +345,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line, parse_constant=lambda _: None) for line in lines]
     except ValueError as error:
-        raise ValueError(f"{path} has a line that is not JSON ({error}); mend or remove it") from None
+        raise ValueError(f"{path} has a line that is not JSON ({error}); fix or remove it") from None
 
 
 def draw_curves(run_dir: Path, *, start_accuracy: float | None = None, supervised: Points = ()) -> None:

@@ -280,8 +280,8 @@ def resolve(preset: str, **overrides: object) -> Objective:
     bounded_by_preset, _ = CLIP_RANGE.get(row.surrogate, (None, None))
     if "clip_high" not in stated and bounded not in (None, bounded_by_preset) and objective.clip_high != usual:
         raise ValueError(
-            f"objective.clip_high={objective.clip_high} of preset {preset!r} is not meant for surrogate "
-            f"{objective.surrogate!r}, where clip_high bounds {bounded}; state it, for example {usual}"
+            f"objective.clip_high={objective.clip_high} of preset {preset!r} has another meaning for surrogate "
+            f"{objective.surrogate!r}, where clip_high bounds {bounded}; set it explicitly, for example to {usual}"
         )
     for reason in contradictions(objective):
         raise ValueError(reason)
@@ -292,15 +292,15 @@ def contradictions(objective: Objective) -> Iterator[str]:
     """A message, with reason and remedy, for each combination of settings that makes no sense."""
     wants, estimator = find_surrogate(objective.surrogate).settings, objective.kl_estimator
     if objective.kl_in_loss and estimator == "k1" and not objective.kl_corrected:
-        yield "objective.kl_estimator=k1 in the loss has gradient 0 in the mean; set kl_corrected, or use k2 or k3"
+        yield "objective.kl_estimator=k1 in the loss has zero expected gradient; set kl_corrected, or use k2 or k3"
     if objective.kl_in_reward and estimator != "k1":
-        yield f"objective.kl_estimator={estimator} in the reward has no KL's gradient; use k1 with kl_where=reward"
+        yield f"objective.kl_estimator={estimator} with kl_where=reward: only k1 gives the gradient of a KL; use k1"
     if objective.kl_in_reward and objective.kl_corrected:
         yield "objective.kl_corrected with kl_where=reward: the surrogate's ratio corrects it already; leave it off"
     if objective.kl_in_reward and objective.advantages == "per_reward":
         yield "objective.advantages=per_reward normalises each reward, which would undo beta; use kl_where=loss"
     if objective.overlong_share > 0 and objective.advantages == "per_reward":
-        yield "objective.overlong_share with advantages=per_reward: it would not be seen; set it to 0"
+        yield "objective.overlong_share with advantages=per_reward: per_reward ignores the penalty; set it to 0"
     if objective.ref_refresh_every and not objective.beta:
         every = objective.ref_refresh_every
         yield f"objective.ref_refresh_every={every} with beta=0: there is no reference to refresh; set beta, or use 0"

@@ -192,7 +192,7 @@ def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
         others = f"; they have instead {sorted(found['unexpected_keys'])[:2]}" if found["unexpected_keys"] else ""
         raise ValueError(
             f"the files of model {path!r} lack {len(absent)} of the weights of its config.json, or have "
-            f"them in another shape: {absent[:2]}{others}; mend config.json or save the model again"
+            f"them in another shape: {absent[:2]}{others}; fix config.json or save the model again"
         )
     generation = model.generation_config
     try:
@@ -216,7 +216,7 @@ def load_model_config(path: str) -> object:
         raise ValueError(f"model.path={path!r} holds an adapter; first: python -m grpo.lora merge {path} OUT")
     config = from_hub(AutoConfig, path)
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"model.path={path!r} is quantized; name what it was made from, with lora.quantize=nf4")
+        raise ValueError(f"model.path={path!r} is quantized; use the unquantized model, with lora.quantize=nf4")
     return config
 
 
@@ -225,7 +225,7 @@ def from_hub(auto_class: type, path: str, **kwargs: object) -> object:
     folder = Path(path).expanduser()
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not folder.is_dir():
         raise ValueError(
-            f"model {path!r} is no folder; pass a folder in Hugging Face layout "
+            f"model path {path!r} is not a folder; pass a folder in Hugging Face layout "
             "(config.json, *.safetensors, tokenizer files) or a hub id"
         )
     try:
@@ -236,8 +236,8 @@ def from_hub(auto_class: type, path: str, **kwargs: object) -> object:
         if folder.is_dir() or not isinstance(error, OSError):
             raise ValueError(f"could not load model {path!r}: {first_line}") from error
         raise ValueError(
-            f"model {path!r}: no folder of that name is here, and the hub has no such model or cannot be reached from "
-            f"here; pass a folder that holds it ({first_line})"
+            f"model {path!r}: there is no such folder here, and the hub has no such model or cannot be reached; "
+            f"pass a folder that holds it ({first_line})"
         ) from error
 
 
@@ -245,7 +245,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     """ValueError for a model that is not text-only, has dropout (old and new log-probs would differ), or does something
     to its logits or attention scores that our head or SDPA leaves out."""
     if model.config.get_text_config() is not model.config:
-        raise ValueError(f"{type(model).__name__} has parts for more than text, which nothing here trains; use another")
+        raise ValueError(f"{type(model).__name__} is multimodal; only text models are supported; use another")
     named = model.config.to_dict().items()
     dropouts = {key: value for key, value in named if "dropout" in key and isinstance(value, int | float) and value > 0}
     for unused in ("classifier_dropout", "summary_first_dropout"):  # of a classification head, which is not used

@@ -51,7 +51,7 @@ def finish(run: Run) -> None:
             log.say(f"\n{name}: {text['question']} (answer {text['answer']})\n  {text['completion'].strip()!r}")
     made = ("curves.png", "metrics.jsonl", "summary.json", "completions/", "checkpoints/")  # the first needs matplotlib
     log.say(f"\neverything is in {run_dir}: {', '.join(name for name in made if (run_dir / name).exists())}")
-    log.say(f"to look at it in a browser: python -m grpo.report {run_dir}")
+    log.say(f"to view it in a browser: python -m grpo.report {run_dir}")
 
 
 def samples_of(result: Evaluation, count: int = 2) -> list[dict[str, str]]:
@@ -71,7 +71,7 @@ def supervised_result(run: Run) -> tuple[dict, list]:
         model = load_policy(str(run.base_folder / "before_habit"), precision="fp32", device=device).model
     else:
         seconds = training_seconds(log.timer.totals)
-        log.say(f"supervised training, continued for the {seconds:.0f} s that GRPO took")
+        log.say(f"continuing supervised training for {seconds:.0f} s, as long as GRPO trained")
         options = {"seconds": seconds, "seed": run.config.seed, "device": str(device), "progress": log.progress}
         with log.timer("supervised"):
             continue_training = lambda: base.continue_supervised(run.base_folder, settings, run.task, **options)

@@ -66,7 +66,7 @@ def resolve_config(config: Config, world: World) -> tuple[Config, Objective]:
     if isinstance(task, WordProblems):
         make_stream(config, task.split("train"))  # ValueError for a curriculum: the split is endless
     elif not config.model.path:
-        message = f"task {config.task} without model.path: the embedded model knows word_problems only; name one"
+        message = f"task {config.task} without model.path: the embedded model knows word_problems only; name a model"
         raise ValueError(message)
     if config.model.path:
         load_model_config(config.model.path)
@@ -122,7 +122,7 @@ class Run:
         world.require_same({"training problems": self.stream.data})  # compared by a hash of questions and answers
         # moving_reference: a MovingReference if the reference is refreshed, else None
         self.module, wrapped, self.reference, self.moving_reference = build_models(config, world, policy, objective)
-        self.log.say(f"parameters that are trained: {sum(parameter.numel() for parameter in policy.trained):,}")
+        self.log.say(f"trainable parameters: {sum(parameter.numel() for parameter in policy.trained):,}")
         self.layout, why = choose_layout(config.batch.layout, policy.model)  # of micro-batches: packed or padded
         self.log.say(f"layout of micro-batches: {self.layout} ({why})")
         optim = config.optim
@@ -147,7 +147,7 @@ class Run:
         self.token_text = token_texts(policy.tokenizer)  # for logged completions
         self.writer = checkpoint.Writer(run_dir, keep_last=config.keep_last)
         self.first_step = 1  # of this process
-        # What changes as the run goes on:
+        # What changes during the run:
         self.best: tuple[float, int] | None = None  # validation accuracy and step of the best checkpoint
         self.before: dict | None = None  # results of the untrained model
 
@@ -256,7 +256,7 @@ def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
             for line in harmless:
                 print(f"changed: {line}", flush=True)
             for line in others:
-                print(f"CHANGED, and the lost steps are not repeated as they were: {line}", flush=True)
+                print(f"CHANGED; repeated steps will differ: {line}", flush=True)
         return path, checkpoint.newest_intact(path) if is_resumed else None
 
     return world.after_writer("run_dir", choose)
@@ -285,13 +285,15 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     named = stateful_parts(run)
     for name in named:
         if name not in state:
-            raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that one")
+            raise ValueError(f"{folder} has no state of the {name}: it was saved under another config; use that config")
     settings = {key: value for key, value in run.updater.optimizer.param_groups[0].items() if key != "params"}
     for name, part in named.items():
         part.load_state_dict(state[name])
     run.updater.optimizer.param_groups[0].update(settings)  # the config's betas and decay, not the saved ones
     if state["step"] > run.config.num_steps:
-        raise ValueError(f"num_steps={run.config.num_steps}: {folder} is further on; use {state['step']} or more")
+        raise ValueError(
+            f"num_steps={run.config.num_steps}: {folder} was saved after more steps; use {state['step']} or more"
+        )
     world = run.world
     mine = state["by_rank"][world.rank % len(state["by_rank"])]
     run.sampler.load_state_dict(mine["sampler"])
@@ -299,7 +301,7 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     restore = lambda: checkpoint.restore_best(run.log.run_dir, state["best"], run.log.say)
     run.best = world.after_writer("best", restore)
     run.before, run.first_step = state["before"], state["step"] + 1
-    run.log.say(f"going on from {folder}")
+    run.log.say(f"resuming from {folder}")
     before = len(state["by_rank"])
     if before != world.size:
-        run.log.say(f"{world.size} ranks where {before} were: the same batches, sums rounded differently")
+        run.log.say(f"resumed with {world.size} ranks instead of {before}: the same batches, sums rounded differently")

@@ -352,7 +352,7 @@ def test_scores_are_scaled_as_the_layer_says_or_by_the_root_of_the_width(named, 
 )
 def test_what_packed_rows_cannot_do_is_refused_by_name(name, value):
     layout = ragged_layout()
-    with pytest.raises(ValueError, match=f"wants {name} in its attention.*batch.layout=padded"):
+    with pytest.raises(ValueError, match=f"passes {name} to its attention.*batch.layout=padded"):
         shared_prefix_attention(nn.Identity(), *heads(layout), None, shared_prefix=layout, **{name: value})
 
 
@@ -412,7 +412,7 @@ def test_the_first_batch_check_passes_exact_packing_and_stops_on_a_planted_leak(
         groups = [beginning_alike(group, 40 if leak is miss_what_is_common else 0) for group in made_up_groups()]
         mean, _ = check_packing(module, make_yardstick(module, groups, CPU))  # the largest it bounds itself
         assert mean < 0.02
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"are off by [\d.]+ nats in the mean"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"differ by [\d.]+ nats on average"):
             patch.setattr(attention, "_attention_calls", leak)
             check_packing(module, make_yardstick(module, groups, CPU))
 
@@ -497,5 +497,5 @@ def test_a_nan_stops_the_check():
     with torch.no_grad():
         policy.masters.model.norm.weight[0] = math.nan
     module = PolicyModule(policy, temperature=1.0, impl="torch")
-    with pytest.raises(ValueError, match="off by nan nats"):
+    with pytest.raises(ValueError, match="differ by nan nats"):
         check_packing(module, make_yardstick(module, made_up_groups(), CPU))

@@ -128,10 +128,10 @@ def test_best_is_remembered_until_its_folder_is_gone(tmp_path):
 def test_a_used_run_folder_is_refused_with_the_remedy(tmp_path):
     fresh = checkpoint.open_run_dir(tmp_path / "a" / "b", resume=False)
     assert fresh.is_dir()
-    (fresh / "metrics.jsonl").touch()  # all that a mistake in the data leaves: the same command, mended, may run
+    (fresh / "metrics.jsonl").touch()  # all that a mistake in the data leaves: the same command, corrected, may run
     assert checkpoint.open_run_dir(fresh, resume=False) == fresh
     (fresh / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=f"{fresh} is not empty; go on with --resume {fresh} or choose another"):
+    with pytest.raises(ValueError, match=f"{fresh} is not empty; continue it with --resume {fresh} or choose another"):
         checkpoint.open_run_dir(fresh, resume=False)
     with pytest.raises(ValueError, match="has no checkpoint to resume"):
         checkpoint.open_run_dir(fresh, resume=True)

@@ -93,10 +93,10 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
         ({"optim": {"lr": "fast"}}, "optim.lr='fast' is str; expected float$"),
         ({"optim": {"betas": [0.9]}}, r"optim.betas=\[0.9\] is list; expected a list of 2$"),
         ({"rewards": {"functions": "a.py:f"}}, "rewards.functions=.a.py:f. is str; expected a list$"),
-        ({"optim": 3}, "optim=3 is no section"),
+        ({"optim": 3}, "optim=3 is not a section"),
         ({"model": {"precision": "fp8"}}, "model.precision='fp8' is str; expected one of 'auto', 'fp32', 'bf16'$"),
         ({"objective": {"beta": "x"}}, "objective.beta='x' is str; expected float$"),
-        ([1], r"config=\[1\] is no section"),
+        ([1], r"config=\[1\] is not a section"),
     ],
 )
 def test_a_wrong_key_or_type_is_named_with_what_was_expected(values, message):
@@ -106,7 +106,7 @@ def test_a_wrong_key_or_type_is_named_with_what_was_expected(values, message):
 
 def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
     text = "optim: &slow {lr: 0.5}\nbase: {<<: *slow, lr: 0.25}\nseed: 1\nnum_steps: 2\nseed: 3\n"
-    with pytest.raises(ValueError, match="a.yaml: line 5: key seed stands twice; keep one of them"):
+    with pytest.raises(ValueError, match="a.yaml: line 5: duplicate key seed; keep one"):
         load(write(tmp_path / "a.yaml", text))
     config = load(write(tmp_path / "a.yaml", text.removesuffix("seed: 3\n")))
     assert (config.optim.lr, config.base.lr, config.seed) == (0.5, 0.25, 1)  # a merged key is no second one
@@ -206,10 +206,12 @@ def test_the_options_that_scripts_rely_on(yaml_path):
     assert (command.run_dir, command.resume, command.dry_run) == ("DIR", None, True)
     assert (command.config.seed, command.config.num_steps, command.config.save_every) == (3, 6, 2)
     assert command.config.objective.preset == "dr_grpo"
-    assert (command.config_path, command.source) == (Path(yaml_path), f"config: {yaml_path}, as asked for")
+    assert (command.config_path, command.source) == (Path(yaml_path), f"config: {yaml_path}, given by --config")
 
 
-@pytest.mark.parametrize("has_cuda, name, reason", [(True, "gsm8k", "is here"), (False, "demo", "no CUDA device")])
+@pytest.mark.parametrize(
+    "has_cuda, name, reason", [(True, "gsm8k", "is a CUDA device"), (False, "demo", "is no CUDA device")]
+)
 def test_without_a_config_the_hardware_decides_and_the_source_says_so(monkeypatch, has_cuda, name, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     command = parse_command([])
@@ -234,7 +236,7 @@ def test_a_preset_over_a_config_that_states_its_whole_objective_is_refused(tmp_p
         assert "objective.preset=dapo changes nothing" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_in_its_own_folder_alone(tmp_path, capsys):
+def test_a_run_resumes_in_its_own_folder_alone(tmp_path, capsys):
     save(Config(), tmp_path / "config.yaml")
     with pytest.raises(SystemExit):
         parse_command(["--resume", str(tmp_path), "--run_dir", "elsewhere"])
@@ -401,13 +403,19 @@ def test_all_mistakes_are_reported_at_once():
             "lora.rank=4 without lora.target_modules: nothing would be trained; name some",
         ),
         ({"lora": {"rank": 4}, "distributed": {"strategy": "fsdp"}}, "strategy=fsdp with adapters: .* use ddp"),
-        ({"lora": {"rank": 4}, "model": {"reference_offload": True}}, "reference_offload with adapters: .* leave it"),
+        (
+            {"lora": {"rank": 4}, "model": {"reference_offload": True}},
+            "reference_offload with adapters: .* leave it off",
+        ),
         (
             {"model": {"reference_offload": True}, "objective": {"ref_refresh_every": 5}},
             "reference_offload with objective.ref_refresh_every=5: .* choose one",
         ),
         ({"prompt": {"template_options": ["a=1"]}}, r"template_options=\['a=1'\] with prompt.style=plain: use chat"),
-        ({"rewards": {"step_timeout_s": 1800}}, r"step_timeout_s=1800.0: ranks wait 1800.0 s .* choose less than that"),
+        (
+            {"rewards": {"step_timeout_s": 1800}},
+            r"step_timeout_s=1800.0 must be less than distributed.timeout_s=1800.0",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_and_each_alone_is_not(values, message):
@@ -432,7 +440,7 @@ def test_settings_that_go_together_pass(values):
     check(from_dict(values), world_size=1)
 
 
-# --- going on with another config ---
+# --- resuming with another config ---
 
 
 @pytest.mark.parametrize("key, value", [("num_steps", 99), ("eval.every", 3), ("distributed.timeout_s", 60.0)])

@@ -255,7 +255,7 @@ def test_every_further_model_is_compared_with_the_first_at_the_same_shots(model_
 
 def test_what_the_first_model_reached_is_kept_where_the_second_fails(model_and_data, capsys):
     status, output = evaluate_on_command(model_and_data, "--shots", "0", "--model", "./nowhere")
-    assert status == 2 and "'./nowhere' is no folder" in capsys.readouterr().err
+    assert status == 2 and "model path './nowhere' is not a folder" in capsys.readouterr().err
     assert list(json.loads(output.read_text())["models"]) == [str(model_and_data / "model")]
 
 
@@ -362,7 +362,7 @@ def test_eval_scores_a_file_of_completions_and_loads_nothing(tmp_path, capsys):
         (["--model", "runs/nope"], "would name it (there is no folder runs/nope); pass --task gsm8k"),
         (
             ["--model", "runs/nope", "--task", "word_problems"],
-            "error: model 'runs/nope': no folder of that name is here",
+            "error: model 'runs/nope': there is no such folder here",
         ),
         (
             ["--model", "m", "--shotz", "4"],

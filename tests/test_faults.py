@@ -73,7 +73,7 @@ def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(folder, number, st
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == status
-    assert f"go on with: python train.py --resume {name}" in output
+    assert f"resume with: python train.py --resume {name}" in output
     run(folder, "--resume", name)
     assert_same_as_undisturbed(folder, name)
 

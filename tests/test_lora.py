@@ -384,8 +384,8 @@ def saved(base, **changes):
         ({"init_lora_weights": "pissa"}, "'pissa'"),
         ({"peft_type": "IA3"}, "'IA3'"),
         ({"target_modules": ".*_proj"}, "asks for {'target_modules': '.*_proj'}"),
-        ({"base_model_name_or_path": None}, "base_model_name_or_path=None is no model; correct it there"),
-        ({"base_model_name_or_path": "/nowhere"}, "base_model_name_or_path='/nowhere' is no model"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path=None is not a model; correct it there"),
+        ({"base_model_name_or_path": "/nowhere"}, "base_model_name_or_path='/nowhere' is not a model"),
         ({"r": 3}, r"does not fit its config and base; first differences: .*lora_A.weight"),
     ],
 )

@@ -258,7 +258,7 @@ def test_a_base_that_is_quantized_already_is_refused(base):
     path = base / "config.json"
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
-    with pytest.raises(ValueError, match="is quantized; name what it was made from, with lora.quantize=nf4"):
+    with pytest.raises(ValueError, match="is quantized; use the unquantized model, with lora.quantize=nf4"):
         load_model_config(str(base))
     with pytest.raises(ValueError, match="is quantized"):  # eval.py, too
         lora.load(str(base), precision="fp32", device=torch.device("cpu"))

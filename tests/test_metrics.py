@@ -88,7 +88,7 @@ def test_a_folder_on_a_file_system_without_locks_is_used_with_a_word(error, tmp_
     monkeypatch.setattr(metrics.fcntl, "flock", flock)
     logger = RunLogger(tmp_path, is_writer=True)
     said = capsys.readouterr().out
-    assert f"{tmp_path} cannot be locked ({os.strerror(error)})" in said and "no second run" in said
+    assert f"{tmp_path} cannot be locked ({os.strerror(error)})" in said and "do not start a second run in it" in said
     logger.log(row(1))
     logger.close()
     assert metrics.read_metrics(tmp_path) == [row(1)]
@@ -167,7 +167,7 @@ def test_seconds_before_a_checkpoint_is_loaded_are_in_no_line(logger):
 
 def test_what_cannot_be_written_is_told_with_the_folder(logger, tmp_path):
     (tmp_path / "completions").write_text("in the way of the folder")
-    with pytest.raises(OSError, match=f"could not write in {tmp_path}: .*; free space or mend permissions"):
+    with pytest.raises(OSError, match=f"could not write in {tmp_path}: .*; free space or fix permissions"):
         logger.log_completions(1, [])
 
 

@@ -123,7 +123,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_and_nothing_is_lost(folde
     kill_rank(victim, [launcher], folder / run_dir / "metrics.jsonl", rows)
     output = launcher.communicate(timeout=200)[0]
     assert launcher.returncode == 0, output
-    assert rows == 1 or "going on from" in output
+    assert rows == 1 or "resuming from" in output
     trainee.assert_same_run(folder / run_dir, folder / "whole2")
 
 

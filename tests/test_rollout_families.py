@@ -115,7 +115,7 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, 
         ("stablelm", {}, r"StableLmAttention does not receive the model's keyword arguments \(slab\)"),
         # transformers 5.5: the second
         ("diffllama", {}, "layer 0 attends twice in one forward pass|attention be replaced"),
-        ("doge", {"keep_window_size": 8}, "DogeAttention wants a mask of its own"),
+        ("doge", {"keep_window_size": 8}, "DogeAttention passes a mask of its own"),
         (
             "qwen2_moe",
             MOE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
@@ -140,7 +140,7 @@ def test_the_first_batch_check_passes_the_sampler_and_stops_one_that_computes_ot
     assert check_sampler(module, drawn) < (1e-5 if precision == "fp32" else 0.1)
     blind = lambda *tensors: CAUSAL(*tensors[:-1], None)
     monkeypatch.setattr(attention, "_causal", blind)  # prompts are read without the window
-    with pytest.raises(ValueError, match="off by .* rollout does not compute what MistralForCausalLM computes"):
+    with pytest.raises(ValueError, match="differ by .* rollout does not compute what MistralForCausalLM computes"):
         check_sampler(module, make_yardstick(module, draw_groups(), policy.model.device))
 
 

@@ -143,7 +143,7 @@ def test_a_run_goes_on_over_any_number_of_ranks_each_with_what_one_had(rank, siz
     run_room.load_checkpoint(run, tmp_path)
     assert loaded == [f"sampler {found}", f"random {found}"]
     assert (run.first_step, run.best, run.before) == (5, (0.5, 2), "before")
-    assert any("ranks where 2 were" in text for text in said) == (size != 2)
+    assert any(" ranks instead of 2" in text for text in said) == (size != 2)
 
 
 def evaluation(*correct: int, unscored: float = 0.0) -> Evaluation:

@@ -325,7 +325,7 @@ def refusal(capsys, arguments):
         (["--preset", "grop"], "unknown preset 'grop'; the nearest is grpo"),
         (["--rollout.group-size", "1"], "rollout.group_size=1"),
         (["--batch.minibatches", "3"], "not divisible by batch.minibatches=3"),
-        (["--model.path", "./nowhere"], "model './nowhere' is no folder"),
+        (["--model.path", "./nowhere"], "model path './nowhere' is not a folder"),
         (
             ["--model.path", "whole"],
             "model.path='whole' is a run folder; name one of its checkpoints: whole/checkpoints",
@@ -392,7 +392,7 @@ def test_a_run_that_cannot_go_on_keeps_its_config(finished, workplace, capsys):
     kept = shutil.copytree(finished, Path("kept"))
     before = (kept / "config.yaml").read_text()
     status, error = refusal(capsys, ["--resume", "kept", "--num-steps", "3"])
-    assert status == 2 and "num_steps=3: kept/checkpoints/step_4 is further on; use 4 or more" in error
+    assert status == 2 and "num_steps=3: kept/checkpoints/step_4 was saved after more steps; use 4 or more" in error
     assert (kept / "config.yaml").read_text() == before
 
 
@@ -411,7 +411,7 @@ def test_paths_of_ones_own_files_are_settled_whole(tmp_path, monkeypatch):
 
 def test_a_used_run_folder_is_refused_with_the_way_to_go_on(finished, capsys):
     status, error = refusal(capsys, [*DEMO, "--run-dir", str(finished)])
-    assert status == 2 and f"go on with --resume {finished}" in error
+    assert status == 2 and f"continue it with --resume {finished}" in error
 
 
 def test_dry_run_prints_the_batch_and_the_memory_and_makes_nothing(workplace, capsys):
@@ -434,7 +434,7 @@ def test_dry_run_prints_the_batch_and_the_memory_and_makes_nothing(workplace, ca
             "data.curriculum=drop_solved: the training split of this task is endless",
         ),
         (["--rewards.functions", "grpo.rewards.matching:regex_format"], "argument: 'pattern'; declare it as function("),
-        (["--model.path", "runs/nope"], "error: model 'runs/nope': no folder of that name is here, and the hub has no"),
+        (["--model.path", "runs/nope"], "error: model 'runs/nope': there is no such folder here, and the hub has no"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_would(workplace, capsys, arguments, message):

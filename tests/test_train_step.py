@@ -275,7 +275,7 @@ def test_steps_are_validated_and_saved_when_it_is_due_best_last_or_time_to_stop(
     assert ["validation/accuracy" in row for row in rows] == [row["step"] in validated for row in rows]
     assert ["seconds/evaluation" in row for row in rows] == [row["step"] in validated for row in rows]
     assert "checkpoint" in run.log.timer.totals
-    assert run.said == (["\nstopped after step 4; go on with: python train.py --resume here"] if stopped_at else [])
+    assert run.said == (["\nstopped after step 4; resume with: python train.py --resume here"] if stopped_at else [])
 
 
 @pytest.mark.parametrize("status", [0, 143])
@@ -315,4 +315,4 @@ def test_stopped_at_once_a_run_leaves_the_other_ranks_and_gives_its_status(monke
     monkeypatch.setattr(train, "run_command", interrupted)
     assert train.main(["--deterministic", "--distributed.timeout-s=7"]) == 130
     assert calls == [("make_deterministic",), ("start", 7.0), ("stop",)]  # cuBLAS reads its setting once
-    assert "stopped at once; --resume goes on from the last checkpoint" in capsys.readouterr().err
+    assert "stopped immediately; --resume continues from the last checkpoint" in capsys.readouterr().err
