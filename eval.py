@@ -213,7 +213,7 @@ def draw_chart(results: dict[str, dict[int, dict]], path: Path) -> None:
 
 def run(options: argparse.Namespace, world: World) -> None:
     """Evaluate every model; rank 0 prints the table and writes the JSON and the chart."""
-    paths, config = world.after_writer("settings", lambda: settings_of(options))
+    paths, config = world.run_on_writer("settings", lambda: settings_of(options))
     task = make_task(config.task, config.data, config.rewards)
     if getattr(task.split(options.split), "endless", False) and options.limit is None:
         raise ValueError(f"--split {options.split} of task {task.name!r} is endless; say how much of it: --limit 200")

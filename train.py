@@ -175,7 +175,7 @@ def train(run: Run, stop: StopRequest) -> int:
                 save_checkpoint(run, step)
         if status:
             break
-    run.world.after_writer("written", run.writer.wait)  # every rank reads the best checkpoint next
+    run.world.run_on_writer("written", run.writer.wait)  # every rank reads the best checkpoint next
     if status:
         log.say(f"\nstopped after step {step}; resume with: python train.py --resume {log.run_dir}")
     return status

@@ -343,8 +343,8 @@ def weigh(
     silence counted tokens. A group without spread is counted: its KL still acts.
     """
     for micro_batches, chosen in zip(batch.optimizer_steps, batch.groups, strict=True):
-        mine = slice(chosen.start, chosen.stop)
-        totals = torch.stack([counted[mine].sum(), batch.lengths[mine][counted[mine]].sum()])
+        block = slice(chosen.start, chosen.stop)
+        totals = torch.stack([counted[block].sum(), batch.lengths[block][counted[block]].sum()])
         num_sequences, num_tokens = sum_over_ranks(totals).clamp_min(1).tolist()
         for micro_batch in micro_batches:
             tokens, device = micro_batch.tokens, micro_batch.source.device
@@ -370,8 +370,8 @@ def keep_high_entropy(batch: Batch, share: float, gather: Callable[[Tensor], lis
     """
     for micro_batches in batch.optimizer_steps:
         columns = [micro_batch.tokens for micro_batch in micro_batches]
-        mine = torch.cat([tokens.entropy[tokens.counted] for tokens in columns]).cpu()
-        entropy = torch.cat(gather(mine)).sort(descending=True).values
+        local = torch.cat([tokens.entropy[tokens.counted] for tokens in columns]).cpu()
+        entropy = torch.cat(gather(local)).sort(descending=True).values
         if len(entropy):
             threshold = entropy[math.floor(share * (len(entropy) - 1) + 1e-9)].item()
             for tokens in columns:

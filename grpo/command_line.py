@@ -98,7 +98,7 @@ def _override(argv: list[str], config: Config) -> tuple[RunOptions, Config]:
         prog="train.py",
         description="Train a language model with GRPO. Every option below --preset is a key of the config.",
         default=(RunOptions(), config),
-        args=_spelled(argv),
+        args=_normalised(argv),
         return_unknown_args=True,
     )
     if unknown:
@@ -114,7 +114,7 @@ def _key(option: str) -> str:
     return option.lstrip("-").replace("-", "_")
 
 
-def _spelled(argv: list[str]) -> list[str]:
+def _normalised(argv: list[str]) -> list[str]:
     """The command line with boolean values as tyro wants them: `true` becomes True. ValueError for a value after a plain
     switch, or for none after one that may also be None."""
     kinds_of = typing.get_type_hints

@@ -121,7 +121,7 @@ class World:
         whole = self.gather_interleaved(pickled)
         return [pickle.loads(whole[i]) for i in self.local_share(chosen)]
 
-    def after_writer(self, name: str, work: Callable[[], object]) -> object:
+    def run_on_writer(self, name: str, work: Callable[[], object]) -> object:
         """Rank 0 calls `work()`, and all ranks get its result. The others wait by polling, so that no collective times
         out. If rank 0 fails, torchrun ends the waiting ranks."""
         if self.size == 1:

@@ -168,10 +168,10 @@ def memory_estimate(config: Config, world_size: int, model: ModelFacts) -> dict[
     layer = (8 * shape.hidden_size + 4 * mlp_width) * size
     checkpointed = shape.num_hidden_layers * shape.hidden_size * size + layer
     activation = checkpointed if config.model.gradient_checkpointing else shape.num_hidden_layers * layer
-    copies, passing = weights_estimate(config, world_size, model)
+    copies, temporary = weights_estimate(config, world_size, model)
     update = {"activations of a micro-batch": activation * _tokens_of_a_pass(config, model)}
-    if passing:
-        update = {f"activations, or {' or '.join(passing)}": max(*update.values(), *passing.values())}
+    if temporary:
+        update = {f"activations, or {' or '.join(temporary)}": max(*update.values(), *temporary.values())}
     return copies | {
         "KV cache": model.token_bytes * cached_tokens,
         **update,
@@ -190,21 +190,21 @@ def weights_estimate(config: Config, world_size: int, model: ModelFacts) -> tupl
         strategy = "ddp"
     share = lambda num, *strategies: math.ceil(num / (world_size if strategy in strategies else 1))
     is_copied = size < 4 or strategy == "fsdp"
-    stays, passing = {}, {}
-    stays["fp32 masters"] = 4 * share(trained, *(("zero1", "fsdp") if is_copied else ()))
-    stays["gradients, fp32"] = 4 * share(trained, "fsdp")
-    stays["Adam moments, fp32"] = 8 * share(trained, "zero1", "fsdp")
+    permanent, temporary = {}, {}
+    permanent["fp32 masters"] = 4 * share(trained, *(("zero1", "fsdp") if is_copied else ()))
+    permanent["gradients, fp32"] = 4 * share(trained, "fsdp")
+    permanent["Adam moments, fp32"] = 8 * share(trained, "zero1", "fsdp")
     if trained < model.num_parameters:
-        as_it_was = model.num_parameters - trained - model.num_in_4_bits
-        stays["frozen base"] = size * as_it_was + int(Nf4.BYTES_PER_WEIGHT * model.num_in_4_bits)
+        not_quantized = model.num_parameters - trained - model.num_in_4_bits
+        permanent["frozen base"] = size * not_quantized + int(Nf4.BYTES_PER_WEIGHT * model.num_in_4_bits)
     if is_copied:
-        (passing if strategy == "fsdp" else stays)["working copy" + ", bf16" * (size < 4)] = size * trained
+        (temporary if strategy == "fsdp" else permanent)["working copy" + ", bf16" * (size < 4)] = size * trained
     if strategy == "fsdp":  # all outside the layers, and two layers at a time, with gradients
         outside = model.num_parameters - model.num_in_layers
         two_layers = 2 * model.num_in_layers // model.shape.num_hidden_layers
-        stays["gathered weights and gradients"] = 2 * size * (outside + two_layers)
+        permanent["gathered weights and gradients"] = 2 * size * (outside + two_layers)
     if model.has_reference:  # under LoRA it shares the frozen base
-        (passing if config.model.reference_offload else stays)["frozen reference"] = size * trained
+        (temporary if config.model.reference_offload else permanent)["frozen reference"] = size * trained
     if config.objective.ref_refresh_every and size < 4:
-        stays["masters of the reference, fp32"] = 4 * share(trained, "zero1", "fsdp")
-    return stays, passing
+        permanent["masters of the reference, fp32"] = 4 * share(trained, "zero1", "fsdp")
+    return permanent, temporary

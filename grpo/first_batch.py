@@ -37,8 +37,8 @@ class Yardstick(NamedTuple):
 
     groups: list[Group]
     rows: MicroBatch
-    own: Tensor  # in the policy's own precision
-    truth: Tensor  # of the working copy, computed in fp32
+    logprobs: Tensor  # in the policy's own precision
+    logprobs_fp32: Tensor  # of the working copy, computed in fp32
 
 
 @torch.no_grad()
@@ -55,12 +55,12 @@ def make_yardstick(policy: PolicyModule, groups: list[Group], device: torch.devi
     members = [(0, s) for s in list(first_of.values())[:YARDSTICK_SIZE]]
     members += [(g, s) for g, other in enumerate(pair[1:], 1) for s in range(len(other.completions[:YARDSTICK_SIZE]))]
     rows = padded_rows(pair, members, device)
-    own = truth = policy(rows)[0]
+    logprobs = logprobs_fp32 = policy(rows)[0]
     if policy.working.dtype.itemsize < 4:
         options = {"temperature": policy.compute.temperature, "impl": policy.compute.impl}
         with in_fp32(policy.working):  # not the masters, which may be sharded
-            truth = LogprobModel(policy.working, **options)(rows)[0]
-    return Yardstick(pair, rows, own, truth)
+            logprobs_fp32 = LogprobModel(policy.working, **options)(rows)[0]
+    return Yardstick(pair, rows, logprobs, logprobs_fp32)
 
 
 def _beginning(group: Group) -> Group:
@@ -77,8 +77,8 @@ def check_sampler(policy: PolicyModule, yardstick: Yardstick) -> float:
 
     Finds models whose attention has features that rollout does not implement: they would be sampled wrongly.
     """
-    found = (yardstick.rows.tokens.sampler, yardstick.own)
-    error, rounding = ((logprobs - yardstick.truth).abs().double().mean().item() for logprobs in found)
+    found = (yardstick.rows.tokens.sampler, yardstick.logprobs)
+    error, rounding = ((logprobs - yardstick.logprobs_fp32).abs().double().mean().item() for logprobs in found)
     # In bf16 the sampler rounds its logits, too, which the training head does not: a logit of 20 by up to 0.03.
     allowed = 4 * rounding + (1e-2 if policy.working.dtype.itemsize >= 4 else 0.1)
     if not error <= allowed:  # also where it is NaN
@@ -99,7 +99,7 @@ def check_packing(policy: PolicyModule, yardstick: Yardstick) -> tuple[float, fl
     """
     rows, pair = yardstick.rows, yardstick.groups
     packed = policy(packed_row(pair, rows.sequences, rows.source.device))[0]
-    error, rounding = ((logprobs - yardstick.truth).abs().double() for logprobs in (packed, yardstick.own))
+    error, rounding = ((logprobs - yardstick.logprobs_fp32).abs().double() for logprobs in (packed, yardstick.logprobs))
     found = (error.mean().item(), error.max().item())
     allowed = (4 * rounding.mean().item() + 1e-3, 4 * rounding.max().item() + 2e-2)
     if not (found[0] <= allowed[0] and found[1] <= allowed[1]):  # also where one is NaN

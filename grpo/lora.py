@@ -150,12 +150,12 @@ def _named(model: nn.Module, names: tuple[str, ...], key: str, kind: type) -> di
     may compute something else."""
     is_kind = lambda module: kind is nn.Module or type(module) is kind
     modules = {name: module for name, module in model.named_modules() if name and is_kind(module)}
-    fits = lambda module, name: f".{module}".endswith(f".{name}" if kind is nn.Linear else name)
+    matches = lambda module, name: f".{module}".endswith(f".{name}" if kind is nn.Linear else name)
     for name in names:
-        if not any(fits(module, name) for module in modules):
+        if not any(matches(module, name) for module in modules):
             known = sorted({last for module in modules if not (last := module.rpartition(".")[2]).isdecimal()})
             raise ValueError(f"{key}: {type(model).__name__} has no {name!r}; it has {', '.join(known)}")
-    return {module: modules[module] for module in modules if any(fits(module, name) for name in names)}
+    return {module: modules[module] for module in modules if any(matches(module, name) for name in names)}
 
 
 @torch.no_grad()

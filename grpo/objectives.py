@@ -331,8 +331,8 @@ def _lookup(table: dict | tuple, name: str, what: str) -> object:
     if name not in table:
         alike = difflib.get_close_matches(name, table, n=1) or [row for row in table if name in row.split("_")]
         nearest = f"; the nearest is {alike[0]}" if alike else ""
-        own = ", or path/to/file.py:function for your own" if what == "surrogate" else ""
-        raise ValueError(f"unknown {what} {name!r}{nearest}; there are {', '.join(table)}{own}")
+        custom = ", or path/to/file.py:function for your own" if what == "surrogate" else ""
+        raise ValueError(f"unknown {what} {name!r}{nearest}; there are {', '.join(table)}{custom}")
     return table[name] if isinstance(table, dict) else name
 
 

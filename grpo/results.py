@@ -75,6 +75,6 @@ def supervised_result(run: Run) -> tuple[dict, list]:
         options = {"seconds": seconds, "seed": run.config.seed, "device": str(device), "progress": log.progress}
         with log.timer("supervised"):
             continue_training = lambda: base.continue_supervised(run.base_folder, settings, run.task, **options)
-            model, curve = run.world.after_writer("supervised", continue_training)
+            model, curve = run.world.run_on_writer("supervised", continue_training)
     with log.timer("evaluation"):
         return evaluate_greedily(run, "test", run.config.eval.test_problems, model=model).summary(), curve

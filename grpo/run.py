@@ -176,7 +176,7 @@ def prepare_base(config: Config, task: Task, world: World, log: RunLogger) -> Pa
         log.say(base.describe(folder))
         return str(folder)
 
-    return Path(world.after_writer("base", work))
+    return Path(world.run_on_writer("base", work))
 
 
 def build_models(
@@ -259,7 +259,7 @@ def open_run(command: Command, world: World) -> tuple[Path, Path | None]:
                 print(f"CHANGED; repeated steps will differ: {line}", flush=True)
         return path, checkpoint.newest_intact(path) if is_resumed else None
 
-    return world.after_writer("run_dir", choose)
+    return world.run_on_writer("run_dir", choose)
 
 
 def stateful_parts(run: Run) -> dict:
@@ -295,11 +295,11 @@ def load_checkpoint(run: Run, folder: Path) -> None:
             f"num_steps={run.config.num_steps}: {folder} was saved after more steps; use {state['step']} or more"
         )
     world = run.world
-    mine = state["by_rank"][world.rank % len(state["by_rank"])]
-    run.sampler.load_state_dict(mine["sampler"])
-    checkpoint.set_random_state(mine["random"])
+    local = state["by_rank"][world.rank % len(state["by_rank"])]
+    run.sampler.load_state_dict(local["sampler"])
+    checkpoint.set_random_state(local["random"])
     restore = lambda: checkpoint.restore_best(run.log.run_dir, state["best"], run.log.say)
-    run.best = world.after_writer("best", restore)
+    run.best = world.run_on_writer("best", restore)
     run.before, run.first_step = state["before"], state["step"] + 1
     run.log.say(f"resuming from {folder}")
     before = len(state["by_rank"])

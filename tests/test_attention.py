@@ -432,7 +432,7 @@ def test_packing_is_checked_where_rows_are_packed_and_the_sampler_always(monkeyp
     with pytest.raises(ValueError, match="packed log-probs of groups"):
         check_first_batch(module, groups, CPU, "packed")
     assert "packed" not in check_first_batch(module, groups, CPU, "padded")
-    with pytest.raises(ValueError, match="the sampler's log-probs are off"):
+    with pytest.raises(ValueError, match="the sampler's log-probs differ"):
         check_first_batch(module, made_up_groups(2), CPU, "padded")
 
 
@@ -462,7 +462,7 @@ def test_four_times_the_rounding_and_a_little_is_allowed_and_no_more(dtype, litt
     rows = padded_rows(groups, members, CPU)
     rounding = torch.full_like(rows.tokens.sampler, 0.01)
     rounding[3] = 0.05
-    yardstick = Yardstick(groups, rows, own=-rounding, truth=torch.zeros_like(rounding))
+    yardstick = Yardstick(groups, rows, logprobs=-rounding, logprobs_fp32=torch.zeros_like(rounding))
     everywhere, somewhere = torch.ones_like(rounding), torch.eye(len(rounding))[0]
     mean = 4 * rounding.mean().item()
     packed = lambda error: check_packing(lambda rows: (error, None), yardstick)

@@ -576,11 +576,11 @@ def test_a_sequence_longer_than_the_budget_is_a_micro_batch_of_its_own_length():
 )
 def test_the_estimate_of_what_ranks_share_out_by_hand(strategy, precision, expected):
     config = replace(Config(), distributed=replace(Config().distributed, strategy=strategy))
-    stays, passing = dry_run.weights_estimate(
+    permanent, temporary = dry_run.weights_estimate(
         config, 4, replace(FACTS, bytes_per_element=precision, has_reference=False)
     )
-    assert list(stays.values()) == expected
-    assert list(passing.values()) == ([precision * 1000] if strategy == "fsdp" else [])
+    assert list(permanent.values()) == expected
+    assert list(temporary.values()) == ([precision * 1000] if strategy == "fsdp" else [])
 
 
 def test_the_report_compares_strategies_on_one_rank_and_on_eight():

@@ -99,7 +99,7 @@ def test_ranks_ask_whether_the_writer_is_done_before_they_meet_which_would_time_
     monkeypatch.setattr(distributed, "POLL_S", 0.0)
     monkeypatch.setattr(World, "gather", lambda self, item: [(item, len(asked))])
     work = lambda: f"after {len(asked)}"
-    assert [World(rank, 2, ALONE.device).after_writer("it", work) for rank in (1, 0)] == [(None, 3), ("after 3", 4)]
+    assert [World(rank, 2, ALONE.device).run_on_writer("it", work) for rank in (1, 0)] == [(None, 3), ("after 3", 4)]
     assert len(set(asked)) == 1
 
 

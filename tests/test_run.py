@@ -135,7 +135,7 @@ def test_a_run_goes_on_over_any_number_of_ranks_each_with_what_one_had(rank, siz
     monkeypatch.setattr(checkpoint, "load_state", lambda folder: state)
     monkeypatch.setattr(checkpoint, "set_random_state", loaded.append)
     monkeypatch.setattr(checkpoint, "restore_best", lambda run_dir, best, say: best)
-    world = SimpleNamespace(rank=rank, size=size, after_writer=lambda name, work: work())
+    world = SimpleNamespace(rank=rank, size=size, run_on_writer=lambda name, work: work())
     run = SimpleNamespace(config=from_dict({"num_steps": 4}), world=world)
     run.log = SimpleNamespace(run_dir=tmp_path, say=said.append)
     run.sampler = SimpleNamespace(load_state_dict=loaded.append)

@@ -258,7 +258,7 @@ def test_steps_are_validated_and_saved_when_it_is_due_best_last_or_time_to_stop(
     run = run_of(resolve("grpo"), eval={"every": 2}, num_steps=5, save_every=3)
     run.best, run.writer, rows, found = None, SimpleNamespace(wait=lambda: None), [], {"validated": [], "saved": []}
     run.log.log, run.log.run_dir = rows.append, "here"
-    run.world = SimpleNamespace(after_writer=lambda name, work: work())
+    run.world = SimpleNamespace(run_on_writer=lambda name, work: work())
 
     def validate(run, step):
         found["validated"].append(step)
