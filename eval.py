@@ -140,9 +140,8 @@ def settings_of(options: argparse.Namespace) -> tuple[list[str], Config]:
     for section, values in given.items():
         stated = {name: value for name, value in values.items() if value is not None}
         config = replace(config, **{section: replace(getattr(config, section), **stated)})
-    wrong_options = (
-        prompt_mistakes(config.prompt) if template_options else ()
-    )  # a run's own are ignored with another style
+    # A run's own options are ignored with another style.
+    wrong_options = prompt_mistakes(config.prompt) if template_options else ()
     for mistake in (*outside_intervals(config.rollout, "rollout."), *wrong_options):
         raise ValueError(mistake)
     return [path for path, _ in resolved], config

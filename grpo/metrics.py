@@ -32,7 +32,7 @@ from grpo.records import Group, Scores
 from grpo.trackers import COMPLETION_COLUMNS, TRACKERS, Tracker
 
 PACKAGED = Path(__file__).with_name("metrics.md")  # a symlink to docs/metrics.md; in a wheel the file itself
-DEFINITIONS = PACKAGED if PACKAGED.is_file() else PACKAGED.parents[1] / "docs" / "metrics.md"  # a copy may lose links
+DEFINITIONS = PACKAGED if PACKAGED.is_file() else PACKAGED.parents[1] / "docs" / "metrics.md"  # copies may lose links
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "triton", "numpy", "tyro")
 GROUPS_WITH_TOKENS = 2  # per step: in all groups, tokens would make completions/ several times as large
 TRAINING_PHASES = ("rollout", "score", "update")

@@ -6,8 +6,8 @@
     fsdp    shards of all three (FSDP2): the training forward gathers one layer at a time, and the sampler's working
             copy exists only while sampling
 
-A shard is a DTensor: this rank's rows of dimension 0, split as by torch.chunk. Checkpoints hold whole
-tensors, so a run may be resumed under another strategy or with another number of ranks.
+A shard is a DTensor: this rank's rows of dimension 0, split as by torch.chunk. Checkpoints hold whole tensors, so a run
+may be resumed under another strategy or with another number of ranks.
 """
 
 from __future__ import annotations

@@ -154,9 +154,9 @@ def fill_frozen(updater: Updater, batch: Batch, policy: PolicyModule, reference:
 def retry_with_halved_micro_batches(updater: Updater, batch: Batch, attempt: Callable[[], T | None]) -> T:
     """The result of `attempt`, repeated with halved micro-batches while it is None: a rank ran out of memory.
 
-    Two ranks under DDP with three micro-batches each; the second is too large for the memory of rank 1:
+    Two ranks under DDP with three micro-batches each; the first, the largest, does not fit the memory of rank 1:
 
-        accumulate_gradients   on rank 1 the second micro-batch raises torch.OutOfMemoryError; rank 0 finishes two
+        accumulate_gradients   on rank 1 the first micro-batch raises torch.OutOfMemoryError; rank 0 finishes two
         fits_on_every_rank     catches it; world.max tells both ranks, so it is False on both
         accumulate_gradients   returns None on both, before the third micro-batch: nothing has been reduced yet
         halve_micro_batches    makes six of three on both; ValueError, which ends the run, if they are halves already
@@ -199,7 +199,7 @@ def halve_micro_batches(updater: Updater, batch: Batch) -> None:
         if len(largest.sequences) == 1 and largest.input_ids.numel() > updater.token_budget:
             what += (
                 f" (the largest is a completion with its prompt, {largest.input_ids.numel()} tokens, which no budget "
-                "makes smaller: use gradient checkpointing or a smaller rollout.max_new_tokens)"
+                "makes smaller: use model.gradient_checkpointing=true or a smaller rollout.max_new_tokens)"
             )
         raise ValueError(what)
     updater.too_large = updater.tokens_per_micro_batch

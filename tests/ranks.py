@@ -76,9 +76,9 @@ class Ranks:
     def gather(self, rank, item):
         self.items[rank] = item
         self.barrier.wait()
-        everyones = list(self.items)
+        of_all_ranks = list(self.items)
         self.barrier.wait()
-        return everyones
+        return of_all_ranks
 
     def sum(self, rank, values):
         return torch.stack(self.gather(rank, values.double())).sum(0)

@@ -364,7 +364,7 @@ def test_what_a_row_needs_from_the_others():
     assert not resolve("dr_grpo").needs_zero_advantage_groups
 
 
-def test_a_users_surrogate_is_heard_and_steps_without_advantages_too(tmp_path):
+def test_a_users_surrogate_gets_groups_without_advantage_and_steps_on_them(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(OWN)
     mine = resolve("dr_grpo", surrogate=f"{file}:squared")

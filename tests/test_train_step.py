@@ -38,8 +38,8 @@ class Rank(World):
         return self.ranks.gather(self.rank, item)
 
     def _reduce(self, values, op):
-        everyones = torch.stack(self.gather(values.double()))
-        return everyones.sum(0) if op == torch.distributed.ReduceOp.SUM else everyones.amax(0)
+        of_all_ranks = torch.stack(self.gather(values.double()))
+        return of_all_ranks.sum(0) if op == torch.distributed.ReduceOp.SUM else of_all_ranks.amax(0)
 
     def barrier(self, share=1.0):
         self.gather(None)
@@ -129,7 +129,7 @@ def test_a_step_of_which_too_much_goes_unscored_ends_the_run():
 
 def learn(monkeypatch, objective, groups, fill=None, *, ranks=1, step=2, **settings):
     """By rank what `learn` gives and says; and of every token that it learns from its advantage and weight."""
-    everyones, seen, how = score(groups), {}, []
+    of_all_ranks, seen, how = score(groups), {}, []
 
     def update(updater, batch, **options):
         how.append(options | {"batch": batch})
@@ -154,7 +154,7 @@ def learn(monkeypatch, objective, groups, fill=None, *, ranks=1, step=2, **setti
     def work(rank):
         run = run_of(objective, Rank(rank, ranks, torch.device("cpu")), **settings)
         run.updater.rank = rank
-        advantages, metrics = train.learn(run, step, groups[rank::ranks], everyones)
+        advantages, metrics = train.learn(run, step, groups[rank::ranks], of_all_ranks)
         return SimpleNamespace(run=run, advantages=advantages, metrics=metrics)
 
     return Rank.ranks.run(work), seen, how
