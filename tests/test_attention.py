@@ -361,7 +361,7 @@ REFUSED = {
     "gemma2": (lambda: from_config(Gemma2Config(**TINY, head_dim=8), "eager"), "caps its attention scores"),
     "mamba": (
         lambda: from_config(MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1), "eager"),
-        "state cannot be forked|attention be replaced",
+        "state cannot be forked|support a custom attention function",
     ),
     "router loss": (
         lambda: from_config(MixtralConfig(**TINY, num_local_experts=2, output_router_logits=True)),
