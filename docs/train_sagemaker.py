@@ -1,4 +1,4 @@
-"""The entry point of a SageMaker job (recipes.md): train.py in a folder that SageMaker keeps. Started again it goes on.
+"""The entry point of a SageMaker job (recipes.md): train.py in a folder that SageMaker keeps. A restarted job resumes.
 
 torchrun runs this on every rank, at the top of the repository, with the job's hyperparameters as options of train.py.
 """

@@ -141,5 +141,5 @@ def test_two_nodes_train_like_two_ranks_of_one_also_when_a_rank_is_killed(folder
         kill_rank(victim, nodes, folder / run_dir / "metrics.jsonl", rows)
     outputs = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
-    assert rows != 3 or "going on from" in "".join(outputs)
+    assert rows != 3 or "resuming from" in "".join(outputs)
     trainee.assert_same_run(folder / run_dir, folder / "whole2")
